@@ -1,0 +1,45 @@
+# Each target installs what it needs into .venv on first use. `make demo` runs the product, `make test` its tests.
+PYTHON ?= python3
+BIN := .venv/bin
+SAMPLES := samples/train
+# torch first, and pinned: an unpinned torch, or a package that asks for a newer one, pulls gigabytes of CUDA
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check bench clean install
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train, codebook, tokenize, verify, evaluate, decode on the photos in samples/ (minutes, CPU)"
+	@echo "make test    all tests          make check   format, lint, types"
+	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv (about 2 minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/installed-readers: .venv/installed
+	@$(PIP) -e '.[readers]'
+	@touch $@
+
+install: .venv/installed
+
+demo: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+
+test: .venv/installed-readers
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/installed-readers
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

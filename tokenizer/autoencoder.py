@@ -1,0 +1,63 @@
+"""Encoder -> projection -> quantizer -> projection -> decoder.
+
+Legend: x [B, channels, ...] as the modality makes it, z [B, ..., in_dim] channel-last latents.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenizer.net import build_net
+from tokenizer.quantizer import QuantizerOutput, build_quantizer
+
+
+@dataclass
+class AutoencoderOutput:
+    x_hat: Tensor
+    z: Tensor
+    quantized: QuantizerOutput
+
+
+class Autoencoder(nn.Module):
+    """settings: {"modality": name, "net": {"name", ...}, "quantizer": {"name", ...}}, all that rebuilds it."""
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__()
+        self.settings = settings
+        self.net = build_net(settings["net"])
+        self.quantizer = build_quantizer(settings["quantizer"])
+        self.project_in = nn.Linear(self.net.channels, self.quantizer.in_dim)
+        self.project_out = nn.Linear(self.quantizer.dim, self.net.channels)
+
+    @property
+    def factor(self) -> int:
+        """Input units (pixels, waveform samples) per token and dimension."""
+        return self.net.factor
+
+    def forward(self, x: Tensor) -> AutoencoderOutput:
+        z = self.latents(x)
+        quantized = self.quantizer(z)
+        return AutoencoderOutput(self.reconstruct(quantized.z_q), z, quantized)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """What the quantizer is given: [B, channels, ...] -> [B, ..., in_dim]."""
+        return self.project_in(self.net.encode(x).movedim(1, -1))
+
+    def reconstruct(self, z_q: Tensor) -> Tensor:
+        """[B, ..., dim] -> [B, channels, ...]."""
+        return self.net.decode(self.project_out(z_q).movedim(-1, 1))
+
+    def inference_state(self) -> dict[str, Tensor]:
+        """The state_dict without what only training needs (queues, counters)."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not self._only_training(name)}
+
+    def load_inference_state(self, state: dict[str, Tensor]) -> None:
+        """Raises RuntimeError that names the keys if the state is not this autoencoder's."""
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [name for name in missing if not self._only_training(name)]
+        if missing or unexpected:
+            raise RuntimeError(f"weights do not fit the model: missing {missing}, unexpected {unexpected}")
+
+    def _only_training(self, name: str) -> bool:
+        return any(name.startswith(f"quantizer.{prefix}") for prefix in self.quantizer.training_state)

@@ -1,0 +1,114 @@
+"""Seeded k-means++ and Lloyd, by partial sums: one machine and a cluster run the same mathematics.
+
+Legend: points [N, D], centroids [K, D].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenizer.neighbors import nearest_codeword
+
+SEEDING_POINTS_PER_CLUSTER = 32  # k-means++ reads every point once per cluster; a sample seeds as well
+
+
+@dataclass
+class PartialSums:
+    """What Lloyd needs of one part of the points; parts add up. float64, so that their order hardly matters."""
+
+    counts: Tensor  # [K] int64
+    sums: Tensor  # [K, D] float64
+    squared_error: float  # summed over points and dims
+
+    def __add__(self, other: "PartialSums") -> "PartialSums":
+        return PartialSums(
+            self.counts + other.counts, self.sums + other.sums, self.squared_error + other.squared_error
+        )
+
+
+@dataclass
+class KMeansResult:
+    """Centroids [K, D] float32, and the mean squared error per point (summed over D) after each iteration."""
+
+    centroids: Tensor
+    mse: list[float]
+
+
+def kmeans(
+    points: Tensor, num_clusters: int, *, seed: int = 0, max_iterations: int = 100, tolerance: float = 1e-4
+) -> KMeansResult:
+    """Lloyd from k-means++ until an iteration lowers the error by less than `tolerance` of itself.
+
+    points [N, D] float32 with N >= 1. With fewer points than clusters some clusters are copies, moved apart a little.
+    """
+    if len(points) == 0:
+        raise ValueError("k-means needs at least one point; the corpus gave no latents")
+    points = points.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    centroids = plus_plus(points, num_clusters, generator)
+    mse: list[float] = []
+    for _ in range(max_iterations):
+        total = partial_sums(points, centroids)
+        mse.append(total.squared_error / len(points))
+        if len(mse) > 1 and mse[-2] - mse[-1] <= tolerance * mse[-2]:
+            break
+        centroids = new_centroids(centroids, total, generator)
+    return KMeansResult(centroids, mse)
+
+
+def partial_sums(points: Tensor, centroids: Tensor) -> PartialSums:
+    """Assigns points to their nearest centroid and sums them up."""
+    indices = nearest_codeword(points, centroids)
+    num_clusters = len(centroids)
+    sums = [torch.bincount(indices, weights=column.double(), minlength=num_clusters) for column in points.T]
+    error = (points - centroids[indices]).double().square().sum()
+    return PartialSums(torch.bincount(indices, minlength=num_clusters), torch.stack(sums, dim=1), float(error))
+
+
+def new_centroids(centroids: Tensor, total: PartialSums, generator: torch.Generator) -> Tensor:
+    """Means of the clusters; each empty cluster takes half of one of the most populous."""
+    means = (total.sums / total.counts.clamp(min=1)[:, None]).float()
+    empty = (total.counts == 0).nonzero().flatten()
+    means[empty] = centroids[empty]
+    if len(empty) == 0:
+        return means
+    largest = total.counts.argsort(descending=True, stable=True)[: len(empty)]
+    largest = largest[total.counts[largest] > 1]  # one point cannot be split
+    empty = empty[: len(largest)]
+    offset = _small_offsets(means, len(empty), generator)
+    means[empty] = means[largest] + offset
+    means[largest] = means[largest] - offset
+    return means
+
+
+def plus_plus(points: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """First centroids: each drawn with probability proportional to its squared distance to those before it.
+
+    Source: Arthur and Vassilvitskii 2007. Differs: drawn from a sample of the points when they are many.
+    """
+    limit = SEEDING_POINTS_PER_CLUSTER * num_clusters
+    if len(points) > limit:
+        points = points[torch.randperm(len(points), generator=generator)[:limit].to(points.device)]
+    draws = torch.rand(num_clusters, generator=generator, dtype=torch.float64).tolist()
+    chosen = [int(draws[0] * len(points))]
+    distance = (points - points[chosen[0]]).square().sum(dim=1)
+    for draw in draws[1:]:
+        mass = distance.double().cumsum(dim=0)
+        if float(mass[-1]) == 0.0:  # every distinct point is a centroid already
+            break
+        # side right: a point of no mass, such as a centroid, can never be drawn
+        chosen.append(min(int(torch.searchsorted(mass, draw * mass[-1], right=True)), len(points) - 1))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(dim=1))
+    centroids = points[chosen]
+    copies = num_clusters - len(chosen)
+    if copies == 0:
+        return centroids
+    extra = centroids[torch.arange(copies, device=points.device) % len(chosen)]
+    return torch.cat([centroids, extra + _small_offsets(points, copies, generator)])
+
+
+def _small_offsets(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Random directions of a thousandth of the points' spread: enough to part two equal centroids."""
+    spread = (points - points.mean(dim=0)).square().mean().sqrt()
+    return torch.randn(count, points.shape[1], generator=generator).to(points) * (1e-3 * spread)

@@ -1,0 +1,1 @@
+"""One file per modality: bytes to arrays and back, losses and quality metrics."""

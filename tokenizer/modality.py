@@ -1,0 +1,67 @@
+"""What a modality must offer, so that jobs and pipeline never ask which one runs."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from tokenizer.registry import Registry
+
+MODALITIES: Registry["Modality"] = Registry("modality", "tokenizer.modalities")
+
+
+@dataclass
+class Decoded:
+    """A sample as an array, channel-last, and the size it had before any preprocessing."""
+
+    array: np.ndarray
+    size: dict[str, int]
+
+
+class Modality:
+    """Bytes to arrays and back, losses, quality metrics. `Config` holds the preprocessing, part of a tokenizer's id."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    extensions: ClassVar[tuple[str, ...]]  # members of a WebDataset sample that it can read, without the dot
+    written_as: ClassVar[str]  # extension of what `to_bytes` makes
+    size_columns: ClassVar[tuple[str, ...]]  # of the token shard: the original's size
+    default_loss_weights: ClassVar[dict[str, float]]
+
+    def from_bytes(self, data: bytes) -> Decoded:
+        """Raises BadSample where the bytes are no sound sample, or one beyond the limits."""
+        raise AssertionError
+
+    def to_bytes(self, array: np.ndarray) -> bytes:
+        raise AssertionError
+
+    def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+        """A random piece of fixed size, for training."""
+        raise AssertionError
+
+    def batch(self, arrays: list[np.ndarray], factor: int) -> Tensor:
+        """Arrays of one shape to the model's input, padded to multiples of factor."""
+        raise AssertionError
+
+    def unbatch(self, x: Tensor, sizes: list[dict[str, int]]) -> list[np.ndarray]:
+        """The model's output to arrays, without the padding."""
+        raise AssertionError
+
+    def processed_size(self, size: dict[str, int]) -> dict[str, int]:
+        """Size after preprocessing, from the original's."""
+        raise AssertionError
+
+    def losses(self, settings: dict[str, Any]) -> nn.Module:
+        """A module that maps (x, x_hat) to named, unweighted reconstruction losses."""
+        raise AssertionError
+
+    def metrics(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+        """Quality of each reconstruction: name -> [B]; NaN where a metric is not defined."""
+        raise AssertionError
+
+
+def build_modality(name: str, settings: dict[str, Any]) -> Modality:
+    """A modality from its name and the fields of its Config."""
+    cls = MODALITIES.get(name)
+    return cls(cls.Config(**settings))  # type: ignore[call-arg]

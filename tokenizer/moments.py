@@ -1,0 +1,21 @@
+"""L_norm of arXiv 2602.17133, eq. 10: latents are held at mean 0 and a set variance, per dimension."""
+
+import torch
+from torch import Tensor
+
+from tokenizer.distributed import mean_across_ranks
+
+
+def moment_losses(z: Tensor, variance: float | None) -> dict[str, Tensor]:
+    """Mean over dims of mu^2 ("norm_mean") and of (sigma^2 - variance)^2 ("norm_var"), over all ranks' rows.
+
+    z [N, D]. Differs: the biased variance, so that one row is finite; the official code divides by N - 1.
+    """
+    if len(z) == 0:
+        zero = z.sum()
+        return {"norm_mean": zero, "norm_var": zero}
+    first, second = mean_across_ranks(torch.stack([z.mean(dim=0), z.square().mean(dim=0)]))
+    losses = {"norm_mean": first.square().mean()}
+    if variance is not None:
+        losses["norm_var"] = (second - first.square() - variance).square().mean()
+    return losses

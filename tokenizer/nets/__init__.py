@@ -1,0 +1,1 @@
+"""One file per encoder and decoder. A file here registers itself by being here."""

@@ -1,0 +1,121 @@
+"""The one contract of all quantizers, so that train, codebook and tokenize never ask which method runs.
+
+Legend: latents z [..., in_dim] channel-last, z_q [..., dim], indices [...] int64, K codebook_size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.registry import Registry
+
+QUANTIZERS: Registry["Quantizer"] = Registry("quantizer", "tokenizer.quantizers")
+
+
+@dataclass
+class QuantizerOutput:
+    """What a quantizer hands on. `indices` is None where training makes none; losses are named and unweighted."""
+
+    z_q: Tensor
+    indices: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Quantizer(nn.Module):
+    """Maps latents to one of `codebook_size` codes and back.
+
+    A subclass has a dataclass `Config`, and implements the four `_` verbs on flat float32 latents. The public
+    verbs flatten, leave autocast and restore the shape, so that no method can compute an index in half precision.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    default_loss_weights: ClassVar[dict[str, float]] = {}
+    training_state: ClassVar[tuple[str, ...]] = ()  # prefixes in state_dict that a frozen tokenizer leaves out
+
+    codebook_size: int
+    in_dim: int
+    dim: int
+
+    def forward(self, z: Tensor) -> QuantizerOutput:
+        """Quantizes z, as training wants it in train(), deterministically and without any state change in eval().
+
+        z [..., in_dim] any float -> QuantizerOutput with z_q [..., dim] float32 and indices [...] int64 or None.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            flat = self._flatten(z)
+            out = self._train_forward(flat) if self.training else self._eval_forward(flat)
+        out.z_q = out.z_q.reshape(*z.shape[:-1], self.dim)
+        if out.indices is not None:
+            out.indices = out.indices.reshape(z.shape[:-1])
+        return out
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Indices of the codes: [..., in_dim] -> [...] int64. Raises CodebookMissing before the codebook is made."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self._encode(self._flatten(z)).reshape(z.shape[:-1])
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """What the decoder sees for these indices: [...] int -> [..., dim] float32."""
+        with torch.autocast(indices.device.type, enabled=False):
+            return self._decode(indices.reshape(-1).long()).reshape(*indices.shape, self.dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        """All codes, as the decoder sees them: [K, dim] float32. Raises CodebookMissing before it is made."""
+        return self.decode(torch.arange(self.codebook_size, device=self._device()))
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
+        """Makes the codebook after training, where a method needs it made.
+
+        latents [N, in_dim] float32. Returns the mean squared error after each iteration; [] where the codes were
+        learned or are fixed. Raises ValueError where another codebook_size than the trained one is asked for.
+        """
+        if codebook_size not in (None, self.codebook_size):
+            raise ValueError(
+                f"{self.name} has {self.codebook_size} codes since training, not codebook.size={codebook_size}; "
+                "leave codebook.size out, or train with the size you want"
+            )
+        return []
+
+    def _flatten(self, z: Tensor) -> Tensor:
+        if z.shape[-1] != self.in_dim:
+            raise ValueError(f"{self.name} takes latents of {self.in_dim} channels, got shape {tuple(z.shape)}")
+        return z.reshape(-1, self.in_dim).float()
+
+    def _device(self) -> torch.device:
+        state: Any = next(self.parameters(), None)
+        if state is None:
+            state = next(self.buffers(), None)
+        return torch.device("cpu") if state is None else state.device
+
+    def _train_forward(self, z: Tensor) -> QuantizerOutput:
+        raise AssertionError(f"{type(self).__name__} lacks _train_forward")
+
+    def _eval_forward(self, z: Tensor) -> QuantizerOutput:
+        indices = self._encode(z)
+        return QuantizerOutput(self._decode(indices), indices)
+
+    def _encode(self, z: Tensor) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} lacks _encode")
+
+    def _decode(self, indices: Tensor) -> Tensor:
+        raise AssertionError(f"{type(self).__name__} lacks _decode")
+
+
+def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
+    """z_q forward, the gradient of z backward, unchanged."""
+    return z + (z_q - z).detach()
+
+
+def build_quantizer(settings: dict[str, Any]) -> Quantizer:
+    """A quantizer from {"name": ..., and the fields of its Config}. Raises ValueError or TypeError on others."""
+    settings = dict(settings)
+    cls = QUANTIZERS.get(settings.pop("name"))
+    return cls(cls.Config(**settings))  # type: ignore[call-arg]

@@ -1,0 +1,1 @@
+"""One file per method. A file here registers itself by being here."""

@@ -1,0 +1,121 @@
+"""FSP: finite scalar perturbation, arXiv 2602.17133, section 3.3. The closed-form sister of VP-VAE.
+
+Differs: the paper mixes perturbed and quantized per forward pass; mixing "element" does it per scalar, as the
+official code does, and "vector" per latent with whole-vector acceptance (eq. 17).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenizer.moments import moment_losses
+from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
+from tokenizer.scalar import MixedRadix, levels_for
+
+UNIT_STD = math.sqrt(12.0)  # one over the standard deviation of U(0, 1)
+MIXING = ("element", "vector")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A distribution function, and the variance of the latents that it makes uniform (None: it has no variance)."""
+
+    cdf: Callable[[Tensor], Tensor]
+    variance: float | None
+
+
+def _laplace_cdf(a: Tensor) -> Tensor:
+    tail = 0.5 * torch.exp(-a.abs())
+    return torch.where(a < 0, tail, 1 - tail)
+
+
+ACTIVATIONS = {
+    "tanh": Activation(lambda a: (torch.tanh(a) + 1) / 2, math.pi**2 / 12),  # logistic of scale 1/2
+    "sigmoid": Activation(torch.sigmoid, math.pi**2 / 3),
+    "normal": Activation(torch.special.ndtr, 1.0),
+    "laplace": Activation(_laplace_cdf, 2.0),
+    "cauchy": Activation(lambda a: torch.atan(a) / math.pi + 0.5, None),
+}
+
+
+@dataclass
+class FSPConfig:
+    """levels [] takes those of codebook_size. quantize_rate: share that is rounded in training, not perturbed.
+
+    eta scales the perturbation; 1 is one quantization cell.
+    """
+
+    codebook_size: int = 1024
+    levels: list[int] = field(default_factory=list)
+    activation: str = "tanh"
+    mixing: str = "element"
+    quantize_rate: float = 0.5
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"quantizer.activation is {self.activation!r}; choose one of: {', '.join(ACTIVATIONS)}")
+        if self.mixing not in MIXING:
+            raise ValueError(f"quantizer.mixing is {self.mixing!r}; choose one of: {', '.join(MIXING)}")
+        if not 0 <= self.quantize_rate <= 1:
+            raise ValueError(f"quantizer.quantize_rate is {self.quantize_rate}; it must lie in 0..1")
+
+
+@QUANTIZERS.register("fsp")
+class FSP(Quantizer):
+    """p = cdf(a) in (0, 1)^d, cut into L equal cells per dim; training sees p moved within one cell's width."""
+
+    Config = FSPConfig
+    default_loss_weights = {"norm_mean": 0.1, "norm_var": 0.07}
+
+    def __init__(self, config: FSPConfig):
+        super().__init__()
+        levels = list(config.levels) or levels_for(config.codebook_size)
+        self.radix = MixedRadix(levels)
+        self.dim = self.in_dim = len(levels)
+        self.codebook_size = math.prod(levels)
+        self.activation = ACTIVATIONS[config.activation]
+        self.vector_wise, self.quantize_rate, self.eta = config.mixing == "vector", config.quantize_rate, config.eta
+        self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+
+    def _train_forward(self, a: Tensor) -> QuantizerOutput:
+        p = self.activation.cdf(a)
+        perturbed, accepted = self._perturb(p)
+        choose = torch.rand_like(p[:, :1] if self.vector_wise else p) < self.quantize_rate
+        p_out = torch.where(choose, straight_through(p, self._centroid(self._digits(p))), perturbed)
+        accepted_share = accepted.float().mean() if len(a) else p.new_zeros(())
+        return QuantizerOutput(
+            _standardise(p_out),
+            losses=moment_losses(a, self.activation.variance),
+            metrics={"accepted": accepted_share},
+        )
+
+    def _perturb(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """p + U(-eta/2L, eta/2L) where that stays inside (0, 1), else p. Returns it and what was accepted."""
+        noise = (torch.rand_like(p) - 0.5) * self.eta / self.levels
+        moved = p + noise
+        inside = (moved > 0) & (moved < 1)
+        if self.vector_wise:  # eq. 17
+            inside = inside.all(dim=1, keepdim=True)
+        return torch.where(inside, moved, p), inside
+
+    def _encode(self, a: Tensor) -> Tensor:
+        return self.radix.pack(self._digits(self.activation.cdf(a)))
+
+    def _decode(self, indices: Tensor) -> Tensor:
+        return _standardise(self._centroid(self.radix.unpack(indices)))
+
+    def _digits(self, p: Tensor) -> Tensor:
+        cell = torch.floor(self.levels * p).nan_to_num(0.0)
+        return torch.minimum(cell.clamp(min=0), self.levels - 1).long()
+
+    def _centroid(self, digits: Tensor) -> Tensor:
+        return (digits + 0.5) / self.levels
+
+
+def _standardise(p: Tensor) -> Tensor:
+    """Uniform on (0, 1) to mean 0 and variance 1, which is what the decoder sees."""
+    return (p - 0.5) * UNIT_STD

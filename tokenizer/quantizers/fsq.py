@@ -1,0 +1,84 @@
+"""FSQ: finite scalar quantization, arXiv 2309.15505; symmetric edges from Parker et al., arXiv 2411.19842."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
+from tokenizer.scalar import MixedRadix, levels_for
+
+EPSILON = 1e-3  # how far the bounded value may pass the outermost level, as in the original listing
+EDGES = ("original", "symmetric")
+
+
+@dataclass
+class FSQConfig:
+    """levels [] takes those of codebook_size. noise_rate: share of scalars that get uniform noise for rounding.
+
+    The baseline of arXiv 2602.17133 is edges symmetric with noise_rate 0.5.
+    """
+
+    codebook_size: int = 1024
+    levels: list[int] = field(default_factory=list)
+    edges: str = "symmetric"
+    noise_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.edges not in EDGES:
+            raise ValueError(f"quantizer.edges is {self.edges!r}; choose one of: {', '.join(EDGES)}")
+        if not 0 <= self.noise_rate <= 1:
+            raise ValueError(f"quantizer.noise_rate is {self.noise_rate}; it must lie in 0..1")
+
+
+@QUANTIZERS.register("fsq")
+class FSQ(Quantizer):
+    """Bounds each scalar with tanh and rounds it to one of L levels. No loss, no state."""
+
+    Config = FSQConfig
+
+    def __init__(self, config: FSQConfig):
+        super().__init__()
+        levels = list(config.levels) or levels_for(config.codebook_size)
+        self.radix = MixedRadix(levels)
+        self.dim = self.in_dim = len(levels)
+        self.codebook_size = math.prod(levels)
+        self.symmetric, self.noise_rate = config.edges == "symmetric", config.noise_rate
+        self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+
+    def _train_forward(self, z: Tensor) -> QuantizerOutput:
+        position = self._position(z)
+        digits = self._digits(position)
+        rounded = straight_through(position, digits.to(position.dtype))
+        if self.noise_rate > 0:
+            # one level of L apart in units of the whole range, as L3AC's SuperFSQ draws it
+            noisy = position + (torch.rand_like(position) - 0.5) * (self.levels - 1) / self.levels
+            rounded = torch.where(torch.rand_like(position) < self.noise_rate, noisy, rounded)
+        indices = self.radix.pack(digits) if self.noise_rate == 0 else None
+        return QuantizerOutput(self._value(rounded), indices)
+
+    def _encode(self, z: Tensor) -> Tensor:
+        return self.radix.pack(self._digits(self._position(z)))
+
+    def _decode(self, indices: Tensor) -> Tensor:
+        return self._value(self.radix.unpack(indices).float())
+
+    def _position(self, z: Tensor) -> Tensor:
+        """Where z lies on the scale whose whole numbers 0..L-1 are the levels."""
+        if self.symmetric:
+            return (self.levels - 1) * (torch.tanh(z) + 1) / 2
+        half = (self.levels - 1) * (1 + EPSILON) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return torch.tanh(z + torch.atanh(offset / half)) * half - offset + self.levels // 2
+
+    def _digits(self, position: Tensor) -> Tensor:
+        # nan_to_num: a NaN cast to int64 is whatever the processor likes
+        nearest = torch.floor(position + 0.5).nan_to_num(0.0)
+        return torch.minimum(nearest.clamp(min=0), self.levels - 1).long()
+
+    def _value(self, position: Tensor) -> Tensor:
+        """The scale 0..L-1 to what the decoder sees, within [-1, 1]."""
+        if self.symmetric:
+            return 2 * position / (self.levels - 1) - 1
+        return position / (self.levels // 2) - 1

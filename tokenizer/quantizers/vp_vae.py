@@ -1,0 +1,180 @@
+"""VP-VAE: vector perturbation, arXiv 2602.17133, section 3.2. Trains without a codebook; k-means makes it afterwards.
+
+Legend: z [N, d] latents, S the queue of recent latents, K codebook_size, M = |S| / K,
+D_m(z) the distance from z to its m-th nearest in S.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenizer.distributed import gather_rows, mean_across_ranks
+from tokenizer.errors import CodebookMissing
+from tokenizer.kmeans import kmeans
+from tokenizer.moments import moment_losses
+from tokenizer.neighbors import BACKENDS, NeighborIndex, build_index, nearest_codeword
+from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
+from tokenizer.queue import LatentQueue
+
+FLUSH_SHARE = 0.005  # of the queue that may wait: .5 % newer latents change no radius that one could measure
+ETA_RANGE = (0.25, 4.0)
+ETA_GAIN = 0.05  # per step, in units of ln(eta): settles within some 50 steps, and averages over about 20
+
+
+@dataclass
+class VPVAEConfig:
+    """eta: radius of the perturbation in units of D_M, or "auto", which matches the energy of the perturbation,
+    all tokens counted, to the error that quantization to K codes will make (the official default is 1).
+    """
+
+    codebook_size: int = 1024
+    dim: int = 4
+    eta: float | str = "auto"
+    mh_steps: int = 1  # Metropolis-Hastings steps per token
+    density_k: int = 8  # neighbours of the density estimate; `k4nn` in the official code
+    latents_per_code: int = 0  # M; 0 takes 16 per dimension, as the official code does
+    update_probability: float = 0.01  # share of a batch's latents that enter the queue, once it is full
+    backend: str = "auto"  # of the neighbour search: auto, kdtree, gemm, subsample
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eta, str) and self.eta != "auto":
+            raise ValueError(f"quantizer.eta is {self.eta!r}; it must be a number above 0, or auto")
+        if self.mh_steps < 1:
+            raise ValueError(f"quantizer.mh_steps is {self.mh_steps}; it must be 1 or more")
+        if not 0 < self.update_probability <= 1:
+            raise ValueError(f"quantizer.update_probability is {self.update_probability}; it must lie in 0..1, above 0")
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            raise ValueError(f"quantizer.backend is {self.backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
+        self.latents_per_code = self.latents_per_code or 16 * self.dim
+        if self.density_k > self.codebook_size * self.latents_per_code:
+            raise ValueError(f"quantizer.density_k is {self.density_k}, more than the queue holds")
+
+
+@QUANTIZERS.register("vp_vae")
+class VPVAE(Quantizer):
+    """Moves each latent by what quantization would do to it; `fit` makes the codebook once training is over."""
+
+    Config = VPVAEConfig
+    default_loss_weights = {"norm_mean": 0.1, "norm_var": 0.07}
+    training_state = ("queue.", "log_eta")
+
+    def __init__(self, config: VPVAEConfig):
+        super().__init__()
+        self.config = config
+        self.codebook_size, self.dim, self.in_dim = config.codebook_size, config.dim, config.dim
+        self.radius_k = config.latents_per_code
+        capacity = config.codebook_size * config.latents_per_code
+        self.queue = LatentQueue(capacity, config.dim, flush=round(FLUSH_SHARE * capacity))
+        eta = 1.0 if config.eta == "auto" else float(config.eta)
+        self.register_buffer("log_eta", torch.tensor(math.log(eta)))
+        self.register_buffer("codes", torch.zeros(0, config.dim))
+        self._index: NeighborIndex | None = None  # over queue.samples; rebuilt when they change, never saved
+
+    # -- training: no codebook ------------------------------------------------------------------------------------
+
+    def _train_forward(self, z: Tensor) -> QuantizerOutput:
+        losses = moment_losses(z, variance=1.0)
+        if not self.queue.full or len(z) == 0:  # no estimate of the density yet: the plain autoencoder trains
+            self._remember(z)
+            return QuantizerOutput(z, losses=losses, metrics={"queue_filled": self.queue.filled / self.queue.capacity})
+        moved, metrics = self._perturb(z.detach())
+        self._remember(z)  # after perturbing, so that no token is its own neighbour
+        return QuantizerOutput(straight_through(z, moved), losses=losses, metrics=metrics)
+
+    @torch.no_grad()
+    def _perturb(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`mh_steps` Metropolis-Hastings moves whose stationary law is that of the latents in the queue."""
+        eta = self.log_eta.exp()
+        here, distances = z, self._distances(z)
+        target = quantization_error(distances[:, 1], self.dim)
+        accepted = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        for _ in range(self.config.mh_steps):
+            here, distances, took = self._mh_step(here, distances, eta)
+            accepted |= took
+        energy = (here - z).square().sum(dim=1).mean()
+        energy, target, share = mean_across_ranks(torch.stack([energy, target, accepted.float().mean()]))
+        ratio = energy / target.clamp(min=1e-30)
+        if self.config.eta == "auto":
+            self._follow(ratio)
+        return here, {"accepted": share, "energy_ratio": ratio, "eta": eta}
+
+    def _mh_step(self, z: Tensor, distances: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One move: uniform in the ball of radius eta * D_M(z), accepted by density and reverse proposal."""
+        direction = torch.nn.functional.normalize(torch.randn_like(z), dim=1)
+        radius = eta * distances[:, 1] * torch.rand_like(z[:, 0]) ** (1 / self.dim)
+        proposal = z + radius[:, None] * direction
+        there = self._distances(proposal)
+        # log alpha = d [ln D_k(z) + ln D_M(z) - ln D_k(z') - ln D_M(z')]; an atom has D_k(z) = 0 and stays
+        log_alpha = self.dim * (distances.log().sum(dim=1) - there.log().sum(dim=1))
+        reversible = (proposal - z).norm(dim=1) < eta * there[:, 1]
+        accept = reversible & (torch.rand_like(radius).log() < log_alpha)
+        return torch.where(accept[:, None], proposal, z), torch.where(accept[:, None], there, distances), accept
+
+    def _distances(self, z: Tensor) -> Tensor:
+        """D_k and D_M of each z: [N, d] -> [N, 2]."""
+        if self._index is None:
+            self._index = build_index(self.queue.samples, self.config.backend)
+        return self._index.kth_distances(z, [self.config.density_k, self.radius_k])
+
+    def _follow(self, ratio: Tensor) -> None:
+        """Energy grows about as eta^2, so half of the log ratio is what eta is off by."""
+        step = ETA_GAIN * ratio.clamp(0.1, 10).log() / 2
+        self.log_eta.sub_(step).clamp_(math.log(ETA_RANGE[0]), math.log(ETA_RANGE[1]))
+
+    def _remember(self, z: Tensor) -> None:
+        """A random share of all ranks' latents to the queue; all of them while it fills. The same on every rank."""
+        if self.queue.full:
+            count = max(1, round(self.config.update_probability * len(z))) if len(z) else 0
+            z = z[torch.randperm(len(z), device=z.device)[:count]]
+        if self.queue.add(gather_rows(z)):
+            self._index = None
+
+    # -- after training: k-means makes the codebook ---------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
+        """k-means over the latents; any codebook_size, since training fixed none."""
+        self.codebook_size = codebook_size or self.codebook_size
+        found = kmeans(latents, self.codebook_size, seed=seed)
+        self.codes = found.centroids.to(self.codes)
+        return found.mse
+
+    def _eval_forward(self, z: Tensor) -> QuantizerOutput:
+        if len(self.codes) == 0:  # training is not over: what the decoder sees is the latent itself
+            return QuantizerOutput(z)
+        return super()._eval_forward(z)
+
+    def _encode(self, z: Tensor) -> Tensor:
+        return nearest_codeword(z, self._fitted_codes())
+
+    def _decode(self, indices: Tensor) -> Tensor:
+        return self._fitted_codes()[indices]
+
+    def _fitted_codes(self) -> Tensor:
+        if len(self.codes) == 0:
+            raise CodebookMissing("this VP-VAE has no codebook yet; run `tokenmill codebook CONFIG.yaml` to make it")
+        return self.codes
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        saved = state_dict.get(f"{prefix}codes")
+        if saved is not None:  # the codebook has as many rows as `fit` gave it
+            self.codes = self.codes.new_zeros(saved.shape)
+            self.codebook_size = len(saved) or self.codebook_size
+        self._index = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_index": None}
+
+
+def quantization_error(cell_radius: Tensor, dim: int) -> Tensor:
+    """Squared error, mean over latents and summed over dims, that a k-means codebook of K codes would make.
+
+    cell_radius [N] is D_M of N latents. Their density is f = 1 / (K V_d D_M^d), and Zador's law for the best
+    quantizer, c K^(-2/d) (E f^(-2/(d+2)))^((d+2)/d), turns into d/(d+2) (E D_M^(2d/(d+2)))^((d+2)/d) for cells as
+    round as balls. Differs: nothing like it in the paper. tests/tokenizer/test_vp_vae.py holds it to real k-means.
+    """
+    power = 2 * dim / (dim + 2)
+    return dim / (dim + 2) * cell_radius.pow(power).mean().pow(2 / power)

@@ -1,0 +1,56 @@
+"""What the scalar quantizers share: levels, and the index of a vector of levels in int64.
+
+The first dimension is the least significant: index = sum_i level_i * prod_{j<i} levels_j.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+PAPER_LEVELS = {  # arXiv 2309.15505 table 1 and arXiv 2602.17133 appendix A.1
+    256: [8, 6, 5],
+    1024: [8, 5, 5, 5],
+    4096: [7, 5, 5, 5, 5],
+    16384: [8, 8, 8, 6, 5],
+}
+MIN_LEVELS, MAX_LEVELS = 3, 16  # FSQ advises at least 5; 3 is taken where nothing else comes near
+
+
+def levels_for(codebook_size: int) -> list[int]:
+    """Levels per dimension whose product is the paper's for its sizes, else as near to codebook_size as can be.
+
+    Of the equally near, the fewest dimensions, then the most even. Raises ValueError below 3.
+    """
+    if codebook_size in PAPER_LEVELS:
+        return PAPER_LEVELS[codebook_size]
+    if codebook_size < MIN_LEVELS:
+        raise ValueError(f"a scalar quantizer needs a codebook_size of {MIN_LEVELS} or more, got {codebook_size}")
+    if codebook_size <= MAX_LEVELS:
+        return [codebook_size]
+    fewest = math.ceil(math.log(codebook_size, MAX_LEVELS))
+    most = max(fewest, round(math.log(codebook_size, 5)))
+    found = []
+    for dim in range(fewest, most + 1):
+        near = round(codebook_size ** (1 / dim))
+        sides = range(max(MIN_LEVELS, near - 2), min(MAX_LEVELS, near + 3) + 1)
+        found += [levels[::-1] for levels in itertools.combinations_with_replacement(sides, dim)]
+    best = min(found, key=lambda levels: (abs(math.prod(levels) - codebook_size), len(levels), levels[0] - levels[-1]))
+    return list(best)
+
+
+class MixedRadix(nn.Module):
+    """Vectors of levels [N, D] int64 to indices [N] int64 and back."""
+
+    def __init__(self, levels: list[int]):
+        super().__init__()
+        self.register_buffer("levels", torch.tensor(levels, dtype=torch.int64), persistent=False)
+        basis = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.register_buffer("basis", torch.tensor(basis, dtype=torch.int64), persistent=False)
+
+    def pack(self, digits: Tensor) -> Tensor:
+        return (digits * self.basis).sum(dim=-1)
+
+    def unpack(self, indices: Tensor) -> Tensor:
+        return indices[:, None] // self.basis % self.levels

@@ -1,0 +1,138 @@
+"""The frozen artifact: preprocessing, encoder, codebook and decoder under one content hash.
+
+Files of save_pretrained: tokenizer.json (settings and ids), model.safetensors (nets and projections),
+codebook.safetensors (the quantizer's state and, up to 2^20 codes, the table of codes).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.errors import BadSample, TokenizerMismatch
+from tokenizer.modality import Decoded, build_modality
+
+SCHEMA_VERSION = 1
+MAX_TABLE = 2**20  # a scalar quantizer may have more codes than memory; its codes are arithmetic anyway
+INDEX_ORDER = "first dimension least significant"
+
+
+class Tokenizer:
+    """Bytes to tokens and back, always in eval mode and float32. Raises CodebookMissing without a codebook.
+
+    settings: those of the Autoencoder; preprocessing: the fields of the modality's Config.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, preprocessing: dict[str, Any]):
+        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
+        self.preprocessing = preprocessing
+        self.modality = build_modality(autoencoder.settings["modality"], preprocessing)
+        self.codebook_size = autoencoder.quantizer.codebook_size
+        self._codebook_state = self._make_codebook_state()
+        self.codebook_id = _hash(autoencoder.settings["quantizer"], self._codebook_state)
+        self.id = _hash({"settings": self._identity(), "codebook_id": self.codebook_id}, self._model_state())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.autoencoder.parameters()).device
+
+    def to(self, device: str | torch.device) -> "Tokenizer":
+        """Moves the nets; channels_last on every device, since it is faster for convolutions on CPU and GPU alike."""
+        self.autoencoder.to(device=device, memory_format=torch.channels_last)
+        return self
+
+    def read(self, data: bytes) -> Decoded:
+        """A sample's bytes to an array, preprocessed. Raises BadSample with the reason, whatever was wrong."""
+        try:
+            return self.modality.from_bytes(data)
+        except BadSample:
+            raise
+        except Exception as error:  # decoders raise nearly anything on broken bytes
+            raise BadSample(f"{type(error).__name__}: {error}") from error
+
+    @torch.inference_mode()
+    def latents(self, arrays: list[np.ndarray]) -> Tensor:
+        """What the quantizer is given for arrays of one shape: [B, ..., in_dim] float32."""
+        x = self.modality.batch(arrays, self.autoencoder.factor)
+        if self.device.type == "cuda":
+            x = x.pin_memory().to(self.device, non_blocking=True)
+        return self.autoencoder.latents(x)
+
+    @torch.inference_mode()
+    def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """Tokens of arrays of one shape: int64, in the shape of the token grid. Raises BadSample on NaN latents."""
+        z = self.latents(arrays)
+        if not torch.isfinite(z).all():
+            raise BadSample("the encoder gave NaN or infinite latents")
+        return list(self.autoencoder.quantizer.encode(z).cpu().numpy())
+
+    @torch.inference_mode()
+    def decode(self, tokens: list[np.ndarray], sizes: list[dict[str, int]]) -> list[np.ndarray]:
+        """Arrays of the sizes that `read` gave, from tokens of one shape. Raises ValueError on a token >= K."""
+        indices = torch.from_numpy(np.stack(tokens).astype(np.int64)).to(self.device)
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
+            raise ValueError(f"tokens lie in {int(indices.min())}..{int(indices.max())}, not 0..{self.codebook_size - 1}")
+        x = self.autoencoder.reconstruct(self.autoencoder.quantizer.decode(indices))
+        return self.modality.unbatch(x, [self.modality.processed_size(size) for size in sizes])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._model_state(), folder / "model.safetensors")
+        save_file(self._codebook_state, folder / "codebook.safetensors")
+        ids = {"tokenizer_id": self.id, "codebook_id": self.codebook_id, "codebook_size": self.codebook_size}
+        about = {"schema_version": SCHEMA_VERSION, **ids, "index_order": INDEX_ORDER, **self._identity()}
+        (folder / "tokenizer.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
+        """Raises TokenizerMismatch if the files are not those that tokenizer.json names."""
+        folder = Path(folder)
+        about = json.loads((folder / "tokenizer.json").read_text())
+        autoencoder = Autoencoder(about["model"])
+        codebook = load_file(folder / "codebook.safetensors")
+        codebook.pop("codebook", None)
+        state = {f"quantizer.{name}": tensor for name, tensor in codebook.items()}
+        autoencoder.load_inference_state(load_file(folder / "model.safetensors") | state)
+        tokenizer = cls(autoencoder, about["preprocessing"])
+        if tokenizer.id != about["tokenizer_id"]:
+            raise TokenizerMismatch(
+                f"{folder} says tokenizer {about['tokenizer_id']} but its weights are those of {tokenizer.id}; "
+                "a file was changed or mixed up: fetch the folder anew, or make it again with `tokenmill codebook`"
+            )
+        return tokenizer.to(device)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"model": self.autoencoder.settings, "preprocessing": self.preprocessing}
+
+    def _model_state(self) -> dict[str, Tensor]:
+        state = self.autoencoder.inference_state()
+        return {name: t.detach().cpu().contiguous() for name, t in state.items() if not name.startswith("quantizer.")}
+
+    def _make_codebook_state(self) -> dict[str, Tensor]:
+        quantizer = self.autoencoder.quantizer
+        state = {
+            name.removeprefix("quantizer."): tensor.detach().cpu().contiguous().clone()
+            for name, tensor in self.autoencoder.inference_state().items()
+            if name.startswith("quantizer.")
+        }
+        if self.codebook_size <= MAX_TABLE:
+            state["codebook"] = quantizer.codebook.detach().cpu().contiguous().clone()
+        else:
+            quantizer.decode(torch.zeros(1, dtype=torch.int64, device=self.device))  # raises CodebookMissing here
+        return state
+
+
+def _hash(settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """16 hex digits over settings and tensors, independent of their order and of the device."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
