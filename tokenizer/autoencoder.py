@@ -3,9 +3,12 @@
 Legend: x [B, channels, ...] as the modality makes it, z [B, ..., in_dim] channel-last latents.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizer.net import build_net
@@ -47,6 +50,21 @@ class Autoencoder(nn.Module):
     def reconstruct(self, z_q: Tensor) -> Tensor:
         """[B, ..., dim] -> [B, channels, ...]."""
         return self.net.decode(self.project_out(z_q).movedim(-1, 1))
+
+    def save(self, folder: str | Path) -> None:
+        """settings and inference state to folder/config.json and folder/model.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.inference_state().items()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Autoencoder":
+        folder = Path(folder)
+        autoencoder = cls(json.loads((folder / "config.json").read_text()))
+        autoencoder.load_inference_state(load_file(folder / "model.safetensors"))
+        return autoencoder
 
     def inference_state(self) -> dict[str, Tensor]:
         """The state_dict without what only training needs (queues, counters)."""

@@ -22,9 +22,7 @@ class PartialSums:
     squared_error: float  # summed over points and dims
 
     def __add__(self, other: "PartialSums") -> "PartialSums":
-        return PartialSums(
-            self.counts + other.counts, self.sums + other.sums, self.squared_error + other.squared_error
-        )
+        return PartialSums(self.counts + other.counts, self.sums + other.sums, self.squared_error + other.squared_error)
 
 
 @dataclass

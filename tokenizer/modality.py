@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from tokenizer.errors import BadSample
 from tokenizer.registry import Registry
 
 MODALITIES: Registry["Modality"] = Registry("modality", "tokenizer.modalities")
@@ -27,10 +28,19 @@ class Modality:
     extensions: ClassVar[tuple[str, ...]]  # members of a WebDataset sample that it can read, without the dot
     written_as: ClassVar[str]  # extension of what `to_bytes` makes
     size_columns: ClassVar[tuple[str, ...]]  # of the token shard: the original's size
-    default_loss_weights: ClassVar[dict[str, float]]
+    default_loss_weights: ClassVar[dict[str, float]]  # names every loss that `losses` can give
+
+    def read(self, data: bytes) -> Decoded:
+        """A sample's bytes to an array, preprocessed. Raises BadSample with the reason, whatever was wrong."""
+        try:
+            return self.from_bytes(data)
+        except BadSample:
+            raise
+        except Exception as error:  # decoders raise nearly anything on broken bytes
+            raise BadSample(f"{type(error).__name__}: {error}") from error
 
     def from_bytes(self, data: bytes) -> Decoded:
-        """Raises BadSample where the bytes are no sound sample, or one beyond the limits."""
+        """What `read` does, with errors of any kind."""
         raise AssertionError
 
     def to_bytes(self, array: np.ndarray) -> bytes:

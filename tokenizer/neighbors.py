@@ -57,7 +57,9 @@ class KDTreeIndex:
 
     def __init__(self, points: Tensor):
         # unbalanced trees build twice as fast and are as quick to ask here (median splits buy nothing)
-        self.tree = cKDTree(points.detach().float().cpu().numpy(), balanced_tree=False, compact_nodes=False, leafsize=32)
+        self.tree = cKDTree(
+            points.detach().float().cpu().numpy(), balanced_tree=False, compact_nodes=False, leafsize=32
+        )
 
     def kth_distances(self, queries: Tensor, ks: list[int]) -> Tensor:
         found = self.tree.query(queries.detach().float().cpu().numpy(), k=ks, workers=torch.get_num_threads())[0]

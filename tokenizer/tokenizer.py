@@ -15,61 +15,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.errors import BadSample, TokenizerMismatch
-from tokenizer.modality import Decoded, build_modality
+from tokenizer.errors import TokenizerMismatch
+from tokenizer.latents import LatentEncoder
 
 SCHEMA_VERSION = 1
 MAX_TABLE = 2**20  # a scalar quantizer may have more codes than memory; its codes are arithmetic anyway
 INDEX_ORDER = "first dimension least significant"
 
 
-class Tokenizer:
+class Tokenizer(LatentEncoder):
     """Bytes to tokens and back, always in eval mode and float32. Raises CodebookMissing without a codebook.
 
     settings: those of the Autoencoder; preprocessing: the fields of the modality's Config.
     """
 
     def __init__(self, autoencoder: Autoencoder, preprocessing: dict[str, Any]):
-        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
-        self.preprocessing = preprocessing
-        self.modality = build_modality(autoencoder.settings["modality"], preprocessing)
+        super().__init__(autoencoder, preprocessing)
         self.codebook_size = autoencoder.quantizer.codebook_size
         self._codebook_state = self._make_codebook_state()
         self.codebook_id = _hash(autoencoder.settings["quantizer"], self._codebook_state)
         self.id = _hash({"settings": self._identity(), "codebook_id": self.codebook_id}, self._model_state())
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.autoencoder.parameters()).device
-
-    def to(self, device: str | torch.device) -> "Tokenizer":
-        """Moves the nets; channels_last on every device, since it is faster for convolutions on CPU and GPU alike."""
-        self.autoencoder.to(device=device, memory_format=torch.channels_last)
-        return self
-
-    def read(self, data: bytes) -> Decoded:
-        """A sample's bytes to an array, preprocessed. Raises BadSample with the reason, whatever was wrong."""
-        try:
-            return self.modality.from_bytes(data)
-        except BadSample:
-            raise
-        except Exception as error:  # decoders raise nearly anything on broken bytes
-            raise BadSample(f"{type(error).__name__}: {error}") from error
-
-    @torch.inference_mode()
-    def latents(self, arrays: list[np.ndarray]) -> Tensor:
-        """What the quantizer is given for arrays of one shape: [B, ..., in_dim] float32."""
-        x = self.modality.batch(arrays, self.autoencoder.factor)
-        if self.device.type == "cuda":
-            x = x.pin_memory().to(self.device, non_blocking=True)
-        return self.autoencoder.latents(x)
-
     @torch.inference_mode()
     def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Tokens of arrays of one shape: int64, in the shape of the token grid. Raises BadSample on NaN latents."""
-        z = self.latents(arrays)
-        if not torch.isfinite(z).all():
-            raise BadSample("the encoder gave NaN or infinite latents")
+        return self.quantize(self.latents(arrays))
+
+    def quantize(self, z: Tensor) -> list[np.ndarray]:
+        """Tokens of latents: [B, ..., in_dim] -> B arrays int64."""
         return list(self.autoencoder.quantizer.encode(z).cpu().numpy())
 
     @torch.inference_mode()
@@ -77,7 +50,9 @@ class Tokenizer:
         """Arrays of the sizes that `read` gave, from tokens of one shape. Raises ValueError on a token >= K."""
         indices = torch.from_numpy(np.stack(tokens).astype(np.int64)).to(self.device)
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
-            raise ValueError(f"tokens lie in {int(indices.min())}..{int(indices.max())}, not 0..{self.codebook_size - 1}")
+            raise ValueError(
+                f"tokens lie in {int(indices.min())}..{int(indices.max())}, not 0..{self.codebook_size - 1}"
+            )
         x = self.autoencoder.reconstruct(self.autoencoder.quantizer.decode(indices))
         return self.modality.unbatch(x, [self.modality.processed_size(size) for size in sizes])
 
@@ -106,7 +81,8 @@ class Tokenizer:
                 f"{folder} says tokenizer {about['tokenizer_id']} but its weights are those of {tokenizer.id}; "
                 "a file was changed or mixed up: fetch the folder anew, or make it again with `tokenmill codebook`"
             )
-        return tokenizer.to(device)
+        tokenizer.to(device)
+        return tokenizer
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.autoencoder.settings, "preprocessing": self.preprocessing}

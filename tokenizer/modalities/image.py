@@ -40,7 +40,7 @@ class Image(Modality):
     extensions = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
     written_as = "png"
     size_columns = ("height", "width")
-    default_loss_weights = {"l1": 1.0}
+    default_loss_weights = {"l1": 1.0, "mse": 0.0, "perceptual": 1.0}
 
     def __init__(self, config: ImageConfig):
         self.config = config

@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if width % g == 0 and width // g >= 4 or g == 1)
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if (width % g == 0 and width // g >= 4) or g == 1)
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 

@@ -27,17 +27,25 @@ class Activation:
     variance: float | None
 
 
+def _tanh_cdf(a: Tensor) -> Tensor:
+    return (torch.tanh(a) + 1) / 2
+
+
+def _cauchy_cdf(a: Tensor) -> Tensor:
+    return torch.atan(a) / math.pi + 0.5
+
+
 def _laplace_cdf(a: Tensor) -> Tensor:
     tail = 0.5 * torch.exp(-a.abs())
     return torch.where(a < 0, tail, 1 - tail)
 
 
-ACTIVATIONS = {
-    "tanh": Activation(lambda a: (torch.tanh(a) + 1) / 2, math.pi**2 / 12),  # logistic of scale 1/2
+ACTIVATIONS = {  # named functions, not lambdas: Ray pickles the module
+    "tanh": Activation(_tanh_cdf, math.pi**2 / 12),  # logistic of scale 1/2
     "sigmoid": Activation(torch.sigmoid, math.pi**2 / 3),
     "normal": Activation(torch.special.ndtr, 1.0),
     "laplace": Activation(_laplace_cdf, 2.0),
-    "cauchy": Activation(lambda a: torch.atan(a) / math.pi + 0.5, None),
+    "cauchy": Activation(_cauchy_cdf, None),
 }
 
 

@@ -1,0 +1,59 @@
+"""`tokenmill COMMAND CONFIG.yaml... [key=value ...]`, the same as `python -m jobs COMMAND ...`.
+
+Exit codes: 0 all well; 2 a mistake in the configuration or command; 3 incomplete, or verification failed; 4 done, but
+more was quarantined than tokens.max_bad_fraction allows; 1 anything unforeseen.
+"""
+
+import importlib
+import sys
+
+COMMANDS = {  # name: (module, what it does); modules are imported when their turn comes, since torch and ray are slow
+    "pack": ("jobs.pack", "a folder of files, or a Parquet or CSV file of bytes, to WebDataset shards"),
+    "train": ("jobs.train", "shards to a trained autoencoder"),
+    "codebook": ("jobs.codebook", "after training: latents over the corpus, k-means, a frozen tokenizer"),
+    "tokenize": ("jobs.tokenize_corpus", "shards to token shards, each sample exactly once"),
+    "status": ("jobs.status", "done, left, failed, quarantined and the rate, from the output alone"),
+    "verify": ("jobs.verify", "proof that every input sample is written or quarantined, once"),
+    "decode": ("jobs.decode", "token rows back to pictures or sound"),
+    "evaluate": ("jobs.evaluate", "quality and codebook usage on held-out shards, with a picture report"),
+}
+OUTCOMES = {2: "a mistake in the command or its configuration", 3: "incomplete or not sound", 4: "too many bad samples"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code, which the last line also tells in words."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if command not in COMMANDS:
+        return _finish(command, 2, f"unknown command {command!r}; there are: {', '.join(COMMANDS)}")
+    job = importlib.import_module(COMMANDS[command][0])
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(f"tokenmill {command} CONFIG.yaml... [key=value ...]\n\n{job.__doc__}")
+        return 0
+    from jobs.config import ConfigError, load_config
+    from pipeline.errors import OutputMismatch
+    from tokenizer.errors import CodebookMissing, TokenizerMismatch
+
+    try:
+        return _finish(command, job.run(load_config(rest)))
+    except (ConfigError, OutputMismatch, TokenizerMismatch, CodebookMissing) as error:
+        return _finish(command, 2, str(error))
+
+
+def _finish(command: str, code: int, error: str = "") -> int:
+    if error:
+        print(f"tokenmill {command}: {error}", file=sys.stderr)
+    if code:  # `ray job submit` turns every non-zero exit into 1: the words tell which it was
+        print(f"tokenmill {command}: exit {code}: {OUTCOMES[code]}", flush=True)
+    return code
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join([f"{__doc__}", "Commands (`tokenmill COMMAND --help` tells more):", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""After training: latents over the corpus, k-means, a frozen tokenizer per size: `run`, `codebook.size`, `data.shards`.
+
+Writes RUN/tokenizers/<quantizer>-K<size> and a report of error, CVU, dead codes and usage beside the others. Methods
+whose codes are learned or fixed take the same road: their codebook is frozen as it is, and reported on.
+"""
+
+import copy
+import json
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs import cluster
+from jobs.config import Config, ConfigError, TokensConfig
+from jobs.progress import Progress
+from jobs.reading import decoded_batches
+from jobs.report import latents_png, line_png, page, picture, table, usage_png
+from pipeline import storage
+from pipeline.errors import ShardError
+from pipeline.manifest import Shard, find_shards
+from pipeline.reservoir import Reservoir
+from pipeline.tokens.output import Quarantined
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.latents import LatentEncoder
+from tokenizer.metrics import usage
+from tokenizer.tokenizer import Tokenizer
+
+PLOTTED_LATENTS = 4000
+
+
+def run(config: Config) -> int:
+    config.require("run", "data.shards")
+    run_url = storage.normalise(config.run)
+    autoencoder = _trained(run_url)
+    sizes = _sizes(config.codebook.size)
+    todo = [size for size in sizes if not storage.exists(_place(run_url, autoencoder, size, "tokenizer.json"))]
+    for size in sizes:
+        if size not in todo:
+            print(f"codebook: {_place(run_url, autoencoder, size)} is there already")
+    if not todo:
+        return 0
+    latents = _gather_latents(config, run_url)
+    for size in todo:
+        _make(copy.deepcopy(autoencoder), latents, size, config, run_url)
+    return 0
+
+
+def _trained(run_url: str) -> Autoencoder:
+    try:
+        with storage.downloaded(storage.join(run_url, "model")) as folder:
+            return Autoencoder.load(folder)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run_url} holds no trained model; run `tokenmill train` first ({error})") from error
+
+
+def _sizes(size: Any) -> list[int | None]:
+    sizes = size if isinstance(size, list) else [size]
+    for value in sizes:
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise ConfigError(f"codebook.size is {size!r}; it must be a number of codes, or a list of them")
+    return sizes
+
+
+def _place(run_url: str, autoencoder: Autoencoder, size: int | None, *parts: str) -> str:
+    quantizer = autoencoder.quantizer
+    return storage.join(run_url, "tokenizers", f"{quantizer.name}-K{size or quantizer.codebook_size}", *parts)
+
+
+def _gather_latents(config: Config, run_url: str) -> torch.Tensor:
+    """A uniform sample of the corpus's latents [N, in_dim]; the same whatever the number of workers."""
+    shards = find_shards(config.data.shards).shards
+    cluster.start()
+    settings = {
+        "run_url": run_url,
+        "preprocess": config.data.preprocess,
+        "options": config.tokens,
+        "capacity": config.codebook.max_latents,
+        "seed": config.codebook.seed,
+    }
+    progress = Progress("codebook", total=len(shards), unit="shards")
+    everything = Reservoir(config.codebook.max_latents, config.codebook.seed)
+    for part in cluster.map_shards(shards, LatentWorker, settings, config.workers):
+        everything.merge(part.sample)
+        if part.failure:
+            print(f"codebook: failed shard: {part.failure}")
+        progress.advance(latents=part.num_latents, bad_samples=part.num_bad)
+    progress.close()
+    if everything.rows is None:
+        raise ConfigError("the corpus gave no latents: every shard failed or is empty; see the messages above")
+    return torch.from_numpy(everything.rows)
+
+
+@dataclass
+class LatentPart:
+    """One shard's share of the sample."""
+
+    sample: Reservoir
+    num_latents: int = 0
+    num_bad: int = 0
+    failure: str | None = None
+
+
+class LatentWorker(cluster.ShardWorker):
+    """Holds the encoder and turns shards into latents."""
+
+    def __init__(
+        self,
+        run_url: str,
+        preprocess: dict[str, Any],
+        options: TokensConfig,
+        capacity: int,
+        seed: int,
+        **resources: Any,
+    ):
+        super().__init__(**resources)
+        self.encoder = LatentEncoder(_trained(run_url), preprocess)
+        self.encoder.to(self.device)
+        self.options, self.capacity, self.seed = options, capacity, seed
+
+    def process(self, shard: Shard) -> LatentPart:
+        quarantined: list[Quarantined] = []
+        rows: list[np.ndarray] = []
+        part = LatentPart(Reservoir(self.capacity, self.seed))
+        try:
+            for batch in decoded_batches(shard.url, self.encoder, self.options, quarantined):
+                z = self.encoder.latents([item.decoded.array for item in batch])
+                rows.append(z.flatten(0, -2).cpu().numpy())
+        except ShardError as error:  # what came before the break is as good a sample as any
+            part.failure = str(error)
+        if rows:
+            latents = np.concatenate(rows)
+            part.sample.add(latents, place=shard.url)
+            part.num_latents = len(latents)
+        part.num_bad = len(quarantined)
+        return part
+
+
+def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, config: Config, run_url: str) -> None:
+    """Fits one codebook, freezes the tokenizer, and reports."""
+    quantizer = autoencoder.quantizer.eval()
+    try:
+        curve = quantizer.fit(latents, size, seed=config.codebook.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    tokenizer = Tokenizer(autoencoder, config.data.preprocess)
+    numbers, counts = _measure(tokenizer, latents, size, curve)
+    place = _place(run_url, autoencoder, size)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        storage.upload(folder, place)
+    name = place.rsplit("/", 1)[1]
+    reports = storage.join(run_url, "reports")
+    storage.replace(storage.join(reports, f"codebook-{name}.json"), json.dumps(numbers, indent=1).encode())
+    storage.replace(storage.join(reports, f"codebook-{name}.html"), _page(tokenizer, latents, numbers, counts, curve))
+    told = "  ".join(f"{key} {numbers[key]:.4g}" for key in ("mse", "cvu", "perplexity", "dead_codes"))
+    print(f"codebook: {place}  tokenizer {tokenizer.id}  {told}")
+
+
+def _measure(
+    tokenizer: Tokenizer, latents: torch.Tensor, size: int | None, curve: list[float]
+) -> tuple[dict[str, Any], np.ndarray]:
+    quantizer = tokenizer.autoencoder.quantizer
+    indices = quantizer.encode(latents)
+    counts = np.bincount(indices.numpy(), minlength=tokenizer.codebook_size)
+    numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id, "codebook_id": tokenizer.codebook_id}
+    numbers |= usage(counts, size) | {"num_latents": len(latents), "iterations": len(curve)}
+    numbers["mse"] = float((quantizer.decode(indices) - latents).square().sum(dim=1).mean())
+    return numbers, counts
+
+
+def _page(
+    tokenizer: Tokenizer, latents: torch.Tensor, numbers: dict[str, Any], counts: np.ndarray, curve: list[float]
+) -> bytes:
+    codes = tokenizer.autoencoder.quantizer.codebook.numpy()
+    pictures = [usage_png(counts), latents_png(latents[:PLOTTED_LATENTS].numpy(), codes)]
+    if curve:
+        pictures.insert(0, line_png(curve, "squared error per latent", "Lloyd iteration"))
+    return page(f"Codebook of {tokenizer.codebook_size} codes", [table(numbers), *map(picture, pictures)])

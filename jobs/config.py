@@ -1,0 +1,210 @@
+"""YAML files and key=value overrides to one typed Config. Mistakes name the key and its nearest neighbour."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tokenizer.modality import MODALITIES
+from tokenizer.net import NETS
+from tokenizer.quantizer import QUANTIZERS
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration or the command: exit code 2, one line, before Ray starts."""
+
+
+@dataclass
+class DataConfig:
+    """shards: path, glob, braces, or a list. preprocess: the fields of the modality's Config."""
+
+    shards: Any = ""
+    preprocess: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ModelConfig:
+    """net: {name, ...} and the fields of that net's Config."""
+
+    modality: str = "image"
+    net: dict[str, Any] = field(default_factory=lambda: {"name": "vqgan"})
+
+
+@dataclass
+class TrainConfig:
+    """batch_size: samples per worker and step. segment: side of the random crops, in pixels."""
+
+    steps: int = 10_000
+    batch_size: int = 32
+    segment: int = 128
+    lr: float = 1e-3
+    lr_min: float = 0.0  # where the cosine ends
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    loss_weights: dict[str, float] = field(default_factory=dict)  # over the defaults of modality and quantizer
+    losses: dict[str, Any] = field(default_factory=dict)  # settings of the modality's losses, e.g. perceptual
+    precision: str = "fp32"  # fp32, or bf16 for autocast; the quantizer is fp32 in either
+    shuffle_buffer: int = 1024  # samples
+    decode_threads: int = 2
+    log_every: int = 20  # steps
+    checkpoint_every: int = 500  # steps
+    keep_checkpoints: int = 2
+    max_failures: int = 0  # restarts after a lost worker within one command
+    seed: int = 0
+
+
+@dataclass
+class WorkersConfig:
+    """count: training ranks, or actors of the other jobs. cpus 0 shares this machine's out evenly."""
+
+    count: int = 1
+    cpus: float = 0
+    gpus: float = 0
+
+
+@dataclass
+class CodebookConfig:
+    """size: codes, or a list of them; empty for the quantizer's own. max_latents: sampled from the whole corpus."""
+
+    size: Any = None
+    max_latents: int = 1_000_000
+    seed: int = 0
+
+
+@dataclass
+class TokensConfig:
+    """encoding: list or packed. passthrough: members of the samples that become columns. batch_budget: in elements
+    of the input arrays (pixels times channels). max_bad_fraction: more quarantined than this ends in exit code 4.
+    """
+
+    encoding: str = "list"
+    passthrough: list[str] = field(default_factory=list)
+    batch_budget: int = 3 * 128 * 128 * 32
+    decode_threads: int = 2
+    max_bad_fraction: float = 0.01
+
+
+@dataclass
+class Config:
+    """Every key that a command can be given; each command uses some of them."""
+
+    run: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "vp_vae"})
+    train: TrainConfig = field(default_factory=TrainConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    tokenizer: str = ""  # a frozen tokenizer; the run's only one if empty
+    output: str = ""  # of tokenize
+    deep: bool = False  # verify: read the input shards again too
+    keys: list[str] = field(default_factory=list)  # decode: these samples; the first `limit` if empty
+    limit: int = 16  # decode, and pictures in the report of evaluate
+    to: str = ""  # decode: the folder of pictures
+    source: str = ""  # pack: a folder, .parquet or .csv
+    shards: str = ""  # pack: where to, e.g. corpus/photos-%06d.tar
+    samples_per_shard: int = 1000
+    shuffle_seed: int = -1  # pack: -1 keeps the order of the source
+
+    def require(self, *keys: str) -> None:
+        """Raises ConfigError that names the first of these keys that is empty."""
+        for key in keys:
+            value: Any = self
+            for part in key.split("."):
+                value = getattr(value, part)
+            if value in ("", None, []):
+                raise ConfigError(f"{key} is not set; give {key}=... on the command line or in the YAML file")
+
+
+def load_config(arguments: list[str]) -> Config:
+    """Files merge left to right, then key=value overrides. Raises ConfigError."""
+    files = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a]
+    merged = OmegaConf.merge(*[_read(file) for file in files], OmegaConf.from_dotlist(overrides))
+    assert isinstance(merged, DictConfig)
+    given = _resolved(merged)
+    _refuse_unknown(given, Config, prefix="")
+    config = _typed(Config, given, "")
+    _check_named(config)
+    return config
+
+
+def _read(file: str) -> Any:
+    if not Path(file).is_file():
+        raise ConfigError(f"{file!r} is neither a YAML file nor KEY=VALUE")
+    try:
+        loaded = OmegaConf.load(file)
+    except Exception as error:  # PyYAML's errors share no useful base class
+        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{file} must hold keys and values")
+    return loaded
+
+
+def _resolved(merged: DictConfig) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(merged, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _refuse_unknown(given: dict[str, Any], cls: type, prefix: str) -> None:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are: {', '.join(known)}"
+            raise ConfigError(f"unknown key {prefix}{key}; {hint}")
+        kind = known[key].type
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} is {value!r}; it must hold keys: {_names(kind)}")
+            _refuse_unknown(value, kind, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _names(cls: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _typed(cls: type, given: dict[str, Any], prefix: str) -> Any:
+    """An instance of a dataclass, every value of its field's type. Raises ConfigError that names the key."""
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or getattr(error, "key", "")
+        raise ConfigError(f"{prefix}{key}: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:  # from a __post_init__
+        raise ConfigError(str(error)) from error
+
+
+def _check_named(config: Config) -> None:
+    """quantizer, model.net and data.preprocess, whose fields depend on a name."""
+    try:
+        modality = MODALITIES.get(config.model.modality)
+        config.quantizer = _named(QUANTIZERS, config.quantizer, "quantizer.")
+        config.model.net = _named(NETS, config.model.net, "model.net.")
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _refuse_unknown(config.data.preprocess, modality.Config, "data.preprocess.")
+    config.data.preprocess = dataclasses.asdict(_typed(modality.Config, config.data.preprocess, "data.preprocess."))
+    shards = config.data.shards
+    if not (isinstance(shards, str) or (isinstance(shards, list) and all(isinstance(s, str) for s in shards))):
+        raise ConfigError(f"data.shards is {shards!r}; it must be a path, a glob, braces, or a list of them")
+
+
+def _named(registry: Any, given: dict[str, Any], prefix: str) -> dict[str, Any]:
+    if "name" not in given:
+        raise ConfigError(f"{prefix}name is not set; there are: {', '.join(registry.names())}")
+    cls = registry.get(given["name"])
+    fields = {key: value for key, value in given.items() if key != "name"}
+    _refuse_unknown(fields, cls.Config, prefix)
+    return {"name": given["name"], **dataclasses.asdict(_typed(cls.Config, fields, prefix))}

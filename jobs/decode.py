@@ -1,0 +1,51 @@
+"""Token rows back to pictures or sound: `output`, `to`, and `keys` (the first `limit` rows if empty)."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jobs.config import Config, ConfigError
+from jobs.frozen import load_tokenizer, tokenizer_url
+from jobs.status import open_output
+from pipeline import storage
+from pipeline.errors import OutputMismatch
+from pipeline.tokens import TokenDataset
+from pipeline.tokens.layout import SIZE_COLUMNS
+from tokenizer.tokenizer import Tokenizer
+
+
+def run(config: Config) -> int:
+    config.require("output", "to")
+    output = open_output(config.output)
+    tokenizer = load_tokenizer(tokenizer_url(config))
+    if tokenizer.id != output.layout.tokenizer_id:
+        raise OutputMismatch(
+            f"{output.url} was written by tokenizer {output.layout.tokenizer_id}, this one is {tokenizer.id}; "
+            "set tokenizer=... to the one that wrote it"
+        )
+    written = [_write(row, tokenizer, storage.normalise(config.to)) for row in _chosen(config)]
+    missing = set(config.keys) - {key for key, _ in written}
+    if missing:
+        raise ConfigError(f"{output.url} has no rows with keys {', '.join(sorted(missing))}")
+    print(f"decode: {len(written)} files in {storage.normalise(config.to)}")
+    return 0
+
+
+def _chosen(config: Config) -> Iterator[dict[str, Any]]:
+    rows = iter(TokenDataset(config.output, columns=("source_shard", "source_index", *SIZE_COLUMNS)))
+    if config.keys:
+        wanted = set(config.keys)
+        yield from (row for row in rows if row["key"] in wanted)
+        return
+    for _, row in zip(range(config.limit), rows, strict=False):
+        yield row
+
+
+def _write(row: dict[str, Any], tokenizer: Tokenizer, folder: str) -> tuple[str, str]:
+    size = {name: row[name] for name in tokenizer.modality.size_columns}
+    [array] = tokenizer.decode([row["tokens"]], [size])
+    shard = row["source_shard"].rsplit("/", 1)[1].split(".")[0]
+    name = re.sub(r"[^\w.-]", "_", f"{shard}-{row['source_index']:06d}-{row['key']}")
+    url = storage.join(folder, f"{name}.{tokenizer.modality.written_as}")
+    storage.replace(url, tokenizer.modality.to_bytes(array))
+    return row["key"], url

@@ -1,0 +1,28 @@
+"""Which frozen tokenizer a command means, and loading it."""
+
+from jobs.config import Config, ConfigError
+from pipeline import storage
+from tokenizer.tokenizer import Tokenizer
+
+
+def tokenizer_url(config: Config) -> str:
+    """`tokenizer` if given, else the only one in RUN/tokenizers. Raises ConfigError where that is none, or several."""
+    if config.tokenizer:
+        return storage.normalise(config.tokenizer)
+    config.require("run")
+    folder = storage.join(storage.normalise(config.run), "tokenizers")
+    found = storage.list_folders(folder)
+    if not found:
+        raise ConfigError(f"{folder} holds no tokenizer; run `tokenmill codebook` first, or set tokenizer=...")
+    if len(found) > 1:
+        raise ConfigError(f"{folder} holds several tokenizers; choose one by tokenizer=...: {', '.join(found)}")
+    return found[0]
+
+
+def load_tokenizer(url: str, device: str = "cpu") -> Tokenizer:
+    """Raises ConfigError if there is no tokenizer, TokenizerMismatch if its files do not belong together."""
+    try:
+        with storage.downloaded(url) as folder:
+            return Tokenizer.from_pretrained(folder, device)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{url} is no tokenizer ({error}); make one with `tokenmill codebook`") from error

@@ -1,0 +1,116 @@
+"""A folder of files, or a Parquet or CSV file of bytes, to WebDataset shards: `source`, `shards`, `samples_per_shard`.
+
+`shards` is a pattern such as corpus/photos-%06d.tar. In a folder, files that share their name up to the first dot are
+one sample. In a table, each column is a member (`jpg`, `cls`, ...), bytes as they are, all else as text; a `key`
+column names the samples; CSV holds the media columns in base64.
+"""
+
+import base64
+import io
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from jobs.config import Config, ConfigError
+from pipeline import storage
+from pipeline.samples import NAME
+from tokenizer.modality import build_modality
+
+Packed = dict[str, Any]  # __key__ and members, as webdataset has them
+
+
+def run(config: Config) -> int:
+    config.require("source", "shards")
+    pattern = config.shards if "%" in config.shards else f"{config.shards}-%06d.tar"
+    media = build_modality(config.model.modality, config.data.preprocess).extensions
+    source = storage.normalise(config.source)
+    samples = _from_table(source, media) if source.endswith((".parquet", ".csv")) else _from_folder(source)
+    if config.shuffle_seed >= 0:
+        samples = _shuffled(samples, config.shuffle_seed)
+    num_samples = num_shards = 0
+    for part in _parts(samples, config.samples_per_shard):
+        url = storage.normalise(pattern % num_shards)
+        try:
+            storage.write_once(url, _to_tar(part))
+        except FileExistsError as error:
+            raise ConfigError(f"{url} is already there; choose another `shards`, or remove it") from error
+        num_samples, num_shards = num_samples + len(part), num_shards + 1
+    if num_samples == 0:
+        raise ConfigError(f"{source} holds no samples")
+    print(f"pack: {num_samples} samples in {num_shards} shards, {storage.normalise(pattern % 0)} and on")
+    return 0
+
+
+def _from_folder(folder: str) -> Iterator[Packed]:
+    """Members are opened when their turn comes, so that a folder may be larger than memory."""
+    if not Path(folder).is_dir():
+        raise ConfigError(f"source {folder} is neither a folder nor a .parquet or .csv file")
+    groups: dict[str, list[tuple[str, Path]]] = {}
+    for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        match = NAME.match(file.relative_to(folder).as_posix())
+        if match is None:
+            raise ConfigError(f"{file} is not named KEY.EXTENSION; rename or remove it")
+        groups.setdefault(match[1], []).append((match[2].lower(), file))
+    for key, members in groups.items():
+        yield {"__key__": key, **dict(members)}
+
+
+def _from_table(file: str, media: tuple[str, ...]) -> Iterator[Packed]:
+    is_csv = file.endswith(".csv")
+    for index, row in enumerate(_csv_rows(file) if is_csv else _parquet_rows(file)):
+        key = str(row.pop("key", f"{index:09d}"))
+        members = {name: _member(value, is_csv and name in media) for name, value in row.items() if value is not None}
+        yield {"__key__": key, **members}
+
+
+def _parquet_rows(file: str) -> Iterator[dict[str, Any]]:
+    with storage.open_stream(file) as stream:
+        for batch in pq.ParquetFile(stream).iter_batches(1024):
+            yield from batch.to_pylist()
+
+
+def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
+    with storage.open_stream(file) as stream:
+        yield from pyarrow.csv.read_csv(stream).to_pylist()
+
+
+def _member(value: Any, base64_text: bool) -> bytes:
+    if base64_text:
+        return base64.b64decode(value, validate=True)
+    return value if isinstance(value, bytes) else str(value).encode()
+
+
+def _shuffled(samples: Iterator[Packed], seed: int) -> Iterator[Packed]:
+    everything = list(samples)
+    random.Random(seed).shuffle(everything)
+    return iter(everything)
+
+
+def _parts(samples: Iterator[Packed], size: int) -> Iterator[list[Packed]]:
+    part: list[Packed] = []
+    seen: set[str] = set()
+    for sample in samples:
+        if sample["__key__"] in seen:
+            raise ConfigError(f"key {sample['__key__']!r} is there twice in the source; keys must be unique")
+        seen.add(sample["__key__"])
+        part.append(sample)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _to_tar(samples: list[Packed]) -> bytes:
+    """The bytes of one shard; the same samples give the same bytes, on any day and for any user."""
+    import webdataset  # imports torch, which the other commands' help should not wait for
+
+    out = io.BytesIO()
+    with webdataset.TarWriter(out, encoder=False, mtime=0, user="tokenmill", group="tokenmill") as writer:
+        for sample in samples:
+            writer.write({name: v.read_bytes() if isinstance(v, Path) else v for name, v in sample.items()})
+    return out.getvalue()

@@ -1,0 +1,122 @@
+"""Plots as PNG bytes, and the self-contained HTML page of `evaluate` and `codebook`."""
+
+import base64
+import html
+import io
+from typing import Any
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+CURVES = ("loss", "psnr", "perplexity", "accepted", "energy_ratio", "norm_mean", "norm_var", "lr")
+
+
+def curves_png(history: list[dict[str, Any]]) -> bytes:
+    """Training curves, one panel for each number that was logged."""
+    names = [name for name in CURVES if any(name in row for row in history)]
+    figure = Figure(figsize=(4 * min(4, len(names)), 2.6 * -(-len(names) // 4)), layout="constrained")
+    for axis, name in zip(np.ravel(figure.subplots(-(-len(names) // 4), min(4, len(names)))), names, strict=False):
+        rows = [row for row in history if name in row]
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows])
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def usage_png(counts: np.ndarray) -> bytes:
+    """How often each code was chosen, from the most to the least frequent."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    shares = np.sort(counts)[::-1] / max(1, counts.sum())
+    axis.fill_between(np.arange(1, len(shares) + 1), shares, step="mid")
+    axis.axhline(1 / len(counts), color="black", linewidth=0.8, linestyle="--", label="all codes alike")
+    axis.set(xlabel="code, by rank", ylabel="share of tokens", title=f"usage of {len(counts)} codes")
+    axis.legend()
+    return _png(figure)
+
+
+def latents_png(z: np.ndarray, codebook: np.ndarray | None) -> bytes:
+    """Latents [N, D] and codes [K, D] in the plane of the latents' two largest principal components."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axis = figure.subplots()
+    center = z.mean(axis=0)
+    plane = np.linalg.svd(z - center, full_matrices=False)[2][:2].T
+    axis.scatter(*_two(z - center, plane), s=2, alpha=0.3, label="latents", rasterized=True)
+    if codebook is not None and codebook.shape[1] == z.shape[1]:
+        axis.scatter(*_two(codebook - center, plane), s=4, color="red", label="codes", rasterized=True)
+    axis.set(title="latent space, first two principal components", aspect="equal")
+    axis.legend(loc="upper right")
+    return _png(figure)
+
+
+def line_png(values: list[float], title: str, xlabel: str) -> bytes:
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(np.arange(1, len(values) + 1), values, marker=".")
+    axis.set(title=title, xlabel=xlabel)
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def sheet_png(pairs: list[tuple[bytes, bytes]], per_row: int = 4) -> bytes:
+    """Originals (left) beside reconstructions (right), several pairs a row. Files are PNGs."""
+    rows = -(-len(pairs) // per_row)
+    figure = Figure(figsize=(3.6 * per_row, 1.9 * rows), layout="constrained")
+    axes = np.ravel(figure.subplots(rows, 2 * per_row))
+    for axis in axes:
+        axis.axis("off")
+    for axis, png in zip(axes, (png for pair in pairs for png in pair), strict=False):
+        axis.imshow(matplotlib.image.imread(io.BytesIO(png)))
+    return _png(figure)
+
+
+def page(title: str, sections: list[str]) -> bytes:
+    """A page that needs no other file."""
+    style = (
+        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+        "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left}figure{display:inline-block;margin:.4em}"
+        "figcaption{font-size:.8em;color:#555}.pair img{height:160px;image-rendering:auto}img{max-width:100%}"
+    )
+    body = "\n".join(sections)
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+        f"<style>{style}</style><h1>{html.escape(title)}</h1>\n{body}</html>\n"
+    ).encode()
+
+
+def table(rows: dict[str, Any]) -> str:
+    cells = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(_short(v))}" for k, v in rows.items())
+    return f"<table>{cells}</table>"
+
+
+def picture(png: bytes, caption: str = "") -> str:
+    return f"<figure><img src='{_data_url(png)}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def pair(original: bytes, reconstruction: bytes, caption: str) -> str:
+    """Original left, reconstruction right."""
+    images = "".join(f"<img src='{_data_url(png)}'> " for png in (original, reconstruction))
+    return f"<figure class=pair>{images}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _two(points: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    flat = points @ plane
+    return flat[:, 0], flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()

@@ -1,0 +1,151 @@
+"""Shards to token shards: `tokenizer`, `data.shards`, `output`.
+
+todo = shards without a manifest entry -> an actor per device reads a shard, decodes in threads, buckets by shape,
+encodes, writes tokens and quarantine, and commits -> one small row of counts comes back.
+"""
+
+import json
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs import cluster
+from jobs.config import Config, TokensConfig
+from jobs.frozen import load_tokenizer, tokenizer_url
+from jobs.progress import Progress
+from jobs.reading import Item, Stopwatch, decoded_batches
+from pipeline.errors import ShardError
+from pipeline.manifest import Shard, find_shards
+from pipeline.tokens import Layout, Output, Quarantined, TokenRow
+from tokenizer.errors import BadSample
+from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
+
+
+@dataclass
+class ShardResult:
+    """What comes back from a worker. failure is None where the shard was committed."""
+
+    num_rows: int = 0
+    num_quarantined: int = 0
+    num_tokens: int = 0
+    failure: str | None = None
+
+
+def run(config: Config) -> int:
+    config.require("data.shards", "output")
+    url = tokenizer_url(config)
+    tokenizer = load_tokenizer(url)
+    inputs = find_shards(config.data.shards)
+    output = Output.create(config.output, layout_of(tokenizer, config.tokens), inputs, asdict(config))
+    done = output.committed_names()
+    todo = [shard for shard in inputs.shards if shard.name not in done]
+    print(f"tokenize: {len(inputs.shards)} shards, {len(inputs.shards) - len(todo)} done before, {len(todo)} to do")
+    failures = _tokenize(todo, url, output, config) if todo else []
+    return _outcome(output, inputs.shards, failures, config)
+
+
+def _tokenize(todo: list[Shard], url: str, output: Output, config: Config) -> list[str]:
+    """Runs the workers; returns what failed."""
+    cluster.start()
+    settings = {"tokenizer_url": url, "output_url": output.url, "options": config.tokens}
+    progress = Progress("tokenize", total=len(todo), unit="shards")
+    failures = []
+    for result in cluster.map_shards(todo, TokenizeWorker, settings, config.workers):
+        if result.failure:
+            failures.append(result.failure)
+        progress.advance(samples=result.num_rows, tokens=result.num_tokens, quarantined=result.num_quarantined)
+    progress.close()
+    return failures
+
+
+def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
+    for failure in failures[:10]:
+        print(f"tokenize: failed shard: {failure.splitlines()[0]}")
+    entries = {entry.name: entry for entry in output.commits()}
+    mine = [entries[shard.name] for shard in shards if shard.name in entries]
+    rows, bad = sum(e.num_rows for e in mine), sum(e.num_quarantined for e in mine)
+    print(f"tokenize: {rows} samples in {len(mine)} of {len(shards)} shards, {bad} quarantined, at {output.url}")
+    if len(mine) < len(shards):
+        print(
+            f"tokenize: incomplete: {len(shards) - len(mine)} shards failed; mend them and run the same command again"
+        )
+        return 3
+    if bad > config.tokens.max_bad_fraction * max(1, rows + bad):
+        print(f"tokenize: done, but {bad} quarantined exceed tokens.max_bad_fraction={config.tokens.max_bad_fraction}")
+        return 4
+    print("tokenize: done")
+    return 0
+
+
+def layout_of(tokenizer: Tokenizer, options: TokensConfig) -> Layout:
+    """What stands in the footer of every shard that this tokenizer writes."""
+    return Layout(
+        tokenizer_id=tokenizer.id,
+        codebook_id=tokenizer.codebook_id,
+        codebook_size=tokenizer.codebook_size,
+        modality=tokenizer.modality.name,
+        index_order=INDEX_ORDER,
+        preprocessing=json.dumps(tokenizer.preprocessing, sort_keys=True),
+        encoding=options.encoding,
+        passthrough=tuple(options.passthrough),
+    )
+
+
+class TokenizeWorker(cluster.ShardWorker):
+    """Holds the tokenizer on its device and takes one shard after the other from bytes to commit."""
+
+    def __init__(self, tokenizer_url: str, output_url: str, options: TokensConfig, **resources: Any):
+        super().__init__(**resources)
+        self.tokenizer = load_tokenizer(tokenizer_url, self.device)
+        self.output = Output.open(output_url)
+        self.options = options
+
+    def process(self, shard: Shard) -> ShardResult:
+        try:
+            return self._commit(shard)
+        except ShardError as error:
+            failure = str(error)
+        except Exception as error:  # one shard must not end a job of days; `status` shows the reason
+            failure = f"{shard.url}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+        self.output.note_failure(shard, failure, now=time.time())
+        return ShardResult(failure=failure)
+
+    def _commit(self, shard: Shard) -> ShardResult:
+        rows, quarantined, seconds = tokenize_shard(shard, self.tokenizer, self.options)
+        entry = self.output.commit(shard, rows, quarantined, seconds, now=time.time())
+        return ShardResult(entry.num_rows, entry.num_quarantined, entry.num_tokens)
+
+
+def tokenize_shard(
+    shard: Shard, tokenizer: Tokenizer, options: TokensConfig
+) -> tuple[list[TokenRow], list[Quarantined], dict[str, float]]:
+    """All rows of a shard in its order, what went to quarantine, and seconds waited for data and spent encoding."""
+    rows: list[TokenRow] = []
+    quarantined: list[Quarantined] = []
+    watch = Stopwatch()
+    for batch in decoded_batches(shard.url, tokenizer, options, quarantined):
+        watch.lap("wait")
+        _encode(batch, tokenizer, options, rows, quarantined)
+        watch.lap("encode")
+    watch.lap("wait")
+    return sorted(rows, key=lambda row: row.source_index), quarantined, watch.seconds
+
+
+def _encode(
+    batch: list[Item], tokenizer: Tokenizer, options: TokensConfig, rows: list[TokenRow], bad: list[Quarantined]
+) -> None:
+    try:
+        tokens = tokenizer.encode([item.decoded.array for item in batch])
+    except BadSample as error:
+        if len(batch) > 1:  # find the one that is to blame
+            for item in batch:
+                _encode([item], tokenizer, options, rows, bad)
+            return
+        sample = batch[0].sample
+        bad.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
+        return
+    for item, grid in zip(batch, tokens, strict=True):
+        sample = item.sample
+        kept = {name: sample.members[name] for name in options.passthrough if name in sample.members}
+        rows.append(TokenRow(sample.key, sample.index, grid, item.decoded.size, kept))

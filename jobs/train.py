@@ -1,0 +1,152 @@
+"""Ray Train: shards to a trained autoencoder: `run`, `data.shards`, `model`, `quantizer`, `train`, `workers`.
+
+Writes RUN/config.yaml, RUN/checkpoints, RUN/model and RUN/reports/train.png. The same command after a crash goes on
+from the last checkpoint.
+"""
+
+import threading
+from dataclasses import asdict
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from jobs import cluster
+from jobs.config import Config, ConfigError
+from jobs.progress import clock
+from jobs.train_loop import train_worker
+from pipeline import storage
+from pipeline.manifest import find_shards
+from tokenizer.modality import MODALITIES
+from tokenizer.net import build_net
+from tokenizer.quantizer import QUANTIZERS
+
+MAY_CHANGE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "max_failures", "decode_threads")
+
+
+def run(config: Config) -> int:
+    config.require("run", "data.shards")
+    url = storage.normalise(config.run)
+    _check(config)
+    shards = find_shards(config.data.shards).shards
+    _claim(url, config)
+    if storage.exists(storage.join(url, "model", "model.safetensors")):
+        print(f"train: {url}/model is there already; choose another `run` to train anew")
+        return 0
+    cluster.start()
+    result = _fit(url, {"config": config, "shards": shards}, config)
+    print(f"train: done, {result}")
+    print(f"train: model at {url}/model, curves at {url}/reports/train.png")
+    return 0
+
+
+def _check(config: Config) -> None:
+    """What can be known to be wrong before Ray starts."""
+    known = {
+        **MODALITIES.get(config.model.modality).default_loss_weights,
+        **QUANTIZERS.get(config.quantizer["name"]).default_loss_weights,
+    }
+    for name in config.train.loss_weights:
+        if name not in known:
+            raise ConfigError(f"train.loss_weights.{name}: there is no such loss; there are: {', '.join(known)}")
+    if config.train.precision not in ("fp32", "bf16"):
+        raise ConfigError(f"train.precision is {config.train.precision!r}; choose fp32 or bf16")
+    factor = build_net(config.model.net).factor
+    if config.train.segment % factor:
+        raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
+
+
+def _claim(url: str, config: Config) -> None:
+    """Writes RUN/config.yaml, or checks that it says what we are asked to train."""
+    mine = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
+    mine["train"] = asdict(config.train)
+    text = OmegaConf.to_yaml(OmegaConf.create(mine))
+    place = storage.join(url, "config.yaml")
+    try:
+        storage.write_once(place, text.encode())
+        return
+    except FileExistsError:
+        there = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
+    before, now = _flat(there), _flat(OmegaConf.to_container(OmegaConf.create(text)))
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
+    if differing:
+        key = differing[0]
+        raise ConfigError(
+            f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or leave it at that"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _fit(url: str, settings: dict[str, Any], config: Config) -> str:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+
+    news = Queue(actor_options={"num_cpus": 0})
+    workers = config.workers
+    resources = {"CPU": cluster.cpus_per_worker(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={**settings, "run": url, "news": news},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            **_storage(url),
+        ),
+    )
+    watcher = threading.Thread(target=_watch, args=(news, config.train.steps), daemon=True)
+    watcher.start()
+    try:
+        trainer.fit()
+    finally:
+        news.put(None)
+        watcher.join(timeout=10)
+    return _line(_last_row(url), config.train.steps)
+
+
+def _storage(url: str) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints: as a path, and for all but local ones the file system to use."""
+    fs, path = storage.locate(url)
+    if storage.is_local(fs):
+        return {"storage_path": path}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+def _watch(news: Any, steps: int) -> None:
+    """Prints what rank 0 tells, until it is told None."""
+    import sys
+
+    live = sys.stdout.isatty()
+    while (row := news.get()) is not None:
+        if "warning" in row:
+            print(f"\ntrain: {row['warning']}" if live else f"train: {row['warning']}", flush=True)
+            continue
+        line = f"train: {_line(row, steps)}"
+        print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
+    if live:
+        print()
+
+
+def _line(row: dict[str, Any], steps: int) -> str:
+    left = (steps - row["step"]) * row["seconds_per_step"]
+    shown = ("loss", "psnr", "perplexity", "accepted", "energy_ratio", "queue_filled")
+    told = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+    bad = f"  {row['bad_samples']} bad samples" if row["bad_samples"] else ""
+    return f"step {row['step']}/{steps}  {told}  {row['samples_per_s']:.0f} samples/s{bad}  {clock(left)} left"
+
+
+def _last_row(url: str) -> dict[str, Any]:
+    import json
+
+    return json.loads(storage.read(storage.join(url, "reports", "train.jsonl")).splitlines()[-1])

@@ -1,0 +1,229 @@
+"""What one training rank does: build, step, log, save. Runs inside Ray Train, once per worker."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+
+from jobs.config import Config, TrainConfig
+from jobs.reading import Item, decode_sample
+from jobs.report import curves_png
+from pipeline import storage
+from pipeline.batches import map_in_threads, prefetch
+from pipeline.errors import ShardError
+from pipeline.manifest import Shard
+from pipeline.samples import Sample
+from pipeline.stream import Position, Share, training_samples
+from tokenizer.autoencoder import Autoencoder, AutoencoderOutput
+from tokenizer.metrics import perplexity
+from tokenizer.modality import build_modality
+
+
+@dataclass
+class Batch:
+    """x as the model takes it, the position after it, and how many samples were skipped on the way as bad."""
+
+    x: Tensor
+    after: Position
+    num_bad: int
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Entry point of a rank. settings: config, shards, run (URL) and news, the queue that the driver listens to."""
+    loop = TrainLoop(**settings)
+    loop.resume()
+    loop.train()
+
+
+class TrainLoop:
+    """Model, optimizer, data and log of one rank."""
+
+    def __init__(self, config: Config, shards: list[Shard], run: str, news: Any):
+        context = ray.train.get_context()
+        self.config, self.shards, self.run, self.news = config, shards, run, news
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":  # Ray would leave one thread per process
+            torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+        torch.manual_seed(config.train.seed)  # the same weights on every rank ...
+        settings = {**asdict(config.model), "quantizer": config.quantizer}
+        self.autoencoder = Autoencoder(settings).to(memory_format=torch.channels_last)
+        torch.manual_seed(config.train.seed * 1000 + self.rank + 1)  # ... but other noise
+        self.modality = build_modality(config.model.modality, config.data.preprocess)
+        self.losses = self.modality.losses(config.train.losses).to(self.device)
+        self.loss_weights = {
+            **self.modality.default_loss_weights,
+            **self.autoencoder.quantizer.default_loss_weights,
+            **config.train.loss_weights,
+        }
+        # quantizers keep their buffers equal on all ranks themselves; a queue is too large to broadcast each step
+        self.model = ray.train.torch.prepare_model(
+            self.autoencoder, parallel_strategy_kwargs={"broadcast_buffers": False}
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.autoencoder.parameters(), betas=config.train.betas, weight_decay=config.train.weight_decay
+        )
+        self.step = self.num_bad = 0
+        self.position = Position()
+        self.history: list[dict[str, Any]] = []
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        options = self.config.train
+        started, since = time.monotonic(), self.step
+        for batch in self._batches():
+            if self.step >= options.steps:
+                break
+            row = self._train_step(
+                batch, log=(self.step + 1) % options.log_every == 0 or self.step + 1 == options.steps
+            )
+            self.step += 1
+            self.position, self.num_bad = batch.after, self.num_bad + batch.num_bad
+            if row is not None:
+                now = time.monotonic()
+                self._log(row, seconds_per_step=(now - started) / (self.step - since))
+                started, since = now, self.step
+            if self.step % options.checkpoint_every == 0 and self.step < options.steps:
+                self._save_checkpoint()
+        self._finish()
+
+    def _train_step(self, batch: Batch, log: bool) -> dict[str, float] | None:
+        """One update; the numbers of it if they are to be logged, since reading them makes a GPU wait."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config.train)
+        x = batch.x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            out: AutoencoderOutput = self.model(x)
+        losses = {**self.losses(x, out.x_hat.float()), **out.quantized.losses}
+        loss = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.config.train.grad_clip)
+        self.optimizer.step()
+        return self._numbers(loss, losses, out) if log else None
+
+    def _numbers(self, loss: Tensor, losses: dict[str, Tensor], out: AutoencoderOutput) -> dict[str, float]:
+        """Raises FloatingPointError where the loss is not finite: going on would only spoil the weights."""
+        told = {"loss": loss, **losses, **out.quantized.metrics}
+        row = {name: float(value.detach()) for name, value in told.items()}
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {self.step + 1}; lower train.lr, or warm up longer"
+            )
+        row["psnr"] = -10 * math.log10(max(row["mse"], 1e-10))
+        if out.quantized.indices is not None:
+            counts = torch.bincount(out.quantized.indices.flatten(), minlength=self.autoencoder.quantizer.codebook_size)
+            row["perplexity"] = perplexity(counts.cpu().numpy())
+        return row
+
+    def _log(self, numbers: dict[str, float], seconds_per_step: float) -> None:
+        samples_per_s = self.config.train.batch_size * self.world_size / seconds_per_step
+        row = {"step": self.step, **numbers, "lr": self.optimizer.param_groups[0]["lr"], "bad_samples": self.num_bad}
+        self.history.append({**row, "seconds_per_step": seconds_per_step, "samples_per_s": samples_per_s})
+        if self.rank == 0:
+            self.news.put(self.history[-1])
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Batch]:
+        return prefetch(self._make_batches(), depth=2)
+
+    def _make_batches(self) -> Iterator[Batch]:
+        options = self.config.train
+        share = Share(self.rank, self.world_size, options.seed)
+        stream = training_samples(
+            self.shards,
+            share,
+            shuffle_buffer=options.shuffle_buffer,
+            position=self.position,
+            on_bad_shard=self._warn,
+        )
+        arrays: list[np.ndarray] = []
+        num_bad = 0
+        for array, position in map_in_threads(self._segment, stream, options.decode_threads):
+            if array is None:
+                num_bad += 1
+                continue
+            arrays.append(array)
+            if len(arrays) == options.batch_size:
+                x = self.modality.batch(arrays, self.autoencoder.factor)
+                after = Position(position.epoch, position.sample + 1)
+                yield Batch(x.pin_memory() if self.device.type == "cuda" else x, after, num_bad)
+                arrays, num_bad = [], 0
+
+    def _segment(self, drawn: tuple[Sample, Position]) -> tuple[np.ndarray | None, Position]:
+        """A random piece of the sample, the same in every run; None if the sample is bad."""
+        sample, position = drawn
+        item = decode_sample(sample, self.modality)
+        if not isinstance(item, Item):
+            return None, position
+        rng = np.random.default_rng([self.config.train.seed, position.epoch, self.rank, position.sample])
+        return self.modality.segment(item.decoded.array, self.config.train.segment, rng), position
+
+    def _warn(self, error: ShardError) -> None:
+        self.news.put({"warning": f"skipped the rest of a shard: {error}"})
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Goes on from the last checkpoint, if there is one."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder) / "state.pt", map_location=self.device, weights_only=True)
+            mine = Path(folder) / f"rank-{self.rank}-of-{self.world_size}.pt"
+            own = torch.load(mine, weights_only=True) if mine.exists() else None
+        self.autoencoder.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.history = state["step"], state["history"]
+        if own is not None:
+            self.position, self.num_bad = Position(*own["position"]), own["num_bad"]
+            torch.set_rng_state(own["rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda_rng"])
+        if self.rank == 0:
+            self.news.put({"warning": f"goes on from the checkpoint of step {self.step}"})
+
+    def _save_checkpoint(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            own: dict[str, Any] = {"position": [self.position.epoch, self.position.sample], "num_bad": self.num_bad}
+            own["rng"] = torch.get_rng_state()
+            if self.device.type == "cuda":
+                own["cuda_rng"] = torch.cuda.get_rng_state()
+            torch.save(own, Path(folder) / f"rank-{self.rank}-of-{self.world_size}.pt")
+            if self.rank == 0:
+                state = {"model": self.autoencoder.state_dict(), "optimizer": self.optimizer.state_dict()}
+                torch.save({**state, "step": self.step, "history": self.history}, Path(folder) / "state.pt")
+            ray.train.report({"step": self.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _finish(self) -> None:
+        """Rank 0 writes the curves, and last the model: that it is there means that training is over."""
+        if self.rank != 0:
+            return
+        log = "".join(json.dumps(row) + "\n" for row in self.history)
+        storage.replace(storage.join(self.run, "reports", "train.jsonl"), log.encode())
+        storage.replace(storage.join(self.run, "reports", "train.png"), curves_png(self.history))
+        with tempfile.TemporaryDirectory() as folder:
+            self.autoencoder.save(folder)
+            storage.upload(folder, storage.join(self.run, "model"))
+
+
+def learning_rate(step: int, options: TrainConfig) -> float:
+    """Linear warm-up to lr, then half a cosine down to lr_min at the last step."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    return options.lr_min + (options.lr - options.lr_min) * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,1 @@
+"""Data: storage, shards, samples, batches, token shards. Knows neither Ray nor any model."""

@@ -1,0 +1,9 @@
+"""Errors of the data layer. Each message names the URL, what is wrong, and what to do."""
+
+
+class ShardError(OSError):
+    """A shard cannot be read to its end: missing, forbidden, truncated, no tar. Nothing of it is committed."""
+
+
+class OutputMismatch(ValueError):
+    """An output belongs to another tokenizer, corpus or setting than the one at hand."""

@@ -1,0 +1,32 @@
+"""A uniform sample of rows that come from many places, the same however the places are dealt out to workers."""
+
+import zlib
+
+import numpy as np
+
+
+class Reservoir:
+    """Keeps the `capacity` rows of lowest priority; priorities are random, drawn from (seed, place).
+
+    Two reservoirs merge into what one would hold that had seen the rows of both.
+    """
+
+    def __init__(self, capacity: int, seed: int):
+        self.capacity, self.seed = capacity, seed
+        self.rows: np.ndarray | None = None
+        self.priorities = np.empty(0)
+
+    def add(self, rows: np.ndarray, place: str) -> None:
+        """rows [N, ...] of one place, which must be added whole, once."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(place.encode())])
+        self._keep(rows, rng.random(len(rows)))
+
+    def merge(self, other: "Reservoir") -> None:
+        if other.rows is not None:
+            self._keep(other.rows, other.priorities)
+
+    def _keep(self, rows: np.ndarray, priorities: np.ndarray) -> None:
+        if self.rows is not None:
+            rows, priorities = np.concatenate([self.rows, rows]), np.concatenate([self.priorities, priorities])
+        lowest = np.argsort(priorities, kind="stable")[: self.capacity]  # sorted: the order of merging leaves no trace
+        self.rows, self.priorities = rows[lowest], priorities[lowest]

@@ -1,0 +1,15 @@
+"""Token shards: how they are laid out, committed, proven and read."""
+
+from pipeline.tokens.layout import Layout, TokenRow
+from pipeline.tokens.output import Commit, Output, Quarantined
+
+__all__ = ["Commit", "Layout", "Output", "Quarantined", "TokenDataset", "TokenRow"]
+
+
+def __getattr__(name: str):
+    # late: a TokenDataset is a torch IterableDataset where torch is installed, and importing torch takes seconds
+    if name == "TokenDataset":
+        from pipeline.tokens.dataset import TokenDataset
+
+        return TokenDataset
+    raise AttributeError(name)

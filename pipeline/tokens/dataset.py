@@ -1,0 +1,173 @@
+"""Reads token shards to train on: sharded, shuffled, resumable, without ray; a torch IterableDataset if torch is there.
+
+How rows are dealt out: the committed shards, permuted by (seed, epoch) when shuffling, make one long line of rows.
+Stream s of S (ranks times DataLoader workers) takes the s-th S-th of it, so that streams differ by one row at most.
+Within a stream, `shuffle_window` rows at a time are permuted; 0 reads everything in order.
+"""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import OutputMismatch
+from pipeline.tokens.layout import tokens_as_lists
+from pipeline.tokens.output import Output
+
+try:  # torch's DataLoader takes what is no IterableDataset for a map-style dataset
+    from torch.utils.data import IterableDataset, get_worker_info
+except ImportError:
+    IterableDataset = object  # type: ignore[assignment, misc]
+
+    def get_worker_info() -> None:  # type: ignore[misc]
+        return None
+
+
+class TokenDataset(IterableDataset):  # type: ignore[misc]
+    """Rows as dicts: `tokens` (integers in the shape of the token grid), `key`, and the `columns` asked for.
+
+    tokenizer_id: if given, shards of another tokenizer raise OutputMismatch. equal_length gives every rank the same
+    number of rows, by leaving out up to world_size - 1. One pass is one epoch, and the next pass has the next
+    epoch's order; where DataLoader workers do the reading, say so by `set_epoch`, since their copies do not come back.
+    state_dict tells how many rows this stream has handed out; load_state_dict goes on right after them. With
+    DataLoader workers use torchdata's StatefulDataLoader, which keeps each worker's state.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        tokenizer_id: str | None = None,
+        columns: tuple[str, ...] = (),
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle_window: int = 0,
+        equal_length: bool = False,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it must lie in 0..{world_size - 1}, below world_size")
+        self.output = Output.open(url)
+        self.layout = self.output.layout
+        if tokenizer_id not in (None, self.layout.tokenizer_id):
+            raise OutputMismatch(f"{url} was written by tokenizer {self.layout.tokenizer_id}, not by {tokenizer_id}")
+        self.columns = columns
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.window, self.equal_length = seed, shuffle_window, equal_length
+        self.files = [(entry.name, entry.num_rows) for entry in self.output.commits() if entry.num_rows]
+        self.num_rows = sum(rows for _, rows in self.files)
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        """Rows of this rank's epoch."""
+        start, stop = self._share()
+        return stop - start
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another epoch is another order of the rows; it starts at its first row."""
+        self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises OutputMismatch if rows would come in another order than when the state was taken."""
+        for name, now in self._identity().items():
+            if state[name] != now:
+                raise OutputMismatch(f"the state was taken with {name}={state[name]}; this dataset has {name}={now}")
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            **{"num_rows": self.num_rows, "seed": self.seed, "shuffle_window": self.window},
+            **{"rank": self.rank, "world_size": self.world_size},
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        share = self._share()
+        start, stop = _split(*share, worker.id, worker.num_workers) if worker else share
+        window = self.window or max(1, stop - start)
+        line = self._line()
+        resumed = self.position
+        for low in range(start + resumed // window * window, stop, window):
+            already = max(0, start + resumed - low)
+            for row in self._window(line, low, min(low + window, stop), already):
+                self.position += 1
+                yield row
+        self.set_epoch(self.epoch + 1)
+
+    def _share(self) -> tuple[int, int]:
+        """This rank's rows start..stop of the line."""
+        total = self.num_rows // self.world_size * self.world_size if self.equal_length else self.num_rows
+        return _split(0, total, self.rank, self.world_size)
+
+    def _line(self) -> list[tuple[str, int]]:
+        if not self.window:
+            return self.files
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
+        return [self.files[i] for i in order]
+
+    def _window(self, line: list[tuple[str, int]], low: int, high: int, already: int) -> Iterator[dict[str, Any]]:
+        """Rows low..high of the line, permuted when shuffling, less the first `already`."""
+        pieces = _pieces(line, low, high)
+        if not self.window:  # one file at a time in memory
+            for name, first, last in pieces:
+                skip = min(already, last - first)
+                already -= skip
+                yield from map(self._read(name, first, last).row, range(skip, last - first))
+            return
+        tables = [self._read(*piece) for piece in pieces]
+        starts = np.cumsum([0] + [last - first for _, first, last in pieces])
+        order = np.random.default_rng([self.seed, self.epoch, low]).permutation(high - low)[already:]
+        which = np.searchsorted(starts, order, side="right") - 1
+        for table, row in zip(which.tolist(), (order - starts[which]).tolist(), strict=True):
+            yield tables[table].row(row)
+
+    def _read(self, name: str, first: int, last: int) -> "_Rows":
+        url = self.output.tokens_url(name)
+        fs, path = storage.locate(url)
+        source = path if storage.is_local(fs) else io.BytesIO(storage.read(url))
+        names = list(dict.fromkeys(["tokens", "shape", "key", *self.columns]))
+        table = pq.read_table(source, columns=names, memory_map=storage.is_local(fs))
+        footer = (table.schema.metadata or {}).get(b"tokenizer_id", b"").decode()
+        if footer != self.layout.tokenizer_id:
+            raise OutputMismatch(f"{url} was written by tokenizer {footer!r}, not by {self.layout.tokenizer_id}")
+        return _Rows(table.slice(first, last - first), self.layout.token_dtype)
+
+
+class _Rows:
+    """Some rows of one shard, ready to be handed out one by one."""
+
+    def __init__(self, table: pa.Table, dtype: np.dtype):
+        tokens = tokens_as_lists(table["tokens"].combine_chunks(), dtype)
+        self.values = np.array(tokens.values)  # a copy that may be written to, as torch wants it
+        self.offsets = tokens.offsets.to_pylist()
+        self.shapes = [tuple(shape) for shape in table["shape"].to_pylist()]
+        self.others = {name: table[name].to_pylist() for name in table.column_names if name not in ("tokens", "shape")}
+
+    def row(self, i: int) -> dict[str, Any]:
+        tokens = self.values[self.offsets[i] : self.offsets[i + 1]].reshape(self.shapes[i])
+        return {"tokens": tokens, **{name: values[i] for name, values in self.others.items()}}
+
+
+def _split(start: int, stop: int, part: int, parts: int) -> tuple[int, int]:
+    """The part-th of `parts` consecutive pieces of start..stop, which differ by one at most."""
+    length = stop - start
+    return start + part * length // parts, start + (part + 1) * length // parts
+
+
+def _pieces(line: list[tuple[str, int]], low: int, high: int) -> list[tuple[str, int, int]]:
+    """Rows low..high of the line as (file, first row, last row + 1)."""
+    pieces = []
+    start = 0
+    for name, rows in line:
+        first, last = max(low - start, 0), min(high - start, rows)
+        if first < last:
+            pieces.append((name, first, last))
+        start += rows
+    return pieces

@@ -1,0 +1,40 @@
+"""The encoder half with its preprocessing: bytes to arrays, arrays to latents. Needs no codebook."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.errors import BadSample
+from tokenizer.modality import build_modality
+
+
+class LatentEncoder:
+    """Frozen nets, always in eval mode and float32. preprocessing: the fields of the modality's Config."""
+
+    def __init__(self, autoencoder: Autoencoder, preprocessing: dict[str, Any]):
+        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
+        self.preprocessing = preprocessing
+        self.modality = build_modality(autoencoder.settings["modality"], preprocessing)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.autoencoder.parameters()).device
+
+    def to(self, device: str | torch.device) -> "LatentEncoder":
+        """Moves the nets; channels_last on every device, since it is faster for convolutions on CPU and GPU alike."""
+        self.autoencoder.to(device=device, memory_format=torch.channels_last)
+        return self
+
+    @torch.inference_mode()
+    def latents(self, arrays: list[np.ndarray]) -> Tensor:
+        """What the quantizer is given for arrays of one shape: [B, ..., in_dim] float32. Raises BadSample on NaN."""
+        x = self.modality.batch(arrays, self.autoencoder.factor)
+        if self.device.type == "cuda":
+            x = x.pin_memory().to(self.device, non_blocking=True)
+        z = self.autoencoder.latents(x)
+        if not torch.isfinite(z).all():
+            raise BadSample("the encoder gave NaN or infinite latents")
+        return z
