@@ -24,8 +24,8 @@ def start() -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # what workers print is Ray's own chatter: results, progress and errors come back as values and exceptions
-    local = {"include_dashboard": False} if address == "local" else {}
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **local)
+    dashboard = None if address != "local" else False
+    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
 
 
 def cpus_per_worker(workers: WorkersConfig) -> float:
@@ -58,9 +58,9 @@ def map_shards(
 
     Only descriptors and results pass through Ray. A worker that dies is started again with the shard it had.
     """
-    import ray
+    import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after its import, which sets it to INFO
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which sets it to INFO
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = False
     context.enable_progress_bars = False
@@ -68,7 +68,7 @@ def map_shards(
     count = min(workers.count, len(shards))
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
     done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        worker,  # type: ignore[arg-type]
+        worker,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=count),
         fn_constructor_kwargs={**settings, "num_cpus": cpus, "num_gpus": workers.gpus},

@@ -127,8 +127,9 @@ def load_config(arguments: list[str]) -> Config:
     """Files merge left to right, then key=value overrides. Raises ConfigError."""
     files = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a]
-    merged = OmegaConf.merge(*[_read(file) for file in files], OmegaConf.from_dotlist(overrides))
-    assert isinstance(merged, DictConfig)
+    merged = OmegaConf.create()
+    for part in [*[_read(file) for file in files], OmegaConf.from_dotlist(overrides)]:
+        merged = _merge(merged, part)
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
     config = _typed(Config, given, "")
@@ -146,6 +147,17 @@ def _read(file: str) -> Any:
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{file} must hold keys and values")
     return loaded
+
+
+def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:
+    """part over merged. Another quantizer or net starts from its own defaults: the settings of the old mean nothing."""
+    for section in ("quantizer", "model.net"):
+        name = OmegaConf.select(part, f"{section}.name")
+        if name is not None and name != OmegaConf.select(merged, f"{section}.name"):
+            OmegaConf.update(merged, section, {}, merge=False, force_add=True)
+    result = OmegaConf.merge(merged, part)
+    assert isinstance(result, DictConfig)
+    return result
 
 
 def _resolved(merged: DictConfig) -> dict[str, Any]:

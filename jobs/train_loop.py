@@ -57,7 +57,8 @@ class TrainLoop:
             torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
         torch.manual_seed(config.train.seed)  # the same weights on every rank ...
         settings = {**asdict(config.model), "quantizer": config.quantizer}
-        self.autoencoder = Autoencoder(settings).to(memory_format=torch.channels_last)
+        self.autoencoder = Autoencoder(settings)
+        self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(config.train.seed * 1000 + self.rank + 1)  # ... but other noise
         self.modality = build_modality(config.model.modality, config.data.preprocess)
         self.losses = self.modality.losses(config.train.losses).to(self.device)

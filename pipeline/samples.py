@@ -29,12 +29,12 @@ class _StrictTarInfo(tarfile.TarInfo):
     """tarfile ends in silence at a broken header; this one says so, and at a missing end-of-archive mark."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_StrictTarInfo":
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise  # the mark that ends an archive: all is well
-        except tarfile.EmptyHeaderError as error:
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             what = "it ends without an end-of-archive mark" if archive.offset else "it is empty"
             raise ShardError(f"{what}: probably cut short") from error
         except tarfile.HeaderError as error:

@@ -25,7 +25,7 @@ class LatentEncoder:
 
     def to(self, device: str | torch.device) -> "LatentEncoder":
         """Moves the nets; channels_last on every device, since it is faster for convolutions on CPU and GPU alike."""
-        self.autoencoder.to(device=device, memory_format=torch.channels_last)
+        self.autoencoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @torch.inference_mode()

@@ -26,7 +26,7 @@ def nearest_codeword(z: Tensor, codebook: Tensor) -> Tensor:
     num_codes, dim = codebook.shape
     if z.device.type == "cpu" and dim <= TREE_MAX_DIM and num_codes >= TREE_MIN_POINTS:
         found = cKDTree(codebook.numpy()).query(z.numpy(), workers=torch.get_num_threads())[1]
-        return torch.from_numpy(found.astype(np.int64))
+        return torch.from_numpy(np.asarray(found, dtype=np.int64))
     center = codebook.mean(dim=0)  # small norms: the product form loses digits when latents lie far from 0
     z, codebook = z - center, codebook - center
     half_norms = codebook.square().sum(dim=1) / 2
@@ -63,7 +63,7 @@ class KDTreeIndex:
 
     def kth_distances(self, queries: Tensor, ks: list[int]) -> Tensor:
         found = self.tree.query(queries.detach().float().cpu().numpy(), k=ks, workers=torch.get_num_threads())[0]
-        return torch.from_numpy(found.astype(np.float32)).to(queries.device)
+        return torch.from_numpy(np.asarray(found, dtype=np.float32)).to(queries.device)
 
 
 class TiledIndex:
@@ -113,7 +113,11 @@ class SubsampledIndex:
         return self.index.kth_distances(queries, [max(1, round(k / self.stride)) for k in ks])
 
 
-BACKENDS = {"kdtree": KDTreeIndex, "gemm": TiledIndex, "subsample": SubsampledIndex}
+BACKENDS: dict[str, type[KDTreeIndex] | type[TiledIndex] | type[SubsampledIndex]] = {
+    "kdtree": KDTreeIndex,
+    "gemm": TiledIndex,
+    "subsample": SubsampledIndex,
+}
 
 
 def choose_backend(num_points: int, dim: int, device: torch.device) -> str:
@@ -126,7 +130,7 @@ def choose_backend(num_points: int, dim: int, device: torch.device) -> str:
 def build_index(points: Tensor, backend: str = "auto") -> NeighborIndex:
     """An index over points [M, D]; backend is auto, kdtree, gemm or subsample."""
     if backend == "auto":
-        backend = choose_backend(*points.shape, points.device)
+        backend = choose_backend(points.shape[0], points.shape[1], points.device)
     if backend not in BACKENDS:
         raise ValueError(f"unknown neighbour back-end {backend!r}; choose auto, {', '.join(BACKENDS)}")
     return BACKENDS[backend](points)

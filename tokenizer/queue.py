@@ -11,6 +11,12 @@ class LatentQueue(nn.Module):
     waiting ones are state too, a run that is resumed asks the same queue as one that never stopped.
     """
 
+    samples: Tensor
+    filled: Tensor
+    head: Tensor
+    waiting: Tensor
+    num_waiting: Tensor
+
     def __init__(self, capacity: int, dim: int, flush: int):
         super().__init__()
         self.capacity, self.flush = capacity, max(1, flush)
@@ -23,6 +29,10 @@ class LatentQueue(nn.Module):
     @property
     def full(self) -> bool:
         return int(self.filled) == self.capacity
+
+    @property
+    def filled_share(self) -> Tensor:
+        return self.filled / self.capacity
 
     @torch.no_grad()
     def add(self, latents: Tensor) -> bool:

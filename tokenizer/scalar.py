@@ -43,6 +43,9 @@ def levels_for(codebook_size: int) -> list[int]:
 class MixedRadix(nn.Module):
     """Vectors of levels [N, D] int64 to indices [N] int64 and back."""
 
+    levels: Tensor
+    basis: Tensor
+
     def __init__(self, levels: list[int]):
         super().__init__()
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.int64), persistent=False)

@@ -44,7 +44,8 @@ def test_up_to_16_codes_are_one_dimension():
 
 
 @pytest.mark.parametrize(
-    ("lowest", "highest", "off"), [(3, 59, 0.06), (60, 260, 0.033), (261, 500, 0.027), (501, 1000, 0.02), (1001, 2000, 0.014)]
+    ("lowest", "highest", "off"),
+    [(3, 59, 0.06), (60, 260, 0.033), (261, 500, 0.027), (501, 1000, 0.02), (1001, 2000, 0.014)],
 )
 def test_levels_come_near_to_any_size(lowest, highest, off):
     """The worst: 17 -> 16 (5.9 %), 93 -> 90, 263 -> 256, 918 -> 900, 1242 -> 1225 (1.4 %). Beside the papers' sizes."""

@@ -6,7 +6,6 @@ which makes a net that a CPU can train; and attention is at the bottleneck only.
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from tokenizer.net import NETS, Net
@@ -119,5 +118,6 @@ def _patch_in(width_in: int, width_out: int, patch: int) -> nn.Conv2d:
 
 def _patch_out(width_in: int, width_out: int, patch: int) -> list[nn.Module]:
     last = _conv3(width_in, width_out * patch**2)
-    torch.nn.init.zeros_(last.bias)  # mid grey at the start
+    assert last.bias is not None
+    nn.init.zeros_(last.bias)  # mid grey at the start
     return [last] if patch == 1 else [last, nn.PixelShuffle(patch)]

@@ -76,6 +76,7 @@ class FSPConfig:
 class FSP(Quantizer):
     """p = cdf(a) in (0, 1)^d, cut into L equal cells per dim; training sees p moved within one cell's width."""
 
+    levels: Tensor
     Config = FSPConfig
     default_loss_weights = {"norm_mean": 0.1, "norm_var": 0.07}
 

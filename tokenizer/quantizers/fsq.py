@@ -36,6 +36,7 @@ class FSQConfig:
 class FSQ(Quantizer):
     """Bounds each scalar with tanh and rounds it to one of L levels. No loss, no state."""
 
+    levels: Tensor
     Config = FSQConfig
 
     def __init__(self, config: FSQConfig):

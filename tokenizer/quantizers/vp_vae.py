@@ -56,6 +56,8 @@ class VPVAEConfig:
 class VPVAE(Quantizer):
     """Moves each latent by what quantization would do to it; `fit` makes the codebook once training is over."""
 
+    log_eta: Tensor
+    codes: Tensor
     Config = VPVAEConfig
     default_loss_weights = {"norm_mean": 0.1, "norm_var": 0.07}
     training_state = ("queue.", "log_eta")
@@ -78,7 +80,7 @@ class VPVAE(Quantizer):
         losses = moment_losses(z, variance=1.0)
         if not self.queue.full or len(z) == 0:  # no estimate of the density yet: the plain autoencoder trains
             self._remember(z)
-            return QuantizerOutput(z, losses=losses, metrics={"queue_filled": self.queue.filled / self.queue.capacity})
+            return QuantizerOutput(z, losses=losses, metrics={"queue_filled": self.queue.filled_share})
         moved, metrics = self._perturb(z.detach())
         self._remember(z)  # after perturbing, so that no token is its own neighbour
         return QuantizerOutput(straight_through(z, moved), losses=losses, metrics=metrics)

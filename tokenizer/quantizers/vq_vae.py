@@ -31,6 +31,7 @@ class VQVAEConfig:
 class VQVAE(Quantizer):
     """The base form: k-means initialisation from the first batch, codebook and commitment loss, no EMA."""
 
+    initialised: Tensor
     Config = VQVAEConfig
     default_loss_weights = {"codebook": 1.0, "commitment": 0.25}
 

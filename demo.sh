@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The whole road on the photos in samples/. Each line is a command that a user would type; `make demo` runs this file.
+set -euo pipefail
+cd "$(dirname "$0")"
+config=configs/demo.yaml
+rm -rf runs/demo
+
+echo "Tokenmill on the photos in samples/ (491 tiles to train on, 108 held out), on this machine's CPU:"
+echo "  train a VP-VAE (no codebook) > make its codebook > tokenize to Parquet > prove it > evaluate > decode"
+echo "About 5 minutes on two cores; training is most of it. Everything goes to runs/demo."
+step() { echo; echo "\$ tokenmill $*"; tokenmill "$@"; }
+
+step train    "$config"
+step codebook "$config"
+step tokenize "$config"
+step status   "$config"
+step verify   "$config" deep=true
+step evaluate "$config" 'data.shards=samples/heldout/*.tar'
+step decode   "$config"
+
+echo
+echo "Look at:"
+echo "  runs/demo/reports/evaluate-vp_vae-K1024.png    held-out photos, original left, from 64x fewer numbers right"
+echo "  runs/demo/reports/evaluate-vp_vae-K1024.html   the same with quality and codebook usage"
+echo "  runs/demo/reports/train.png                    training curves"
+echo "  runs/demo/decoded/                             pictures made from the Parquet rows alone"

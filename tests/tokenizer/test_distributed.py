@@ -1,0 +1,173 @@
+"""Two real processes over gloo against one process with the concatenated batch."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import Tensor
+
+from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
+from tokenizer.moments import moment_losses
+from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
+from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig
+
+RANKS = 2
+ROWS = 300
+
+
+def batch(rank: int, step: int = 0) -> Tensor:
+    """Each rank's latents differ, in mean and spread too."""
+    z = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(1000 * step + rank))
+    return rank + (1 + rank) * z
+
+
+def whole(step: int = 0) -> Tensor:
+    return torch.cat([batch(rank, step) for rank in range(RANKS)])
+
+
+def vp_vae() -> VPVAE:
+    # a queue of 1,024; 2 * 30 latents a step wait until 5 are there
+    return VPVAE(VPVAEConfig(codebook_size=16, dim=4, update_probability=0.1))
+
+
+def measure(rank: int) -> dict[str, Any]:
+    """All that the tests below ask of one rank."""
+    found: dict[str, Any] = {"world_size": world_size(), "rows": gather_rows(batch(rank))}
+
+    x = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
+    mean = mean_across_ranks(x)
+    mean.square().sum().backward()
+    found["mean"], found["mean_gradient"] = mean.detach(), x.grad
+
+    z = batch(rank).requires_grad_()
+    losses = moment_losses(z, variance=1.0)
+    sum(losses.values()).backward()
+    found["losses"], found["loss_gradient"] = {k: v.detach() for k, v in losses.items()}, z.grad
+
+    vq = VQVAE(VQVAEConfig(codebook_size=16, dim=4))
+    vq(batch(rank))
+    found["vq_codes"] = vq.codes.detach()
+
+    vp = vp_vae()
+    torch.manual_seed(rank)  # as in training: each rank draws its own noise
+    outs = [vp(batch(rank, step)) for step in range(8)]
+    found["vp_state"] = vp.state_dict()
+    found["vp_metrics"] = outs[-1].metrics
+    found["vp_perturbation"] = outs[-1].z_q - batch(rank, 7)
+    found["vp_losses"] = outs[-1].losses
+    return found
+
+
+def work(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    try:
+        torch.save(measure(rank), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two ranks measured."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module by its name
+        if sys.platform == "linux":
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+        torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def test_world_size_is_asked_anew(ranks):
+    assert [found["world_size"] for found in ranks] == [2, 2]
+    assert world_size() == 1
+
+
+def test_one_process_is_its_own_mean_and_its_own_rows():
+    x = torch.randn(3, 2, requires_grad=True)
+    assert mean_across_ranks(x) is x
+    assert torch.equal(gather_rows(x), x)
+    assert not gather_rows(x).requires_grad
+
+
+def test_rows_come_in_rank_order(ranks):
+    for found in ranks:
+        assert torch.equal(found["rows"], whole())
+
+
+def test_mean_is_that_of_both_ranks(ranks):
+    """Solved by hand: (1 + 2) / 2 and (10 + 10) / 2."""
+    for found in ranks:
+        assert found["mean"].tolist() == [1.5, 10.0]
+
+
+def test_gradient_of_the_mean_reaches_every_rank(ranks):
+    """By hand: each rank has the loss |m|^2, so the sum of both is 2 |m|^2 and its gradient 2 * 2 m / 2 = 2 m.
+
+    DDP then takes the mean of the ranks' gradients, which is what one process would have had.
+    """
+    for found in ranks:
+        assert found["mean_gradient"].tolist() == [3.0, 20.0]
+
+
+@pytest.mark.parametrize("name", ["norm_mean", "norm_var"])
+def test_moment_losses_are_those_of_the_whole_batch(ranks, name):
+    expected = moment_losses(whole(), variance=1.0)[name]
+    alone = moment_losses(batch(0), variance=1.0)[name]
+    for found in ranks:
+        torch.testing.assert_close(found["losses"][name], expected)
+    assert not math.isclose(expected, alone, rel_tol=0.1)
+
+
+def test_moment_gradients_averaged_as_ddp_does_are_those_of_the_whole_batch(ranks):
+    z = whole().requires_grad_()
+    sum(moment_losses(z, variance=1.0).values()).backward()
+    torch.testing.assert_close(torch.cat([found["loss_gradient"] for found in ranks]) / RANKS, z.grad)
+
+
+def test_vq_vae_starts_with_the_same_codes_on_every_rank(ranks):
+    assert torch.equal(ranks[0]["vq_codes"], ranks[1]["vq_codes"])
+
+
+def test_vq_vae_starts_from_the_latents_of_all_ranks(ranks):
+    alone = VQVAE(VQVAEConfig(codebook_size=16, dim=4))
+    alone(whole())
+    torch.testing.assert_close(ranks[0]["vq_codes"], alone.codes.detach())
+
+
+@pytest.mark.parametrize("name", ["queue.samples", "queue.filled", "queue.head", "queue.waiting", "queue.num_waiting"])
+def test_vp_vae_queues_stay_equal(ranks, name):
+    assert torch.equal(ranks[0]["vp_state"][name], ranks[1]["vp_state"][name])
+
+
+def test_vp_vae_queue_holds_latents_of_both_ranks(ranks):
+    assert int(ranks[0]["vp_state"]["queue.filled"]) == 1024
+    samples = ranks[0]["vp_state"]["queue.samples"]
+    for rank in range(RANKS):
+        known = torch.cat([batch(rank, step) for step in range(8)])
+        share = (samples[:, None] == known).all(dim=2).any(dim=1).float().mean()
+        assert share == pytest.approx(0.5, abs=0.1)
+
+
+def test_vp_vae_eta_follows_the_mean_over_ranks_and_stays_equal(ranks):
+    assert torch.equal(ranks[0]["vp_state"]["log_eta"], ranks[1]["vp_state"]["log_eta"])
+    assert float(ranks[0]["vp_state"]["log_eta"]) != 0
+    assert ranks[0]["vp_metrics"] == ranks[1]["vp_metrics"]
+
+
+def test_vp_vae_noise_differs_between_ranks(ranks):
+    first, second = (found["vp_perturbation"] for found in ranks)
+    both = (first != 0).any(dim=1) & (second != 0).any(dim=1)
+    assert both.any()
+    assert torch.nn.functional.cosine_similarity(first[both], second[both]).mean().abs() < 0.2
+
+
+def test_vp_vae_losses_are_those_of_the_whole_batch(ranks):
+    expected = moment_losses(whole(7), variance=1.0)
+    for found in ranks:
+        torch.testing.assert_close(found["vp_losses"], expected)
