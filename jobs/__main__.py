@@ -33,12 +33,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tokenmill {command} CONFIG.yaml... [key=value ...]\n\n{job.__doc__}")
         return 0
     from jobs.config import ConfigError, load_config
-    from pipeline.errors import OutputMismatch
+    from pipeline.errors import NoShards, OutputMismatch
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
 
     try:
         return _finish(command, job.run(load_config(rest)))
-    except (ConfigError, OutputMismatch, TokenizerMismatch, CodebookMissing) as error:
+    except (ConfigError, NoShards, OutputMismatch, TokenizerMismatch, CodebookMissing) as error:
         return _finish(command, 2, str(error))
 
 

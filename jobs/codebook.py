@@ -146,7 +146,7 @@ def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, con
     except ValueError as error:
         raise ConfigError(str(error)) from error
     tokenizer = Tokenizer(autoencoder, config.data.preprocess)
-    numbers, counts = _measure(tokenizer, latents, size, curve)
+    numbers, counts = _measure(tokenizer, latents, curve)
     place = _place(run_url, autoencoder, size)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -159,14 +159,12 @@ def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, con
     print(f"codebook: {place}  tokenizer {tokenizer.id}  {told}")
 
 
-def _measure(
-    tokenizer: Tokenizer, latents: torch.Tensor, size: int | None, curve: list[float]
-) -> tuple[dict[str, Any], np.ndarray]:
+def _measure(tokenizer: Tokenizer, latents: torch.Tensor, curve: list[float]) -> tuple[dict[str, Any], np.ndarray]:
     quantizer = tokenizer.autoencoder.quantizer
     indices = quantizer.encode(latents)
     counts = np.bincount(indices.numpy(), minlength=tokenizer.codebook_size)
     numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id, "codebook_id": tokenizer.codebook_id}
-    numbers |= usage(counts, size) | {"num_latents": len(latents), "iterations": len(curve)}
+    numbers |= usage(counts, quantizer.target_size) | {"num_latents": len(latents), "iterations": len(curve)}
     numbers["mse"] = float((quantizer.decode(indices) - latents).square().sum(dim=1).mean())
     return numbers, counts
 

@@ -22,6 +22,7 @@ from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens.output import Quarantined
 from tokenizer.metrics import perplexity, usage
+from tokenizer.tokenizer import Tokenizer
 
 PLOTTED_LATENTS = 4000
 
@@ -54,7 +55,7 @@ def run(config: Config) -> int:
         progress.advance(samples=len(next(iter(part.metrics.values()), [])), bad_samples=part.num_bad)
     progress.close()
     ordered = [parts[shard.url] for shard in shards]  # so that the report does not depend on who was first
-    numbers = _summarise(ordered, tokenizer.id, config)
+    numbers = _summarise(ordered, tokenizer)
     _write(url, config, numbers, ordered, tokenizer.autoencoder.quantizer.codebook.numpy())
     for failure in (part.failure for part in ordered if part.failure):
         print(f"evaluate: failed shard: {failure}")
@@ -101,8 +102,8 @@ class EvaluateWorker(cluster.ShardWorker):
             part.examples.append((item.sample.key, to_bytes(item.decoded.array), to_bytes(array)))
 
 
-def _summarise(parts: list[Part], tokenizer_id: str, config: Config) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"tokenizer_id": tokenizer_id}
+def _summarise(parts: list[Part], tokenizer: Tokenizer) -> dict[str, Any]:
+    numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id}
     metrics: dict[str, list[float]] = defaultdict(list)
     for part in parts:
         for name, values in part.metrics.items():
@@ -114,8 +115,8 @@ def _summarise(parts: list[Part], tokenizer_id: str, config: Config) -> dict[str
     for name, values in metrics.items():
         defined = [value for value in values if not math.isnan(value)]
         numbers[name] = float(np.mean(defined)) if defined else math.nan
-    target = config.quantizer.get("codebook_size")
-    numbers |= usage(sum(part.counts for part in parts), target)  # type: ignore[arg-type]
+    counts = sum((part.counts for part in parts), np.zeros(tokenizer.codebook_size, dtype=np.int64))
+    numbers |= usage(counts, tokenizer.autoencoder.quantizer.target_size)
     perplexities = [p for part in parts for p in part.batch_perplexities]
     numbers["perplexity_per_batch"] = float(np.mean(perplexities))
     numbers["tokens_per_batch"] = float(np.mean([n for part in parts for n in part.batch_tokens]))
@@ -127,13 +128,13 @@ def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part],
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
     examples = [example for part in parts for example in part.examples][: config.limit]
     z = np.concatenate([rows for part in parts for rows in part.latents])[:PLOTTED_LATENTS]
-    counts = sum(part.counts for part in parts)
+    counts = np.sum([part.counts for part in parts], axis=0)
     sections = [
         table(numbers),
         "<h2>Original and reconstruction</h2>",
         *[pair(original, rebuilt, key) for key, original, rebuilt in examples],
         "<h2>Codes</h2>",
-        picture(usage_png(counts)),  # type: ignore[arg-type]
+        picture(usage_png(counts)),
         picture(latents_png(z, codebook)),
     ]
     storage.replace(f"{base}.json", (json.dumps(numbers, indent=1) + "\n").encode())

@@ -7,3 +7,7 @@ class ShardError(OSError):
 
 class OutputMismatch(ValueError):
     """An output belongs to another tokenizer, corpus or setting than the one at hand."""
+
+
+class NoShards(ValueError):
+    """What data.shards says names no shards at all: a mistake in the configuration."""

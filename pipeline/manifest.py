@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from pipeline import storage
+from pipeline.errors import NoShards
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Manifest:
 
 
 def find_shards(spec: str | list[str]) -> Manifest:
-    """Sorted by URL, each once. Raises ValueError if a glob matches nothing or nothing is named at all.
+    """Sorted by URL, each once. Raises NoShards if a glob matches nothing or nothing is named at all.
 
     A shard that is named but missing stays in the manifest: the job reports it as failed, rather than not at all.
     """
@@ -52,18 +53,22 @@ def find_shards(spec: str | list[str]) -> Manifest:
     for pattern in [spec] if isinstance(spec, str) else spec:
         urls.update(_expand(pattern))
     if not urls:
-        raise ValueError("data.shards names no shards; give a path, a glob, braces, or a list of them")
+        raise NoShards("data.shards names no shards; give a path, a glob, braces, or a list of them")
     return Manifest([Shard(url, storage.num_bytes(url)) for url in sorted(urls)])
 
 
 def _expand(pattern: str) -> list[str]:
     found: list[str] = []
-    for url in braceexpand(pattern):
+    try:
+        urls = list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise NoShards(f"data.shards: {error}") from error
+    for url in urls:
         if not any(wild in url for wild in "*?["):
             found.append(storage.normalise(url))
             continue
         matches = storage.glob(url)
         if not matches:
-            raise ValueError(f"data.shards: nothing matches {url!r}")
+            raise NoShards(f"data.shards: nothing matches {url!r}")
         found += matches
     return found

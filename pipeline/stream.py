@@ -69,6 +69,7 @@ def _one_epoch(
 def _shuffled(samples: Iterator[Sample], share: Share, epoch: int, size: int) -> Iterator[Sample]:
     """Keeps `size` samples and gives out a random one of them for each that comes in."""
     rng = np.random.default_rng([share.seed, epoch, share.rank])
+    size = max(1, size)  # 0 keeps the order, as 1 does
     held: list[Sample] = []
     for sample in samples:
         if len(held) < size:

@@ -40,6 +40,11 @@ class Quantizer(nn.Module):
     in_dim: int
     dim: int
 
+    @property
+    def target_size(self) -> int:
+        """The number of codes that was asked for, which a scalar quantizer can only come near."""
+        return self.codebook_size
+
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantizes z, as training wants it in train(), deterministically and without any state change in eval().
 

@@ -1,5 +1,7 @@
 """Lloyd against cases solved by hand and against a plain numpy Lloyd from the same start."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -79,12 +81,12 @@ def test_equals_a_plain_numpy_lloyd_from_the_same_start(clusters, dim):
 def test_error_never_rises(seed):
     errors = kmeans(normals(3000, 4, seed=seed), 64, seed=seed).mse
     assert len(errors) > 5
-    assert all(after <= before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before for before, after in pairwise(errors))
 
 
 def test_it_stops_at_the_first_improvement_below_the_tolerance():
     errors = kmeans(normals(3000, 4), 64, tolerance=1e-2).mse
-    gains = [(before - after) / before for before, after in zip(errors, errors[1:], strict=False)]
+    gains = [(before - after) / before for before, after in pairwise(errors)]
     assert gains[-1] <= 1e-2 < min(gains[:-1])
 
 

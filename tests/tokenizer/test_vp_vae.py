@@ -320,6 +320,17 @@ def test_quantization_error_of_equal_cells_is_that_of_balls():
     assert float(quantization_error(torch.full((10,), 0.5), 3)) == pytest.approx(0.25 * 3 / 5)
 
 
+@pytest.mark.parametrize("dim", [2, 3, 5])
+def test_quantization_error_is_zadors_law(dim):
+    """c K^(-2/d) (E f^(-2/(d+2)))^((d+2)/d), written in the density f, with the constant of cells like balls."""
+    size, radius = 100, torch.tensor([0.2, 0.5, 2.0]).double()
+    ball = math.pi ** (dim / 2) / math.gamma(dim / 2 + 1)
+    density = 1 / (size * ball * radius**dim)
+    constant = dim / (dim + 2) * ball ** (-2 / dim)
+    expected = constant * size ** (-2 / dim) * (density ** (-2 / (dim + 2))).mean() ** ((dim + 2) / dim)
+    assert float(quantization_error(radius, dim)) == pytest.approx(float(expected))
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_auto_eta_matches_the_energy_of_the_perturbation_to_real_quantization(steps):
     samples = normals(256 * 64, 4)

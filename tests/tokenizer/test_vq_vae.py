@@ -121,7 +121,7 @@ def test_fewer_latents_than_codes_give_all_codes_finite(count):
     quantizer = initialised(z, 32)
     assert quantizer.codes.shape == (32, 8)
     assert quantizer.codes.isfinite().all()
-    assert float(quantizer(z).losses["codebook"]) == pytest.approx(0, abs=1e-10)
+    assert quantizer(z).losses["codebook"].item() == pytest.approx(0, abs=1e-10)
 
 
 def test_eval_does_not_initialise():
@@ -132,7 +132,7 @@ def test_eval_does_not_initialise():
 
 
 def test_training_lowers_the_error():
-    z = torch.randn(2000, 4)
+    z = 1 + torch.randn(2000, 4)
     quantizer = initialised(torch.randn(50, 4))
     optimizer = torch.optim.SGD(quantizer.parameters(), lr=50.0)
     errors = []
@@ -141,7 +141,7 @@ def test_training_lowers_the_error():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        errors.append(float(loss))
+        errors.append(loss.item())
     assert errors[-1] < 0.8 * errors[0]
 
 
@@ -202,5 +202,5 @@ def test_rotation_of_a_zero_latent_gives_the_code_and_a_gradient_of_the_upstream
 
 
 def test_a_bad_setting_is_named():
-    with pytest.raises(ValueError, match="quantizer.gradient is 'gumbel'; choose one of: straight_through, rotation"):
+    with pytest.raises(ValueError, match="'gumbel'; choose one of: straight_through, rotation"):
         VQVAEConfig(gradient="gumbel")

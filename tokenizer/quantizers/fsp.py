@@ -82,6 +82,7 @@ class FSP(Quantizer):
 
     def __init__(self, config: FSPConfig):
         super().__init__()
+        self.config = config
         levels = list(config.levels) or levels_for(config.codebook_size)
         self.radix = MixedRadix(levels)
         self.dim = self.in_dim = len(levels)
@@ -89,6 +90,10 @@ class FSP(Quantizer):
         self.activation = ACTIVATIONS[config.activation]
         self.vector_wise, self.quantize_rate, self.eta = config.mixing == "vector", config.quantize_rate, config.eta
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+
+    @property
+    def target_size(self) -> int:
+        return self.codebook_size if self.config.levels else self.config.codebook_size
 
     def _train_forward(self, a: Tensor) -> QuantizerOutput:
         p = self.activation.cdf(a)

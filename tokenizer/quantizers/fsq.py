@@ -41,12 +41,17 @@ class FSQ(Quantizer):
 
     def __init__(self, config: FSQConfig):
         super().__init__()
+        self.config = config
         levels = list(config.levels) or levels_for(config.codebook_size)
         self.radix = MixedRadix(levels)
         self.dim = self.in_dim = len(levels)
         self.codebook_size = math.prod(levels)
         self.symmetric, self.noise_rate = config.edges == "symmetric", config.noise_rate
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+
+    @property
+    def target_size(self) -> int:
+        return self.codebook_size if self.config.levels else self.config.codebook_size
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
         position = self._position(z)

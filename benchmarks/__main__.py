@@ -1,0 +1,53 @@
+"""`python -m benchmarks [name...]`: runs them, prints their tables, leaves results/<name>.md and .json."""
+
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.measure import Table, about_this_run
+
+NAMES = ("vp_perturb", "read_tokens", "tokenize")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(names: list[str]) -> int:
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        print(f"benchmarks: unknown {', '.join(unknown)}; there are: {', '.join(NAMES)}")
+        return 2
+    for name in names or NAMES:
+        start, load = time.monotonic(), os.getloadavg()[0]
+        table = importlib.import_module(f"benchmarks.{name}").run()
+        about = about_this_run(f"python -m benchmarks {name}")
+        about["load before"] = f"{load:.1f} (0 on a quiet machine)"
+        about["took"] = f"{time.monotonic() - start:.0f} s"
+        save(name, table, about)
+        print(markdown(table, about), flush=True)
+    return 0
+
+
+def save(name: str, table: Table, about: dict[str, str]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(markdown(table, about))
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, **asdict(table)}, indent=1) + "\n")
+
+
+def markdown(table: Table, about: dict[str, str]) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+    parts = [
+        f"# {table.title}\n",
+        *(f"- {note}" for note in table.notes),
+        "",
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        *(f"- {key}: {value}" for key, value in about.items()),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""Rounds in which every side runs once, and what they give: medians, and ratios of runs of the same round."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("torch", "ray", "pyarrow", "numpy", "scipy", "pillow", "webdataset", "datasets")
+
+
+@dataclass
+class Table:
+    """What one benchmark found. notes: how it was measured, what was proven equal first."""
+
+    title: str
+    notes: list[str]
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    raw: dict[str, object] = field(default_factory=dict)  # every single measurement, for the JSON file
+
+
+@dataclass
+class Timing:
+    """Seconds of one run: on the clock, and of this process on all its cores."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def timed(work: Callable[[], object]) -> Timing:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warmups: int = 1) -> dict[str, list[Timing]]:
+    """Each side once a round, every round starting with another side, so that a busy minute hits all of them."""
+    for _ in range(warmups):
+        for work in sides.values():
+            work()
+    names = list(sides)
+    found: dict[str, list[Timing]] = {name: [] for name in names}
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            found[name].append(timed(sides[name]))
+    return found
+
+
+def ratio_text(over: list[float], under: list[float]) -> str:
+    """Median, and range, of the ratios of two sides round by round: "0.95 (0.91..0.97)"."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return f"{statistics.median(ratios):.3g} ({min(ratios):.3g}..{max(ratios):.3g})"
+
+
+def about_this_run(command: str) -> dict[str, str]:
+    """Date, machine, versions and command: what every published number needs."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{models[0] if models else platform.processor()}, {len(models)} cores",
+        "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)]),
+        "command": command,
+    }

@@ -1,0 +1,183 @@
+"""`tokenize` through Ray against a plain loop in one process: same model, same shards, same cores."""
+
+import io
+import itertools
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import webdataset
+from PIL import Image
+from torch.nn.functional import pad
+
+from benchmarks.measure import Table, ratio_text
+from jobs import cluster
+from jobs.config import Config, TokensConfig, WorkersConfig, load_config
+from jobs.tokenize_corpus import ShardResult, TokenizeWorker, layout_of
+from pipeline.manifest import Manifest, Shard, find_shards
+from pipeline.tokens import Output
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.latents import LatentEncoder
+from tokenizer.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+SHARDS = 40
+ROUNDS = 5
+WORKERS = {"1 worker, all CPUs": WorkersConfig(count=1), "2 workers": WorkersConfig(count=2)}
+
+
+@dataclass
+class Run:
+    """Samples per second: from the call to its end, and from the first shard's start (models loaded) to the end."""
+
+    whole: float
+    steady: float
+
+
+def run() -> Table:
+    cluster.start()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        config = load_config([str(ROOT / "configs/demo.yaml")])
+        make_tokenizer(config, work / "tokenizer")
+        shards = replicate(find_shards(str(ROOT / "samples/train/*.tar")).shards, work / "shards")
+        return measure(config.tokens, shards, work)
+
+
+def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
+    prove_equal(options, shards[:8], work)
+    runs: dict[str, list[Run]] = {"plain loop": [], **{name: [] for name in WORKERS}}
+    for _ in range(ROUNDS):
+        runs["plain loop"].append(plain_run(options, shards, work))
+        for name, workers in WORKERS.items():
+            runs[name].append(ray_run(options, workers, shards, work)[0])
+    plain = runs["plain loop"]
+    table = Table(
+        "tokenize through Ray against a plain loop",
+        [
+            f"{SHARDS} shards (the 8 of samples/train, five times), model of configs/demo.yaml with random weights, "
+            f"K=1024; torch threads on either side: {torch.get_num_threads()} in all.",
+            "Plain loop: one process; webdataset reads, PIL decodes, batches by shape, one Parquet file a shard.",
+            f"Ray: `cluster.map_shards`, Ray started before. decode_threads={options.decode_threads}. "
+            "Tokens of the first 8 shards proven equal first, key by key.",
+            "Whole: from the call to the last shard, with the start of workers and loading of the model. "
+            "Steady: from the first shard's start, so without these.",
+            f"Medians of {ROUNDS} interleaved rounds; ratios are of runs of the same round, with their range.",
+        ],
+        ["side", "whole, samples/s", "ratio to plain", "steady, samples/s", "ratio to plain"],
+    )
+    for name, found in runs.items():
+        cells = [name]
+        for part in ("whole", "steady"):
+            rates, base = [getattr(r, part) for r in found], [getattr(r, part) for r in plain]
+            cells += [f"{statistics.median(rates):.1f}", "1" if found is plain else ratio_text(rates, base)]
+        table.rows.append(cells)
+    table.raw = {name: [vars(r) for r in found] for name, found in runs.items()}
+    return table
+
+
+def make_tokenizer(config: Config, folder: Path) -> None:
+    """The demo's model with random weights, and a codebook of 1024 codes fitted to latents of its own."""
+    torch.manual_seed(0)
+    autoencoder = Autoencoder({"modality": "image", "net": config.model.net, "quantizer": config.quantizer})
+    encoder = LatentEncoder(autoencoder, config.data.preprocess)
+    crops = [
+        picture[:96, :96] for _, _, picture in itertools.islice(pictures(ROOT / "samples/train/photos-000.tar"), 48)
+    ]
+    autoencoder.quantizer.fit(encoder.latents(crops).reshape(-1, autoencoder.quantizer.in_dim))
+    Tokenizer(autoencoder, config.data.preprocess).save_pretrained(folder)
+
+
+def replicate(shards: list[Shard], folder: Path) -> list[Shard]:
+    folder.mkdir()
+    for i, shard in enumerate(itertools.islice(itertools.cycle(shards), SHARDS)):
+        shutil.copyfile(shard.url, folder / f"photos-{i:03d}.tar")
+    return find_shards(f"{folder}/*.tar").shards
+
+
+# -- the plain loop: what one would write without this project; only the model is ours ----------------------------
+
+
+def pictures(shard: Path) -> Iterator[tuple[str, bytes, np.ndarray]]:
+    for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
+        picture = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+        yield sample["__key__"], sample.get("txt", b""), np.asarray(picture)
+
+
+def plain_shard(model: Autoencoder, shard: Path, out: Path, budget: int) -> None:
+    rows = list(pictures(shard))
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, (_, _, picture) in enumerate(rows):
+        by_shape.setdefault(picture.shape, []).append(i)
+    tokens: list[np.ndarray] = [np.empty(0)] * len(rows)
+    for (height, width, channels), members in by_shape.items():
+        size = max(1, budget // (height * width * channels))
+        for batch in (members[i : i + size] for i in range(0, len(members), size)):
+            x = torch.from_numpy(np.stack([rows[i][2] for i in batch])).permute(0, 3, 1, 2).float() / 255
+            x = pad(x, (0, -width % 8, 0, -height % 8), mode="replicate")
+            for i, grid in zip(batch, model.quantizer.encode(model.latents(x)).numpy(), strict=True):
+                tokens[i] = grid
+    columns = {
+        "key": [key for key, _, _ in rows],
+        "tokens": [grid.reshape(-1).astype(np.uint16) for grid in tokens],
+        "shape": [grid.shape for grid in tokens],
+        "height": [picture.shape[0] for _, _, picture in rows],
+        "width": [picture.shape[1] for _, _, picture in rows],
+        "txt": [text.decode() for _, text, _ in rows],
+    }
+    pq.write_table(pa.table(columns), out)
+
+
+@torch.inference_mode()
+def plain_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
+    out = Path(tempfile.mkdtemp(dir=work, prefix="plain-"))
+    called = time.perf_counter()
+    model = Tokenizer.from_pretrained(work / "tokenizer").autoencoder
+    ready = time.perf_counter()
+    for shard in shards:
+        plain_shard(model, Path(shard.url), out / f"{shard.name}.parquet", options.batch_budget)
+    end = time.perf_counter()
+    rows = sum(pq.read_metadata(file).num_rows for file in out.iterdir())
+    return Run(rows / (end - called), rows / (end - ready))
+
+
+# -- through Ray ----------------------------------------------------------------------------------------------------
+
+
+class TimedWorker(TokenizeWorker):
+    """Tells also when it began a shard; monotonic time is one for all processes of a machine."""
+
+    def process(self, shard: Shard) -> tuple[ShardResult, float]:
+        began = time.monotonic()
+        return super().process(shard), began
+
+
+def ray_run(options: TokensConfig, workers: WorkersConfig, shards: list[Shard], work: Path) -> tuple[Run, Output]:
+    layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), options)
+    output = Output.create(tempfile.mkdtemp(dir=work, prefix="ray-"), layout, Manifest(shards), {})
+    settings = {"tokenizer_url": str(work / "tokenizer"), "output_url": output.url, "options": options}
+    called = time.monotonic()
+    results = list(cluster.map_shards(shards, TimedWorker, settings, workers))
+    end = time.monotonic()
+    assert not any(result.failure for result, _ in results), results
+    rows = sum(result.num_rows for result, _ in results)
+    return Run(rows / (end - called), rows / (end - min(began for _, began in results))), output
+
+
+def prove_equal(options: TokensConfig, shards: list[Shard], work: Path) -> None:
+    """The same tokens of the same keys by either side; a warm-up of both, too."""
+    plain_run(options, shards, work)
+    (plain,) = work.glob("plain-*")
+    _, output = ray_run(options, next(iter(WORKERS.values())), shards, work)
+    for shard in shards:
+        theirs = pq.read_table(plain / f"{shard.name}.parquet", columns=["key", "tokens"]).to_pydict()
+        ours = pq.read_table(output.tokens_url(shard.name), columns=["key", "tokens"]).to_pydict()
+        assert ours == theirs, f"{shard.url}: the two sides differ"

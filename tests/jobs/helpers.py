@@ -1,0 +1,59 @@
+"""A tiny frozen tokenizer, and what a token output holds."""
+
+import functools
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from jobs.config import TokensConfig
+from jobs.tokenize_corpus import layout_of, tokenize_shard
+from pipeline.manifest import find_shards
+from pipeline.tokens import Output
+from tests.corpus import encoded, picture
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.tokenizer import Tokenizer
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+TINY_NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}
+ROWS = ("key", "source_shard", "source_index", "tokens", "shape", "height", "width")
+
+
+def save_tiny_tokenizer(folder: Path, seed: int = 0, width: int = 8) -> str:
+    """VP-VAE with an untrained net of factor 8 and 64 codes, which k-means put among the latents of some pictures."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = {**TINY_NET, "width": width, "patch_size": 4}
+        quantizer = {"name": "vp_vae", "codebook_size": 64, "dim": 2}
+        autoencoder = Autoencoder({"modality": "image", "net": net, "quantizer": quantizer}).eval()
+        x = torch.rand(32, 3, 1, 1) + 0.3 * torch.rand(32, 3, 64, 64)
+        with torch.no_grad():
+            autoencoder.quantizer.fit(autoencoder.latents(x).flatten(0, -2))
+    Tokenizer(autoencoder, {}).save_pretrained(folder)
+    return str(folder)
+
+
+@functools.cache
+def jpegs(count: int, height: int = 40, width: int = 48) -> list[tuple[str, bytes]]:
+    """Members of `count` samples, each a picture alone."""
+    return [(f"{i:04d}.jpg", encoded(picture(height, width, seed=i), "jpeg")) for i in range(count)]
+
+
+def rows_of(output: str | Path) -> pa.Table:
+    """Every committed token row, by shard and place in it."""
+    there = Output.open(str(output))
+    tables = [pq.read_table(there.tokens_url(entry.name), columns=list(ROWS)) for entry in there.commits()]
+    rows = pa.concat_tables(tables).sort_by([("source_shard", "ascending"), ("source_index", "ascending")])
+    return rows.replace_schema_metadata(None).combine_chunks()
+
+
+def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
+    """The rows that these shards should give, made in this process by one `tokenize_shard` after the other."""
+    tokenizer = Tokenizer.from_pretrained(tokenizer_url)
+    layout = layout_of(tokenizer, TokensConfig())
+    tables = []
+    for shard in find_shards(shards).shards:
+        rows, _, _ = tokenize_shard(shard, tokenizer, TokensConfig())
+        tables.append(layout.to_table(rows, shard.url).select(list(ROWS)).replace_schema_metadata(None))
+    return pa.concat_tables(tables).combine_chunks()

@@ -1,0 +1,254 @@
+"""Shards to token shards through Ray, with everything in them that can be wrong."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.__main__ import main
+from jobs.config import TokensConfig
+from jobs.tokenize_corpus import tokenize_shard
+from pipeline.manifest import Shard, find_shards
+from pipeline.tokens import Output
+from tests.corpus import encoded, picture, tar_bytes
+from tests.jobs.helpers import SAMPLES, jpegs, rows_of, rows_without_ray, save_tiny_tokenizer
+from tokenizer.tokenizer import Tokenizer
+
+GOOD = jpegs(6)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says it is that large, and holds no pixel."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def without_end_blocks(tar: bytes) -> bytes:
+    return tar[: -len(tar) + 512 * -(-len(tar.rstrip(b"\0")) // 512)]
+
+
+# -- one shard, without Ray ---------------------------------------------------------------------------------------
+
+
+def test_a_real_shard_gives_a_row_for_each_photo(tokenizer: str):
+    shard = find_shards(str(SAMPLES / "heldout/photos-001.tar")).shards[0]
+    rows, quarantined, seconds = tokenize_shard(shard, Tokenizer.from_pretrained(tokenizer), TokensConfig())
+    assert quarantined == []
+    assert [row.source_index for row in rows] == list(range(44))
+    assert all(row.tokens.shape == (-(-row.size["height"] // 8), -(-row.size["width"] // 8)) for row in rows)
+    assert len(np.unique(np.concatenate([row.tokens.ravel() for row in rows]))) > 32  # the pictures tell codes apart
+    assert set(seconds) == {"wait", "encode"}
+
+
+@pytest.mark.parametrize("budget", [1, 50_000, 10**9])
+def test_tokens_do_not_depend_on_how_pictures_are_batched(tokenizer: str, tmp_path: Path, budget: int):
+    mixed = GOOD + [(f"wide-{name}", data) for name, data in jpegs(5, 24, 64)]
+    (tmp_path / "mixed.tar").write_bytes(tar_bytes(mixed))
+    shard, frozen = Shard(str(tmp_path / "mixed.tar"), None), Tokenizer.from_pretrained(tokenizer)
+    expected, _, _ = tokenize_shard(shard, frozen, TokensConfig())
+    rows, _, _ = tokenize_shard(shard, frozen, TokensConfig(batch_budget=budget))
+    assert [row.key for row in rows] == [row.key for row in expected]
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(rows, expected, strict=True))
+
+
+# -- a corpus with everything in it that can be wrong -------------------------------------------------------------
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Six shards that end well (two with bad samples, one without any), and seven that cannot be read to their end."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    good = tar_bytes(GOOD)
+    second_member = 512 + 512 * -(-len(GOOD[0][1]) // 512)
+    shards = {
+        "good": good,
+        "keys": tar_bytes([GOOD[0], GOOD[1], ("0000.txt", b"too late"), GOOD[2], ("0002.jpg", b"again"), GOOD[3]]),
+        "samples": tar_bytes(
+            [
+                GOOD[0],
+                ("textonly.txt", b"no picture"),
+                ("two.jpg", GOOD[1][1]),
+                ("two.png", encoded(picture())),
+                ("broken.jpg", GOOD[1][1][:200]),
+                ("noise.jpg", bytes(range(256)) * 4),
+                ("empty.jpg", b""),
+                ("bomb.png", png_header(30_000, 30_000)),
+                ("large.png", png_header(9_000, 9_000)),
+                ("zero.png", png_header(0, 0)),
+                ("thin.png", encoded(np.zeros((20_000, 1, 3), dtype=np.uint8))),
+                ("pixel.png", encoded(np.zeros((1, 1, 3), dtype=np.uint8))),
+                ("\udcff\udcfe.jpg", GOOD[1][1]),
+                ("noextension", b"?"),
+                GOOD[5],
+            ],
+            errors="surrogateescape",
+        ),
+        "nothing": tar_bytes([]),
+        "badheader": good[: second_member + 20] + b"\xff" * 40 + good[second_member + 60 :],
+        "cutheader": good[: second_member + 100],
+        "cutdata": good[: second_member + 512 + 100],
+        "noend": without_end_blocks(good),
+        "zerobytes": b"",
+    }
+    for name, data in shards.items():
+        (folder / f"{name}.tar").write_bytes(data)
+    forbidden = folder / "forbidden.tar"
+    if os.geteuid() == 0:  # root may read every file, but not a folder
+        forbidden.mkdir()
+    else:
+        forbidden.write_bytes(good)
+        forbidden.chmod(0)
+    return folder
+
+
+ENDS_WELL = {"good": 0, "keys": 2, "samples": 11, "nothing": 0}  # and what goes to quarantine
+BREAKS = {
+    "badheader": "broken header",
+    "cutheader": "header",
+    "cutdata": "cannot be read to its end",
+    "noend": "end-of-archive",
+    "zerobytes": "empty",
+    "forbidden": "forbidden.tar",
+    "missing": "there is no such shard",
+}
+QUARANTINED = {  # of the shard "samples": stage and a word of the message
+    "textonly": ("decode", "needs one member"),
+    "two": ("decode", "needs one member"),
+    "broken": ("decode", "truncated"),
+    "noise": ("decode", "cannot identify"),
+    "empty": ("decode", "the file is empty"),
+    "bomb": ("decode", "900000000 pixels"),
+    "large": ("decode", "max_pixels"),
+    "zero": ("decode", "0x0"),
+    "thin": ("decode", "max_side"),
+    r"\xff\xfe": ("read", "not UTF-8"),
+    "noextension": ("read", "not KEY.EXTENSION"),
+}
+
+
+def command(corpus: Path, tokenizer: str, output: Path, *more: str) -> list[str]:
+    shards = f"data.shards=[{corpus}/*.tar,{corpus}/missing.tar]"
+    return ["tokenize", f"tokenizer={tokenizer}", shards, f"output={output}", *more]
+
+
+def quarantine_of(output: Path, shard: str) -> dict[str, tuple[str, str]]:
+    [file] = (output / "quarantine").glob(f"{shard}-*.parquet")
+    return {row["key"]: (row["stage"], row["message"]) for row in pq.read_table(file).to_pylist()}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_bad_input_is_reported_mended_and_proven(
+    corpus: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """One long story, since each part of it needs what the part before left behind."""
+    output = tmp_path / "out"
+    assert main(command(corpus, tokenizer, output)) == 3
+    told = capsys.readouterr().out
+    assert "7 shards failed" in told
+    assert "exit 3" in told.splitlines()[-1]
+
+    entries = {Path(entry.source_shard).stem: entry for entry in Output.open(str(output)).commits()}
+    assert {name: entry.num_quarantined for name, entry in entries.items()} == ENDS_WELL
+    assert {(row["source_shard"].rsplit("/", 1)[1], row["key"]) for row in rows_of(output).to_pylist()} == {
+        *(("good.tar", f"{i:04d}") for i in range(6)),
+        *(("keys.tar", f"{i:04d}") for i in (0, 1, 3)),
+        *(("samples.tar", key) for key in ("0000", "0005", "pixel")),
+    }
+    why = quarantine_of(output, "samples")
+    assert set(why) == set(QUARANTINED)
+    for key, (stage, word) in QUARANTINED.items():
+        assert why[key][0] == stage, key
+        assert word in why[key][1], key
+    assert {key for key, (stage, _) in quarantine_of(output, "keys").items() if stage == "read"} == {"0000", "0002"}
+
+    assert main(["status", f"output={output}"]) == 0
+    status = capsys.readouterr().out
+    assert "4 done, 7 left, 7 of them failed" in status
+    for name, word in BREAKS.items():
+        [line] = [line for line in status.splitlines() if f"/{name}.tar" in line]
+        assert word in line
+    assert main(["verify", f"output={output}"]) == 3
+    assert "missing.tar: not tokenized" in capsys.readouterr().out
+
+    forbidden = corpus / "forbidden.tar"
+    if forbidden.is_dir():
+        forbidden.rmdir()
+    else:
+        forbidden.chmod(0o644)
+    for name in BREAKS:
+        (corpus / f"{name}.tar").write_bytes(tar_bytes(GOOD))
+    assert main(command(corpus, tokenizer, output)) == 4  # 13 bad samples of 67 are more than the 1 % of the default
+    assert "max_bad_fraction" in capsys.readouterr().out
+    assert main(command(corpus, tokenizer, output, "tokens.max_bad_fraction=0.5")) == 0
+    assert main(["verify", f"output={output}", "deep=true"]) == 0
+    assert main(["status", f"output={output}"]) == 0
+    assert "11 done, 0 left, 0 of them failed" in capsys.readouterr().out
+    assert rows_of(output).equals(rows_without_ray([f"{corpus}/*.tar"], tokenizer))
+
+
+# -- workers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_do_not_depend_on_the_number_of_workers(tokenizer: str, tmp_path: Path):
+    shards = str(SAMPLES / "heldout/*.tar")
+    for count in (1, 2):
+        output = f"output={tmp_path}/{count}"
+        assert main(["tokenize", f"tokenizer={tokenizer}", f"data.shards={shards}", output, f"workers.count={count}"]) == 0
+    expected = rows_without_ray(shards, tokenizer)
+    assert rows_of(tmp_path / "1").equals(expected)
+    assert rows_of(tmp_path / "2").equals(expected)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_packed_tokens_and_passthrough_arrive(tokenizer: str, tmp_path: Path):
+    shards = f"data.shards={SAMPLES}/heldout/photos-001.tar"
+    options = ["tokens.encoding=packed", "tokens.passthrough=[txt,json]"]
+    assert main(["tokenize", f"tokenizer={tokenizer}", shards, f"output={tmp_path}", *options]) == 0
+    [file] = (tmp_path / "tokens").glob("*.parquet")
+    table = pq.read_table(file)
+    assert str(table.schema.field("tokens").type) == "binary"
+    assert {text is None for text in table["txt"].to_pylist()} == {True, False}  # some photos have no caption
+    assert all("licence" in text for text in table["json"].to_pylist())
+    assert main(["verify", f"output={tmp_path}", "deep=true"]) == 0
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_output_of_another_tokenizer_is_refused(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD))
+    common = [f"data.shards={tmp_path}/a.tar", f"output={tmp_path}/out"]
+    assert main(["tokenize", f"tokenizer={tokenizer}", *common]) == 0
+    other = save_tiny_tokenizer(tmp_path / "other", seed=1)
+    capsys.readouterr()
+    assert main(["tokenize", f"tokenizer={other}", *common]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert Tokenizer.from_pretrained(tokenizer).id in line
+    assert Tokenizer.from_pretrained(other).id in line
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_shard_that_was_replaced_after_its_commit_is_refused(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD))
+    again = ["tokenize", f"tokenizer={tokenizer}", f"data.shards={tmp_path}/a.tar", f"output={tmp_path}/out"]
+    assert main(again) == 0
+    (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD * 20))
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "was replaced" in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""Objects are written whole, once; and every fsspec URL works alike."""
+
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+
+
+def at_once(count: int, work: Callable[[int], object]) -> list[object]:
+    """work(0) .. work(count - 1) in as many threads, begun together; results, or the errors raised."""
+    ready = threading.Barrier(count)
+
+    def run(i: int) -> object:
+        ready.wait()
+        try:
+            return work(i)
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_what_is_written_is_read(root: str):
+    storage.write_once(storage.join(root, "a", "b.bin"), b"\x00data")
+    assert storage.read(f"{root}/a/b.bin") == b"\x00data"
+    with storage.open_stream(f"{root}/a/b.bin") as stream:
+        assert stream.read() == b"\x00data"
+
+
+def test_write_once_leaves_what_is_there(root: str):
+    storage.write_once(f"{root}/x", b"first")
+    with pytest.raises(FileExistsError, match="x is already there"):
+        storage.write_once(f"{root}/x", b"second")
+    assert storage.read(f"{root}/x") == b"first"
+
+
+def test_one_of_many_writers_wins_and_its_object_is_whole(tmp_path: Path):
+    for round_ in range(20):
+        url = str(tmp_path / f"raced-{round_}")
+        results = at_once(12, lambda i, url=url: storage.write_once(url, bytes([i]) * 100_000))
+        winners = [i for i, result in enumerate(results) if result is None]
+        assert len(winners) == 1
+        assert all(isinstance(result, FileExistsError) for result in results if result is not None)
+        assert storage.read(url) == bytes(winners) * 100_000
+
+
+def test_replacing_is_never_seen_half_done(tmp_path: Path):
+    url = str(tmp_path / "report")
+    storage.replace(url, bytes(200_000))
+    seen: list[bytes] = []
+
+    def work(i: int) -> None:
+        for _ in range(10):
+            if i % 2:
+                seen.append(storage.read(url))
+            else:
+                storage.replace(url, bytes([i]) * 200_000)
+
+    assert at_once(6, work) == [None] * 6
+    assert all(len(data) == 200_000 and len(set(data)) == 1 for data in seen)
+
+
+def test_replace_writes_over(root: str):
+    storage.replace(f"{root}/x", b"first")
+    storage.replace(f"{root}/x", b"second")
+    assert storage.read(f"{root}/x") == b"second"
+
+
+def test_no_temporary_file_is_left_behind(tmp_path: Path):
+    storage.write_once(str(tmp_path / "x"), b"1")
+    storage.replace(str(tmp_path / "x"), b"2")
+    with pytest.raises(FileExistsError):
+        storage.write_once(str(tmp_path / "x"), b"3")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_lists_are_of_files_right_in_the_folder_and_sorted(root: str):
+    for name in ("b", "a", "deeper/c"):
+        storage.write_once(storage.join(root, name), b"")
+    assert storage.list_files(root) == [f"{root}/a", f"{root}/b"]
+    assert storage.list_folders(root) == [f"{root}/deeper"]
+
+
+def test_a_folder_that_is_not_there_lists_nothing(root: str):
+    assert storage.list_files(f"{root}/gone") == storage.list_folders(f"{root}/gone") == []
+
+
+def test_a_listing_shows_what_was_written_since_the_last(root: str):
+    assert storage.list_files(root) == []
+    storage.write_once(f"{root}/a", b"")
+    assert storage.list_files(root) == [f"{root}/a"]
+
+
+def test_glob_gives_urls_that_can_be_read(root: str):
+    for name in ("t-1.tar", "t-0.tar", "other.txt"):
+        storage.write_once(storage.join(root, name), name.encode())
+    found = storage.glob(f"{root}/t-?.tar")
+    assert found == [f"{root}/t-0.tar", f"{root}/t-1.tar"]
+    assert [storage.read(url) for url in found] == [b"t-0.tar", b"t-1.tar"]
+
+
+def test_size_of_what_is_missing_is_none(root: str):
+    storage.write_once(f"{root}/x", b"12345")
+    assert (storage.num_bytes(f"{root}/x"), storage.num_bytes(f"{root}/y")) == (5, None)
+    assert (storage.exists(f"{root}/x"), storage.exists(f"{root}/y")) == (True, False)
+
+
+def test_removing_twice_is_no_error(root: str):
+    storage.write_once(f"{root}/x", b"")
+    storage.remove(f"{root}/x")
+    storage.remove(f"{root}/x")
+    assert not storage.exists(f"{root}/x")
+
+
+def test_reading_what_is_missing_fails_at_once(root: str):
+    with pytest.raises(FileNotFoundError):
+        storage.read(f"{root}/gone")
+
+
+def test_a_passing_error_is_tried_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0)
+    errors = [OSError("reset"), TimeoutError("slow")]
+
+    def call() -> str:
+        if errors:
+            raise errors.pop()
+        return "there"
+
+    assert storage._retry(call) == "there"
+
+
+def test_an_error_that_stays_comes_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0)
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        raise OSError("reset")
+
+    with pytest.raises(OSError, match="reset"):
+        storage._retry(call)
+    assert len(calls) == storage.TRIES
+
+
+def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    spellings = ["data/x", "./data/x", "data/../data/x/", f"file://{tmp_path}/data/x", f"{tmp_path}/data/x"]
+    assert {storage.normalise(url) for url in spellings} == {f"{tmp_path}/data/x"}
+    assert storage.normalise("s3://bucket/x/") == "s3://bucket/x"
+
+
+def test_a_folder_travels_by_upload_and_download(root: str, tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / "model" / name).write_text(name * 3)
+    storage.upload(tmp_path / "model", f"{root}/kept")
+    with storage.downloaded(f"{root}/kept") as folder:
+        assert {file.name: file.read_text() for file in folder.iterdir()} == {"a": "aaa", "b": "bbb"}
+
+
+def test_downloading_nothing_is_an_error(root: str):
+    with pytest.raises(FileNotFoundError, match="gone"), storage.downloaded(f"{root}/gone"):
+        pass

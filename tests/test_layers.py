@@ -1,0 +1,102 @@
+"""jobs -> pipeline, jobs -> tokenizer, and nothing else. Reading token shards needs neither torch nor ray."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import write_tokens
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "tokenizer": {"ray", "fsspec", "s3fs", "omegaconf", "webdataset", "pyarrow", "pipeline", "jobs"},
+    "pipeline": {"ray", "torch", "webdataset", "omegaconf", "tokenizer", "jobs"},
+}
+OPTIONAL = {"pipeline/tokens/dataset.py": {"torch"}}  # tried, and done without
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level packages that the file imports anywhere, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            first = node.args[0] if node.args else None
+            found |= {str(first.value).split(".")[0]} if isinstance(first, ast.Constant) else set()
+    return found
+
+
+@pytest.mark.parametrize("layer", FORBIDDEN)
+def test_layer_imports_nothing_above_it(layer: str):
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files
+    for file in files:
+        name = str(file.relative_to(ROOT))
+        assert not imports(file) & (FORBIDDEN[layer] - OPTIONAL.get(name, set())), name
+
+
+def test_torch_is_imported_by_the_data_layer_only_where_it_may_fail():
+    tree = ast.parse((ROOT / "pipeline/tokens/dataset.py").read_text())
+    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
+    guarded = {id(inner) for node in tries for inner in ast.walk(node) if isinstance(inner, ast.ImportFrom)}
+    of_torch = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("torch")]
+    assert of_torch
+    assert all(id(node) in guarded for node in of_torch)
+
+
+def test_only_storage_opens_urls():
+    users = {f.name for f in (ROOT / "pipeline").rglob("*.py") if "fsspec" in imports(f)}
+    assert users == {"storage.py"}
+
+
+def python(code: str, *arguments: str) -> str:
+    """Runs the code in a fresh interpreter; returns what it printed."""
+    command = [sys.executable, "-W", "error::ImportWarning", "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_token_table_is_read_without_torch_or_ray(tmp_path: Path):
+    output = write_tokens(tmp_path, [3])
+    code = """
+import sys
+from pipeline.tokens import Output
+from pipeline.tokens.verify import verify
+import io, pyarrow.parquet as pq
+output = Output.open(sys.argv[1])
+[entry] = output.commits()
+print(pq.read_table(io.BytesIO(output.read_tokens(entry.name))).num_rows, verify(output)[0])
+print([name for name in ("torch", "ray", "webdataset") if name in sys.modules])
+"""
+    assert python(code, output.url).split("\n")[:2] == ["3 []", "[]"]
+
+
+def test_token_dataset_reads_where_torch_cannot_be_imported(tmp_path: Path):
+    output = write_tokens(tmp_path, [3, 2])
+    code = """
+import sys
+sys.modules["torch"] = None  # importing it raises ImportError
+from pipeline.tokens import TokenDataset
+print(len(list(TokenDataset(sys.argv[1], shuffle_window=2))))
+print("ray" in sys.modules)
+"""
+    assert python(code, output.url).split() == ["5", "False"]
+
+
+def test_token_dataset_with_torch_imports_no_ray(tmp_path: Path):
+    output = write_tokens(tmp_path, [3, 2])
+    code = """
+import sys
+from pipeline.tokens import TokenDataset
+from torch.utils.data import DataLoader, IterableDataset
+dataset = TokenDataset(sys.argv[1])
+print(isinstance(dataset, IterableDataset), len(list(DataLoader(dataset, batch_size=None))), "ray" in sys.modules)
+"""
+    assert python(code, output.url).split() == ["True", "5", "False"]
