@@ -19,6 +19,9 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"benchmarks: unknown {', '.join(unknown)}; there are: {', '.join(NAMES)}")
         return 2
+    # before torch is imported: threads that spin while they wait are slowed down 4 times by any other load, which
+    # would hit the sides unequally (the process that runs the plain loop more than Ray's workers)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in names or NAMES:
         start, load = time.monotonic(), os.getloadavg()[0]
         table = importlib.import_module(f"benchmarks.{name}").run()

@@ -1,5 +1,6 @@
 """Rounds in which every side runs once, and what they give: medians, and ratios of runs of the same round."""
 
+import os
 import platform
 import statistics
 import time
@@ -65,4 +66,5 @@ def about_this_run(command: str) -> dict[str, str]:
         "machine": f"{models[0] if models else platform.processor()}, {len(models)} cores",
         "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)]),
         "command": command,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"),
     }

@@ -18,7 +18,7 @@ import webdataset
 from PIL import Image
 from torch.nn.functional import pad
 
-from benchmarks.measure import Table, ratio_text
+from benchmarks.measure import Table, ratio_text, timed
 from jobs import cluster
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
 from jobs.tokenize_corpus import ShardResult, TokenizeWorker, layout_of
@@ -36,10 +36,20 @@ WORKERS = {"1 worker, all CPUs": WorkersConfig(count=1), "2 workers": WorkersCon
 
 @dataclass
 class Run:
-    """Samples per second: from the call to its end, and from the first shard's start (models loaded) to the end."""
+    """start_s: until the first shard is begun, with the model loaded. work_s: from then to the end, cpu_s as well."""
 
-    whole: float
-    steady: float
+    samples: int
+    start_s: float
+    work_s: float
+    cpu_s: float
+
+    @property
+    def whole(self) -> float:
+        return self.samples / (self.start_s + self.work_s)
+
+    @property
+    def steady(self) -> float:
+        return self.samples / self.work_s
 
 
 def run() -> Table:
@@ -68,17 +78,20 @@ def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
             "Plain loop: one process; webdataset reads, PIL decodes, batches by shape, one Parquet file a shard.",
             f"Ray: `cluster.map_shards`, Ray started before. decode_threads={options.decode_threads}. "
             "Tokens of the first 8 shards proven equal first, key by key.",
-            "Whole: from the call to the last shard, with the start of workers and loading of the model. "
-            "Steady: from the first shard's start, so without these.",
+            "Start: from the call until the first shard is begun, with the model loaded (and workers started). "
+            "Steady: from then to the end. Whole: both. CPU: of the processes that encode, in the steady part.",
             f"Medians of {ROUNDS} interleaved rounds; ratios are of runs of the same round, with their range.",
         ],
-        ["side", "whole, samples/s", "ratio to plain", "steady, samples/s", "ratio to plain"],
+        [
+            *("side", "start, s", "whole, samples/s", "ratio to plain"),
+            *("steady, samples/s", "ratio to plain", "CPU ms/sample", "ratio to plain"),
+        ],
     )
     for name, found in runs.items():
-        cells = [name]
-        for part in ("whole", "steady"):
-            rates, base = [getattr(r, part) for r in found], [getattr(r, part) for r in plain]
-            cells += [f"{statistics.median(rates):.1f}", "1" if found is plain else ratio_text(rates, base)]
+        cells = [name, f"{statistics.median(r.start_s for r in found):.1f}"]
+        for rate in (lambda r: r.whole, lambda r: r.steady, lambda r: r.cpu_s / r.samples * 1e3):
+            ours, theirs = [rate(r) for r in found], [rate(r) for r in plain]
+            cells += [f"{statistics.median(ours):.4g}", "1" if found is plain else ratio_text(ours, theirs)]
         table.rows.append(cells)
     table.raw = {name: [vars(r) for r in found] for name, found in runs.items()}
     return table
@@ -142,22 +155,26 @@ def plain_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
     called = time.perf_counter()
     model = Tokenizer.from_pretrained(work / "tokenizer").autoencoder
     ready = time.perf_counter()
-    for shard in shards:
-        plain_shard(model, Path(shard.url), out / f"{shard.name}.parquet", options.batch_budget)
-    end = time.perf_counter()
-    rows = sum(pq.read_metadata(file).num_rows for file in out.iterdir())
-    return Run(rows / (end - called), rows / (end - ready))
+
+    def loop() -> None:
+        for shard in shards:
+            plain_shard(model, Path(shard.url), out / f"{shard.name}.parquet", options.batch_budget)
+
+    spent = timed(loop)
+    samples = sum(pq.read_metadata(file).num_rows for file in out.iterdir())
+    return Run(samples, ready - called, spent.wall_s, spent.cpu_s)
 
 
 # -- through Ray ----------------------------------------------------------------------------------------------------
 
 
 class TimedWorker(TokenizeWorker):
-    """Tells also when it began a shard; monotonic time is one for all processes of a machine."""
+    """Tells also when it began a shard, and its CPU time; monotonic time is one for all processes of a machine."""
 
-    def process(self, shard: Shard) -> tuple[ShardResult, float]:
-        began = time.monotonic()
-        return super().process(shard), began
+    def process(self, shard: Shard) -> tuple[ShardResult, float, float]:
+        began, cpu = time.monotonic(), time.process_time()
+        result = super().process(shard)
+        return result, began, time.process_time() - cpu
 
 
 def ray_run(options: TokensConfig, workers: WorkersConfig, shards: list[Shard], work: Path) -> tuple[Run, Output]:
@@ -167,9 +184,10 @@ def ray_run(options: TokensConfig, workers: WorkersConfig, shards: list[Shard], 
     called = time.monotonic()
     results = list(cluster.map_shards(shards, TimedWorker, settings, workers))
     end = time.monotonic()
-    assert not any(result.failure for result, _ in results), results
-    rows = sum(result.num_rows for result, _ in results)
-    return Run(rows / (end - called), rows / (end - min(began for _, began in results))), output
+    assert not any(result.failure for result, _, _ in results), results
+    samples = sum(result.num_rows for result, _, _ in results)
+    first = min(began for _, began, _ in results)
+    return Run(samples, first - called, end - first, sum(cpu_s for _, _, cpu_s in results)), output
 
 
 def prove_equal(options: TokensConfig, shards: list[Shard], work: Path) -> None:

@@ -28,11 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if command not in COMMANDS:
         return _finish(command, 2, f"unknown command {command!r}; there are: {', '.join(COMMANDS)}")
+    from jobs.config import ConfigError, defaults_yaml, load_config
+
     job = importlib.import_module(COMMANDS[command][0])
     if any(argument in ("-h", "--help") for argument in rest):
         print(f"tokenmill {command} CONFIG.yaml... [key=value ...]\n\n{job.__doc__}")
+        print(f"All keys with their defaults (jobs/config.py explains them):\n\n{defaults_yaml()}")
         return 0
-    from jobs.config import ConfigError, load_config
     from pipeline.errors import NoShards, OutputMismatch
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
 

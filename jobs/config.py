@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.tokens.layout import ENCODINGS
 from tokenizer.modality import MODALITIES
 from tokenizer.net import NETS
 from tokenizer.quantizer import QUANTIZERS
@@ -89,6 +90,10 @@ class TokensConfig:
     decode_threads: int = 2
     max_bad_fraction: float = 0.01
 
+    def __post_init__(self) -> None:
+        if self.encoding not in ENCODINGS:
+            raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
+
 
 @dataclass
 class Config:
@@ -128,13 +133,17 @@ def load_config(arguments: list[str]) -> Config:
     files = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a]
     merged = OmegaConf.create()
-    for part in [*[_read(file) for file in files], OmegaConf.from_dotlist(overrides)]:
+    for part in [*[_read(file) for file in files], _overrides(overrides)]:
         merged = _merge(merged, part)
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
     config = _typed(Config, given, "")
     _check_named(config)
     return config
+
+
+def defaults_yaml() -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(Config))
 
 
 def _read(file: str) -> Any:
@@ -158,6 +167,13 @@ def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:
     result = OmegaConf.merge(merged, part)
     assert isinstance(result, DictConfig)
     return result
+
+
+def _overrides(texts: list[str]) -> Any:
+    try:
+        return OmegaConf.from_dotlist(texts)
+    except Exception as error:  # as above
+        raise ConfigError(f"{' '.join(texts)} is not KEY=VALUE: {' '.join(str(error).split())}") from error
 
 
 def _resolved(merged: DictConfig) -> dict[str, Any]:

@@ -60,6 +60,8 @@ def _from_folder(folder: str) -> Iterator[Packed]:
 
 
 def _from_table(file: str, media: tuple[str, ...]) -> Iterator[Packed]:
+    if not storage.exists(file):
+        raise ConfigError(f"source {file} is not there")
     is_csv = file.endswith(".csv")
     for index, row in enumerate(_csv_rows(file) if is_csv else _parquet_rows(file)):
         key = str(row.pop("key", f"{index:09d}"))

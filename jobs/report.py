@@ -18,10 +18,13 @@ CURVES = ("loss", "psnr", "perplexity", "accepted", "energy_ratio", "norm_mean",
 def curves_png(history: list[dict[str, Any]]) -> bytes:
     """Training curves, one panel for each number that was logged."""
     names = [name for name in CURVES if any(name in row for row in history)]
-    figure = Figure(figsize=(4 * min(4, len(names)), 2.6 * -(-len(names) // 4)), layout="constrained")
-    for axis, name in zip(np.ravel(figure.subplots(-(-len(names) // 4), min(4, len(names)))), names, strict=False):
-        rows = [row for row in history if name in row]
-        axis.plot([row["step"] for row in rows], [row[name] for row in rows])
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    for place, name in enumerate(names, start=1):
+        axis = figure.add_subplot(rows, columns, place)
+        logged = [row for row in history if name in row]
+        axis.plot([row["step"] for row in logged], [row[name] for row in logged])
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
     return _png(figure)

@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 R = TypeVar("R")
 TRIES = 4
 FIRST_PAUSE_S = 0.2  # doubled after each try
+TEMPORARY = ".tmp-"  # local files in the making; a killed writer leaves its own behind
 FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
@@ -84,7 +85,8 @@ def list_files(folder: str) -> list[str]:
         found = _retry(lambda: fs.ls(path, detail=True))
     except FileNotFoundError:
         return []
-    return sorted(_as_url(fs, entry["name"], folder) for entry in found if entry["type"] == "file")
+    urls = sorted(_as_url(fs, entry["name"], folder) for entry in found if entry["type"] == "file")
+    return [url for url in urls if not url.rsplit("/", 1)[1].startswith(TEMPORARY)]
 
 
 def list_folders(folder: str) -> list[str]:
@@ -128,9 +130,15 @@ def remove(url: str) -> None:
 
 
 def upload(folder: str | Path, url: str) -> None:
-    """Writes each file of a local folder once, in the order of their names."""
-    for file in sorted(Path(folder).iterdir()):
-        write_once(join(url, file.name), file.read_bytes())
+    """Writes each file of a local folder, in the order of their names. The last one, written once, is the commit:
+    what lies there without it was left by a run that died, and is written anew.
+    """
+    *others, last = sorted(Path(folder).iterdir())
+    if exists(join(url, last.name)):
+        raise FileExistsError(f"{url} is already there")
+    for file in others:
+        replace(join(url, file.name), file.read_bytes())
+    write_once(join(url, last.name), last.read_bytes())
 
 
 @contextlib.contextmanager
@@ -166,7 +174,7 @@ def _create_local(path: Path, data: bytes) -> None:
 def _temporary_beside(path: Path, data: bytes):
     """The data in a file of the same folder, durable, gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

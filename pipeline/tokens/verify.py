@@ -47,6 +47,8 @@ def verify(output: Output, against_input: bool = False) -> tuple[list[str], list
 
 
 def _missing(inputs: list[Shard], entries: list[Commit]) -> Iterator[str]:
+    if not inputs:  # killed right after dataset.json: nothing tells what should be there
+        yield "inputs/: no list of input shards; run the same `tokenmill tokenize` again"
     done = {entry.name: entry for entry in entries}
     for shard in inputs:
         if shard.name not in done:

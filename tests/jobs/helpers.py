@@ -1,14 +1,21 @@
-"""A tiny frozen tokenizer, and what a token output holds."""
+"""A tiny frozen tokenizer, what a token output holds, and drivers that may be killed."""
 
+import contextlib
 import functools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray  # noqa: F401  puts the psutil that it carries on the path
 import torch
 
+import psutil  # isort: skip
 from jobs.config import TokensConfig
-from jobs.tokenize_corpus import layout_of, tokenize_shard
+from jobs.tokenize_corpus import TokenizeWorker, layout_of, tokenize_shard
 from pipeline.manifest import find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture
@@ -57,3 +64,32 @@ def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
         rows, _, _ = tokenize_shard(shard, tokenizer, TokensConfig())
         tables.append(layout.to_table(rows, shard.url).select(list(ROWS)).replace_schema_metadata(None))
     return pa.concat_tables(tables).combine_chunks()
+
+
+def tokenize_without_ray(shards: str | list[str], tokenizer_url: str, output_url: str | Path) -> Output:
+    """What the job does, in this process: each shard that is not committed yet goes through the job's own worker."""
+    inputs = find_shards(shards)
+    layout = layout_of(Tokenizer.from_pretrained(tokenizer_url), TokensConfig())
+    output = Output.create(str(output_url), layout, inputs, config={})
+    worker = TokenizeWorker(tokenizer_url, output.url, TokensConfig(), num_cpus=torch.get_num_threads(), num_gpus=0)
+    done = output.committed_names()
+    failures = [worker.process(shard).failure for shard in inputs.shards if shard.name not in done]
+    assert not any(failures), failures
+    return output
+
+
+@contextlib.contextmanager
+def driver_in_a_session(arguments: list[str]) -> Iterator[subprocess.Popen]:
+    """`tokenmill ...` with a Ray of its own. Whatever is left of both is killed in the end."""
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", *arguments], start_new_session=True, env=alone, stdout=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        for left in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(left.pid) == process.pid:
+                    left.kill()
+        process.wait()

@@ -74,7 +74,7 @@ def corpus(tmp_path: Path) -> Path:
                 ("textonly.txt", b"no picture"),
                 ("two.jpg", GOOD[1][1]),
                 ("two.png", encoded(picture())),
-                ("broken.jpg", GOOD[1][1][:200]),
+                ("broken.jpg", GOOD[1][1][:700]),
                 ("noise.jpg", bytes(range(256)) * 4),
                 ("empty.jpg", b""),
                 ("bomb.png", png_header(30_000, 30_000)),
@@ -201,7 +201,9 @@ def test_rows_do_not_depend_on_the_number_of_workers(tokenizer: str, tmp_path: P
     shards = str(SAMPLES / "heldout/*.tar")
     for count in (1, 2):
         output = f"output={tmp_path}/{count}"
-        assert main(["tokenize", f"tokenizer={tokenizer}", f"data.shards={shards}", output, f"workers.count={count}"]) == 0
+        assert (
+            main(["tokenize", f"tokenizer={tokenizer}", f"data.shards={shards}", output, f"workers.count={count}"]) == 0
+        )
     expected = rows_without_ray(shards, tokenizer)
     assert rows_of(tmp_path / "1").equals(expected)
     assert rows_of(tmp_path / "2").equals(expected)
@@ -226,9 +228,7 @@ def test_packed_tokens_and_passthrough_arrive(tokenizer: str, tmp_path: Path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_output_of_another_tokenizer_is_refused(
-    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_an_output_of_another_tokenizer_is_refused(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD))
     common = [f"data.shards={tmp_path}/a.tar", f"output={tmp_path}/out"]
     assert main(["tokenize", f"tokenizer={tokenizer}", *common]) == 0

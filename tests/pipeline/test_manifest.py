@@ -92,6 +92,6 @@ def test_name_does_not_depend_on_how_the_path_is_spelled(shards: Path, monkeypat
 
 
 @pytest.mark.xfail(strict=True, reason="the name keeps only what stands before the first dot, and 32 bits of hash")
-def test_a_million_shards_whose_names_have_dots_have_as_many_names():
-    names = {Shard(f"s3://corpus/v1.0-{i:06d}.tar", 1).name for i in range(200_000)}
-    assert len(names) == 200_000
+def test_as_many_shards_as_a_large_corpus_has_get_as_many_names():
+    names = {Shard(f"s3://corpus/v1.0-{i:06d}.tar", 1).name for i in range(100_000)}
+    assert len(names) == 100_000

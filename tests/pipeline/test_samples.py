@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.samples import Sample, read_samples
 from tests.corpus import Members, tar_bytes, write_tar
@@ -101,6 +102,13 @@ def test_empty_members_are_kept(tmp_path: Path):
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
 def test_compressed_tars_are_read(tmp_path: Path, mode: str):
     assert [s.key for s in read(tar_bytes(TWO, mode), tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_shards_of_other_file_systems_are_read(mode: str):
+    url = f"memory://shards/{mode[2:]}/a.tar"
+    storage.replace(url, tar_bytes(TWO, mode))
+    assert [s.key for s in read_samples(url)] == ["a", "b"]
 
 
 # -- shards that break off ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def measure(rank: int) -> dict[str, Any]:
 
 
 def work(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    meet, limit = f"file://{folder}/meet", timedelta(seconds=60)  # a lost rank fails the test, not the day
+    torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=RANKS, timeout=limit)
     try:
         torch.save(measure(rank), f"{folder}/{rank}.pt")
     finally:

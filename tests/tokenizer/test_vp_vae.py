@@ -5,6 +5,7 @@ Legend: S the queue's latents, M its latents per code, D_m(z) the distance from 
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -397,6 +398,13 @@ def test_the_queue_index_follows_what_enters():
     quantizer(z)  # the whole queue is replaced
     assert quantizer._distances(z).mean() < 0.1 * far
     torch.testing.assert_close(copy.deepcopy(quantizer)._distances(z), quantizer._distances(z), rtol=0, atol=0)
+
+
+def test_a_pickle_leaves_the_index_out():
+    quantizer = with_queue(normals(64 * 64, 4), 64)
+    before = len(pickle.dumps(quantizer))
+    quantizer._distances(normals(10, 4))
+    assert len(pickle.dumps(quantizer)) == before
 
 
 def test_encode_is_the_nearest_code():

@@ -1,0 +1,127 @@
+"""kill -9 at any moment, then the same command: nothing lost, nothing twice, the rows of an undisturbed run."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray  # noqa: F401  puts the psutil that it carries on the path
+
+import psutil  # isort: skip
+from jobs.__main__ import main
+from pipeline import storage
+from tests.corpus import tar_bytes
+from tests.jobs.helpers import driver_in_a_session, jpegs, rows_of, rows_without_ray, tokenize_without_ray
+
+NUM_SHARDS, PER_SHARD = 8, 16
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A glob of shards with keys that no other shard has."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for shard in range(NUM_SHARDS):
+        members = [(f"{shard:02d}-{name}", data) for name, data in jpegs(PER_SHARD, 128, 160)]
+        (folder / f"photos-{shard:02d}.tar").write_bytes(tar_bytes(members))
+    return f"{folder}/*.tar"
+
+
+def command(corpus: str, tokenizer: str, output: Path, *more: str) -> list[str]:
+    # one picture at a time: slow enough for a kill in the midst of it
+    slow = ["tokens.batch_budget=1", "workers.cpus=1"]
+    return ["tokenize", f"tokenizer={tokenizer}", f"data.shards={corpus}", f"output={output}", *slow, *more]
+
+
+def num_committed(output: Path) -> int:
+    return len(list((output / "manifest").glob("*.json")))
+
+
+def wait_for_commits(output: Path, count: int, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while num_committed(output) < count:
+        assert time.monotonic() < deadline, f"{num_committed(output)} commits after {timeout_s} s"
+        time.sleep(0.002)
+
+
+def assert_whole(output: Path, corpus: str, tokenizer: str) -> None:
+    assert main(["verify", f"output={output}", "deep=true"]) == 0
+    rows = rows_of(output)
+    assert len(set(rows["key"].to_pylist())) == rows.num_rows == NUM_SHARDS * PER_SHARD
+    assert rows.equals(rows_without_ray(corpus, tokenizer))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_survive_a_driver_that_is_killed(corpus: str, tokenizer: str, tmp_path: Path):
+    output = tmp_path / "out"
+    with driver_in_a_session(command(corpus, tokenizer, output)) as driver:
+        wait_for_commits(output, 2)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    done_before = num_committed(output)
+    assert 2 <= done_before < NUM_SHARDS
+    assert main(["verify", f"output={output}"]) == 3
+    assert main(command(corpus, tokenizer, output, "workers.count=2")) == 0
+    assert_whole(output, corpus, tokenizer)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_killed_worker_is_replaced_within_the_same_command(corpus: str, tokenizer: str, tmp_path: Path):
+    output = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill_a_worker() -> None:
+        wait_for_commits(output, 2)
+        workers = [p for p in psutil.Process().children(recursive=True) if "TokenizeWorker" in p.name()]
+        killed.append(workers[0].pid)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    assert main(command(corpus, tokenizer, output)) == 0
+    killer.join()
+    assert len(killed) == 1
+    assert_whole(output, corpus, tokenizer)
+
+
+# -- what a kill leaves behind, planted ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tokenizer: str, tmp_path: Path) -> Path:
+    """A complete output of two small shards."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(tar_bytes(jpegs(3)))
+    tokenize_without_ray(f"{tmp_path}/*.tar", tokenizer, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("torn", [True, False])
+def test_an_entry_in_the_making_is_no_second_entry(finished: Path, torn: bool, capsys: pytest.CaptureFixture[str]):
+    """A kill after the temporary file was linked to its final name, or while it was being written."""
+    entry = sorted((finished / "manifest").iterdir())[0]
+    (finished / "manifest" / f"{storage.TEMPORARY}x").write_bytes(b"" if torn else entry.read_bytes())
+    assert main(["verify", f"output={finished}", "deep=true"]) == 0
+    assert main(["status", f"output={finished}"]) == 0
+    assert "6 tokenized" in capsys.readouterr().out
+
+
+def test_an_output_without_its_list_of_inputs_is_not_whole(finished: Path):
+    """A kill between dataset.json and inputs/: nothing tells what should be there, so nothing is proven."""
+    for file in (finished / "inputs").iterdir():
+        file.unlink()
+    for file in (finished / "manifest").iterdir():
+        file.unlink()
+    assert main(["verify", f"output={finished}"]) == 3
+
+
+def test_a_torn_token_shard_without_its_entry_is_written_anew(finished: Path, tokenizer: str, tmp_path: Path):
+    entry = sorted((finished / "manifest").iterdir())[0]
+    tokens = finished / "tokens" / f"{entry.stem}.parquet"
+    entry.unlink()
+    tokens.write_bytes(tokens.read_bytes()[:100])
+    tokenize_without_ray(f"{tmp_path}/*.tar", tokenizer, finished)
+    assert main(["verify", f"output={finished}", "deep=true"]) == 0
+    assert rows_of(finished).equals(rows_without_ray(f"{tmp_path}/*.tar", tokenizer))

@@ -1,0 +1,221 @@
+"""The whole road on a tiny net, through Ray Train and Ray Data: train, codebook, tokenize, verify, evaluate, decode."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from jobs.__main__ import main
+from pipeline.tokens import Output, TokenDataset
+from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
+from tokenizer.tokenizer import Tokenizer
+
+STEPS = 300  # of 15 ms and more: some seconds, so that a kill can land between the first checkpoint and the end
+SETTINGS = {
+    "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
+    "model": {"net": {**TINY_NET, "patch_size": 4}},
+    "quantizer": {"name": "vp_vae", "codebook_size": 16, "dim": 2, "latents_per_code": 16, "update_probability": 0.2},
+    "train": {"steps": STEPS, "batch_size": 8, "segment": 32, "log_every": 1, "checkpoint_every": 30},
+    "workers": {"count": 2},
+}
+
+
+def config(folder: Path, **changes) -> str:
+    """Path of a YAML file with RUN = folder/run and OUT = folder/out."""
+    places = {"run": f"{folder}/run", "output": f"{folder}/out", "to": f"{folder}/decoded"}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, **places, **changes}))
+    return str(folder / "config.yaml")
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run/reports/train.jsonl").read_text().splitlines()]
+
+
+# -- one run, and what every command makes of it ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a VP-VAE run with two ranks."""
+    folder = tmp_path_factory.mktemp("vp-vae")
+    assert main(["train", config(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frozen(trained: Path) -> Path:
+    """The same folder, with codebooks of 16 and 32 codes."""
+    assert main(["codebook", str(trained / "config.yaml"), "codebook.size=[16,32]"]) == 0
+    return trained
+
+
+@pytest.fixture(scope="module")
+def tokenized(frozen: Path) -> Path:
+    """The same folder, with an output of the smaller one."""
+    assert main(["tokenize", str(frozen / "config.yaml"), f"tokenizer={frozen}/run/tokenizers/vp_vae-K16"]) == 0
+    return frozen
+
+
+@pytest.mark.ray
+def test_training_leaves_a_model_a_log_and_curves(trained: Path):
+    assert sorted(file.name for file in (trained / "run/model").iterdir()) == ["config.json", "model.safetensors"]
+    assert [row["step"] for row in log(trained)] == list(range(1, STEPS + 1))
+    assert {"loss", "psnr", "lr", "samples_per_s", "bad_samples"} <= set(log(trained)[-1])
+    assert Image.open(trained / "run/reports/train.png").size > (0, 0)
+    assert list((trained / "run/checkpoints").glob("checkpoint_*/rank-1-of-2.pt"))
+
+
+@pytest.mark.ray
+def test_the_same_training_again_says_that_it_is_done(trained: Path, capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    assert main(["train", str(trained / "config.yaml"), "workers.count=1", "train.log_every=2"]) == 0
+    assert "is there already" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_another_training_under_the_same_name_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", str(trained / "config.yaml"), "train.lr=0.5"]) == 2
+    assert "train.lr=0.001, not 0.5; choose another `run`" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_tokenizing_before_the_codebook_names_the_command(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(trained / "run/model", tmp_path / "run/model")
+    assert main(["tokenize", config(tmp_path)]) == 2
+    assert "run `tokenmill codebook` first" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_each_size_gets_a_tokenizer_and_a_report(frozen: Path):
+    for size in (16, 32):
+        tokenizer = Tokenizer.from_pretrained(frozen / f"run/tokenizers/vp_vae-K{size}")
+        assert tokenizer.codebook_size == size
+        numbers = json.loads((frozen / f"run/reports/codebook-vp_vae-K{size}.json").read_text())
+        assert numbers["tokenizer_id"] == tokenizer.id
+        assert numbers["codebook_size"] == numbers["target_size"] == size
+        assert 0 < numbers["cvu"] <= 1
+        assert b"<img src='data:image/png" in (frozen / f"run/reports/codebook-vp_vae-K{size}.html").read_bytes()
+
+
+@pytest.mark.ray
+def test_several_tokenizers_want_a_choice(frozen: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["tokenize", str(frozen / "config.yaml"), f"output={frozen}/none"]) == 2
+    assert "choose one by tokenizer=..." in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_the_codebook_does_not_depend_on_the_number_of_workers(frozen: Path, tmp_path: Path):
+    """And a codebook that was killed half way is made anew, while one that is there stays."""
+    shutil.copytree(frozen / "run/model", tmp_path / "run/model")
+    left_over = tmp_path / "run/tokenizers/vp_vae-K32"
+    left_over.mkdir(parents=True)
+    (left_over / "codebook.safetensors").write_bytes(b"torn")
+    again = ["codebook", config(tmp_path), "codebook.size=[16,32]", "workers.count=1"]
+    assert main(again) == 0
+    for name in ("vp_vae-K16", "vp_vae-K32"):
+        ours, theirs = (Tokenizer.from_pretrained(f / "run/tokenizers" / name) for f in (tmp_path, frozen))
+        assert ours.id == theirs.id
+    assert main(again) == 0  # at once: all is there
+
+
+@pytest.mark.ray
+def test_the_tokens_are_proven_and_read(tokenized: Path):
+    assert main(["verify", str(tokenized / "config.yaml"), "deep=true"]) == 0
+    tokenizer = Tokenizer.from_pretrained(tokenized / "run/tokenizers/vp_vae-K16")
+    rows = list(TokenDataset(str(tokenized / "out"), tokenizer_id=tokenizer.id, columns=("height", "width")))
+    assert len(rows) == 108
+    for row in rows:
+        assert row["tokens"].shape == (-(-row["height"] // 8), -(-row["width"] // 8))
+        assert row["tokens"].max() < 16
+    about = Output.open(str(tokenized / "out")).about()
+    assert about["layout"]["codebook_id"] == tokenizer.codebook_id
+    assert about["config"]["data"]["shards"] == SETTINGS["data"]["shards"]
+
+
+@pytest.mark.ray
+def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path):
+    tokenizer = tokenized / "run/tokenizers/vp_vae-K16"
+    shards = f"data.shards={SAMPLES}/heldout/photos-001.tar"
+    assert main(["evaluate", str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", shards, "limit=3"]) == 0
+    numbers = json.loads((tokenized / "run/reports/evaluate-vp_vae-K16.json").read_text())
+    assert numbers["num_samples"] == 44
+    assert numbers["num_bad"] == 0
+    assert numbers["codebook_size"] == numbers["target_size"] == 16
+    assert 0 < numbers["ssim"] < 1
+    assert 1 <= numbers["perplexity"] <= 16
+    assert Image.open(tokenized / "run/reports/evaluate-vp_vae-K16.png").size > (0, 0)
+    page = (tokenized / "run/reports/evaluate-vp_vae-K16.html").read_text()
+    assert page.count("class=pair") == 3
+    assert "http" not in page.replace("data:image/png;base64", "")  # it needs no other file
+
+    decode = ["decode", str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", f"to={tmp_path}", "limit=108"]
+    assert main(decode) == 0
+    assert numbers["psnr"] == pytest.approx(np.mean(_psnr_of_decoded(tmp_path)), abs=0.01)
+
+
+def _psnr_of_decoded(folder: Path) -> list[float]:
+    """PSNR of each decoded PNG of photos-001 against its JPEG, by numpy alone."""
+    import io
+    import tarfile
+
+    found = []
+    with tarfile.open(SAMPLES / "heldout/photos-001.tar") as archive:
+        for member in archive:
+            if member.name.endswith(".jpg"):
+                [png] = folder.glob(f"photos-001-*-{member.name[:-4]}.png")
+                jpg = archive.extractfile(member).read()  # type: ignore[union-attr]
+                original = np.asarray(Image.open(io.BytesIO(jpg)).convert("RGB"), dtype=np.float64)
+                found.append(-10 * np.log10(np.mean((original - np.asarray(Image.open(png))) ** 2) / 255**2))
+    return found
+
+
+# -- other methods, and accidents ---------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_method_with_fixed_codes_takes_the_same_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Beside the files of a model that was being written when its run was killed."""
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/config.json").write_text("torn")
+    file = config(tmp_path, quantizer={"name": "fsq", "levels": [4, 4]}, workers={"count": 1})
+    assert main(["train", file, "train.steps=2", "train.precision=bf16"]) == 0
+    assert "perplexity" in log(tmp_path)[-1]
+    assert main(["codebook", file]) == 0
+    assert Tokenizer.from_pretrained(tmp_path / "run/tokenizers/fsq-K16").codebook_size == 16
+    capsys.readouterr()
+    assert main(["codebook", file, "codebook.size=17"]) == 2
+    assert "fsq has 16 codes since training, not codebook.size=17" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_killed_training_goes_on_as_if_nothing_had_been(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Bit by bit: weights, optimizer, random numbers, queue and place in the corpus are all in the checkpoint."""
+    file = config(tmp_path)
+    checkpoints = tmp_path / "run/checkpoints/checkpoint_manager_snapshot.json"
+    with driver_in_a_session(["train", file]) as driver:
+        deadline = time.monotonic() + 120
+        while not (checkpoints.exists() and "checkpoint_20" in checkpoints.read_text()):
+            assert time.monotonic() < deadline
+            assert driver.poll() is None
+            time.sleep(0.01)
+        driver.kill()
+        driver.wait()
+    assert not (tmp_path / "run/model").exists()
+    capsys.readouterr()
+    assert main(["train", file]) == 0
+    assert "goes on from the checkpoint of step" in capsys.readouterr().out
+    assert [row["step"] for row in log(tmp_path)] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in log(tmp_path)] == [row["loss"] for row in log(trained)]
+    killed, calm = (load_file(folder / "run/model/model.safetensors") for folder in (tmp_path, trained))
+    assert all(killed[name].equal(calm[name]) for name in calm)

@@ -1,0 +1,446 @@
+"""Pictures of every kind to arrays as a person sees them, and back; bad ones to a reason."""
+
+import math
+import struct
+import tracemalloc
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PIL
+from scipy.signal import convolve2d
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from tests.corpus import encoded, picture
+from tokenizer.errors import BadSample
+from tokenizer.modalities.image import Image, ImageConfig, to_rgb
+
+MID = [128, 128, 128]
+
+
+def read(data: bytes, **config) -> np.ndarray:
+    return Image(ImageConfig(**config)).read(data).array
+
+
+def only_colour(array: np.ndarray) -> list[int]:
+    """The colour of a picture that has one colour."""
+    assert array.dtype == np.uint8
+    assert array.ndim == 3
+    colours = np.unique(array.reshape(-1, 3), axis=0)
+    assert len(colours) == 1
+    return colours[0].tolist()
+
+
+def png_bytes(width: int, height: int, bits: int = 8, rows: bytes = b"") -> bytes:
+    """An RGB PNG by hand, since Pillow writes neither 16-bit RGB nor lies about sizes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+# -- what a person sees -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "ppm", "webp"])
+def test_lossless_files_give_their_very_pixels(kind: str):
+    original = picture(13, 29)
+    options = {"lossless": True} if kind == "webp" else {}
+    assert np.array_equal(read(encoded(original, kind, **options)), original)
+
+
+def test_jpeg_gives_about_its_pixels():
+    original = picture(32, 40)
+    assert np.abs(read(encoded(original, "jpeg", quality=95)).astype(float) - original).mean() < 8
+
+
+def test_grey_has_three_equal_channels():
+    grey = picture()[:, :, 0]
+    assert np.array_equal(read(encoded(PIL.fromarray(grey))), np.stack([grey] * 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "seen"),
+    [
+        ("RGBA", (255, 0, 0, 255), [255, 0, 0]),
+        ("RGBA", (255, 0, 0, 0), [255, 255, 255]),
+        ("RGBA", (255, 0, 0, 51), [255, 204, 204]),
+        ("LA", (0, 51), [204, 204, 204]),
+        ("LA", (90, 255), [90, 90, 90]),
+    ],
+)
+def test_transparency_shows_white_paper(mode: str, colour: tuple[int, ...], seen: list[int]):
+    assert only_colour(read(encoded(PIL.new(mode, (5, 4), colour)))) == seen
+
+
+def with_palette(entry: int) -> PIL.Image:
+    image = PIL.new("P", (5, 4), entry)
+    image.putpalette([200, 10, 20, 30, 210, 40])
+    return image
+
+
+@pytest.mark.parametrize("kind", ["png", "gif"])
+def test_palettes_are_looked_up(kind: str):
+    assert only_colour(read(encoded(with_palette(1), kind))) == [30, 210, 40]
+
+
+@pytest.mark.parametrize(("kind", "option"), [("png", 0), ("png", b"\x00\xff"), ("gif", 0)])
+def test_the_transparent_entry_of_a_palette_is_white(kind: str, option: int | bytes):
+    assert only_colour(read(encoded(with_palette(0), kind, transparency=option))) == [255, 255, 255]
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 100), ("RGB", (1, 2, 3)), ("1", 1)])
+def test_the_transparent_colour_of_a_png_is_white(mode: str, colour):
+    data = encoded(PIL.new(mode, (5, 4), colour), transparency=colour)
+    assert only_colour(read(data)) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "tiff"])
+@pytest.mark.parametrize(
+    ("ink", "seen"), [((0, 255, 255, 0), [255, 0, 0]), ((0, 0, 0, 0), [255] * 3), ((0, 0, 0, 255), [0] * 3)]
+)
+def test_cmyk_is_ink_on_paper(kind: str, ink: tuple[int, ...], seen: list[int]):
+    found = read(encoded(PIL.new("CMYK", (16, 16), ink), kind))
+    assert np.abs(found.astype(int) - seen).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_16_bit_grey_is_scaled(kind: str):
+    ramp = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    assert read(encoded(PIL.fromarray(ramp), kind))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_16_bit_mid_grey_stays_mid_grey():
+    assert only_colour(read(encoded(PIL.fromarray(np.full((4, 5), 32768, np.uint16))))) == MID
+
+
+def test_16_bit_rgb_is_scaled():
+    row = b"\0" + struct.pack(">HHH", 32768, 65535, 0) * 4
+    assert only_colour(read(png_bytes(4, 3, bits=16, rows=row * 3))) == [128, 255, 0]
+
+
+@pytest.mark.parametrize("value", [32768, np.float32(0.5)])
+def test_wide_numbers_are_scaled_too(value: int | np.float32):
+    data = encoded(PIL.fromarray(np.full((4, 5), value, dtype=np.int32 if value == 32768 else np.float32)), "tiff")
+    assert only_colour(read(data)) == MID
+
+
+def test_numbers_beyond_the_scale_are_shown_by_their_own_range():
+    ramp = np.array([[-1000, 0, 1000]], dtype=np.float32)
+    assert read(encoded(PIL.fromarray(ramp), "tiff"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.xfail(strict=True, reason="one value beyond the scale is divided by a range of 0")
+def test_one_number_beyond_the_scale_is_no_accident():
+    assert only_colour(read(encoded(PIL.fromarray(np.full((4, 5), 300, np.float32)), "tiff")))
+
+
+def test_not_a_number_is_no_picture():
+    with pytest.raises(BadSample, match="NaN or infinite"):
+        read(encoded(PIL.fromarray(np.full((4, 5), np.nan, np.float32)), "tiff"))
+
+
+def test_1_bit_is_black_and_white():
+    bits = np.eye(4, dtype=bool)
+    assert np.array_equal(read(encoded(PIL.fromarray(bits)))[:, :, 0], bits * np.uint8(255))
+
+
+TURNS = {  # EXIF 2.32, tag 0x0112: where the 0th row and column of the stored picture lie as it is seen
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_exif_turns_the_picture_and_its_size(orientation: int):
+    stored = picture(6, 10)
+    exif = PIL.Exif()
+    exif[0x0112] = orientation
+    found = Image(ImageConfig()).read(encoded(stored, "png", exif=exif))
+    seen = TURNS[orientation](stored)
+    assert np.array_equal(found.array, seen)
+    assert found.size == {"height": seen.shape[0], "width": seen.shape[1]}
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_an_animation_is_its_first_frame(kind: str):
+    frames = [PIL.new("RGB", (6, 5), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options = {"lossless": True} if kind == "webp" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert only_colour(read(data)) == [255, 0, 0]
+
+
+# -- bad pictures -------------------------------------------------------------------------------------------------
+
+JPEG = encoded(picture(64, 64), "jpeg")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "the file is empty"),
+        (JPEG[: len(JPEG) // 2], r"truncated \(\d+ bytes not processed\)"),
+        (encoded(picture(64, 64))[:3000], "truncated"),
+        (png_bytes(1, 20000), "1x20000: a side exceeds max_side=16384"),
+        (encoded(np.zeros((1, 20000, 3), np.uint8)), "20000x1: a side exceeds max_side=16384"),
+        (png_bytes(8000, 8001), "8000x8001 pixels exceed max_pixels=64000000"),
+        (png_bytes(30000, 30000), "900000000 pixels"),
+    ],
+    ids=["empty", "half a jpeg", "half a png", "1x20000", "20000x1", "too many pixels", "a bomb"],
+)
+def test_a_bad_picture_is_refused_by_its_value(data: bytes, said: str):
+    with pytest.raises(BadSample, match=said):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello " * 20, JPEG[:20], png_bytes(0, 0), b"P6 0 5 255\n"], ids=["text", "jpeg", "0x0", "0x5"]
+)
+def test_what_is_no_picture_is_refused(data: bytes):
+    with pytest.raises(BadSample):
+        read(data)
+
+
+@pytest.mark.xfail(strict=True, reason="Pillow's message names the address of a BytesIO")
+@pytest.mark.parametrize("data", [b"hello " * 20, png_bytes(0, 0)], ids=["text", "0x0"])
+def test_the_reason_is_the_same_in_every_run(data: bytes):
+    with pytest.raises(BadSample) as found:
+        read(data)
+    assert " at 0x" not in str(found.value)
+
+
+@pytest.mark.xfail(strict=True, reason="any format that Pillow knows is opened, EPS by running Ghostscript")
+def test_postscript_is_not_run():
+    with pytest.raises(BadSample) as found:
+        read(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    assert "Ghostscript" not in str(found.value)
+
+
+def test_a_bomb_is_refused_before_a_pixel_is_made():
+    tracemalloc.start()
+    with pytest.raises(BadSample):
+        read(png_bytes(7000, 10000, rows=b"\0" * 100))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_limits_are_inclusive():
+    limits = {"max_pixels": 200, "max_side": 20}
+    assert read(encoded(picture(10, 20)), **limits).shape == (10, 20, 3)
+    for height, width in ((10, 21), (11, 20)):
+        with pytest.raises(BadSample, match=f"{width}x{height}"):
+            read(encoded(picture(height, width)), **limits)
+
+
+@pytest.mark.xfail(strict=True, reason="max_pixels guards the file, but not what short_side makes of it")
+def test_a_thin_picture_is_not_enlarged_beyond_the_limits():
+    with pytest.raises(BadSample, match="1x1000"):
+        read(encoded(np.zeros((1000, 1, 3), np.uint8)), short_side=64, max_pixels=10_000, max_side=1000)
+
+
+# -- preprocessing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("short_side", [0, 16, 17, 50])
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_processed_size_is_the_size_that_comes_out(short_side: int, center_crop: bool):
+    modality = Image(ImageConfig(short_side=short_side, center_crop=center_crop))
+    rng = np.random.default_rng(0)
+    for height, width in [(1, 1), (1, 90), (90, 1), (16, 16), *rng.integers(1, 100, (40, 2)).tolist()]:
+        found = modality.read(encoded(np.zeros((height, width, 3), np.uint8), "bmp"))
+        assert found.size == {"height": height, "width": width}
+        assert modality.processed_size(found.size) == dict(zip(("height", "width"), found.array.shape, strict=False))
+
+
+def test_short_side_is_exactly_that_and_the_other_keeps_the_proportion():
+    assert read(encoded(picture(30, 45)), short_side=20).shape == (20, 30, 3)
+    assert read(encoded(picture(90, 60)), short_side=20).shape == (30, 20, 3)
+
+
+def test_center_crop_is_the_middle():
+    original = picture(10, 17)
+    assert np.array_equal(read(encoded(original), center_crop=True), original[:, 3:13])
+
+
+def test_a_small_picture_is_enlarged_to_the_short_side():
+    assert read(encoded(picture(8, 8)), short_side=32).shape == (32, 32, 3)
+
+
+# -- batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1, 4, 8])
+@pytest.mark.parametrize(("height", "width"), [(16, 24), (1, 1), (17, 23), (7, 9), (8, 25)])
+def test_padding_comes_off_again(height: int, width: int, factor: int):
+    modality = Image(ImageConfig())
+    arrays = [picture(height, width, seed) for seed in range(3)]
+    x = modality.batch(arrays, factor)
+    assert x.shape == (3, 3, math.ceil(height / factor) * factor, math.ceil(width / factor) * factor)
+    back = modality.unbatch(x, [{"height": height, "width": width}] * 3)
+    assert all(np.array_equal(a, b) for a, b in zip(arrays, back, strict=True))
+
+
+def test_padding_repeats_the_last_pixel():
+    x = Image(ImageConfig()).batch([picture(5, 6)], 8)
+    assert torch.equal(x[0, :, :5, 6:], x[0, :, :5, 5:6].expand(3, 5, 2))
+    assert torch.equal(x[0, :, 5:], x[0, :, 4:5].expand(3, 3, 8))
+
+
+def test_batches_are_channels_last_in_0_to_1():
+    x = Image(ImageConfig()).batch([np.full((4, 4, 3), 255, np.uint8)] * 2, 4)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.dtype == torch.float32
+    assert x.unique().tolist() == [1.0]
+
+
+def test_a_turned_crop_can_be_batched():
+    crops = [picture(8, 8)[:, ::-1], np.rot90(picture(8, 8))]
+    assert Image(ImageConfig()).batch(crops, 8).shape == (2, 3, 8, 8)
+
+
+def test_what_leaves_the_range_is_clipped():
+    x = torch.tensor([-0.5, 0.5, 1.5])[None, :, None, None]
+    assert Image(ImageConfig()).unbatch(x, [{"height": 1, "width": 1}])[0].tolist() == [[[0, 128, 255]]]
+
+
+def test_to_bytes_is_undone_by_reading():
+    original = picture(13, 9)
+    assert np.array_equal(read(Image(ImageConfig()).to_bytes(original)), original)
+
+
+# -- segments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 80), (32, 32), (10, 50), (50, 10), (1, 1)])
+def test_segments_have_the_size_asked_for(height: int, width: int):
+    modality = Image(ImageConfig())
+    for seed in range(5):
+        segment = modality.segment(picture(height, width), 32, np.random.default_rng(seed))
+        assert (segment.shape, segment.dtype) == ((32, 32, 3), np.uint8)
+
+
+def test_the_rng_decides_the_segment():
+    def cut(seed: int) -> bytes:
+        return Image(ImageConfig()).segment(picture(64, 80), 32, np.random.default_rng(seed)).tobytes()
+
+    assert cut(1) == cut(1)
+    assert len({cut(seed) for seed in range(20)}) == 20
+
+
+def test_segments_reach_every_corner_and_half_are_mirrored():
+    array = np.zeros((4, 5, 3), np.uint8)
+    array[:, :, 0], array[:, :, 1] = np.mgrid[0:4, 0:5]
+    modality, rng = Image(ImageConfig()), np.random.default_rng(0)
+    cuts = [modality.segment(array, 3, rng) for _ in range(400)]
+    mirrored = [cut[0, 0, 1] > cut[0, 2, 1] for cut in cuts]
+    assert {(cut[:, :, 0].min(), cut[:, :, 1].min()) for cut in cuts} == {(y, x) for y in range(2) for x in range(3)}
+    assert 150 < sum(mirrored) < 250
+
+
+# -- quality ------------------------------------------------------------------------------------------------------
+
+
+def pair(height: int = 20, width: int = 33, noise: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.stack([torch.from_numpy(picture(height, width, seed)).permute(2, 0, 1) / 255 for seed in range(3)])
+    return x, (x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+
+
+def quality(x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
+    return Image(ImageConfig()).metrics(x, x_hat)
+
+
+def test_psnr_solved_by_hand():
+    x = torch.full((2, 3, 12, 12), 0.5)
+    x_hat = torch.stack([x[0] + 0.1, x[1] - 0.01])
+    assert quality(x, x_hat)["psnr"].tolist() == pytest.approx([20, 40], abs=1e-3)  # -20 log10(0.1), -20 log10(0.01)
+
+
+def test_psnr_is_that_of_torchmetrics():
+    x, x_hat = pair()
+    expected = [peak_signal_noise_ratio(b, a, data_range=1.0).item() for a, b in zip(x, x_hat, strict=True)]
+    assert quality(x, x_hat)["psnr"].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_psnr_of_the_same_picture_is_100_db():
+    x, _ = pair()
+    assert quality(x, x)["psnr"].tolist() == pytest.approx([100] * 3)
+    assert quality(x, x)["ssim"].tolist() == pytest.approx([1] * 3)
+
+
+def ssim_by_definition(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang 2004, eq. 13, in float64: Gaussian window 11x11 of sigma 1.5, borders reflected; mean over channels."""
+    axis = np.arange(11) - 5
+    window = np.exp(-(axis[:, None] ** 2 + axis**2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return convolve2d(np.pad(values, 5, mode="reflect"), window, mode="valid")
+
+    found = []
+    for a, b in zip(x.astype(np.float64), y.astype(np.float64), strict=True):
+        mu_a, mu_b = mean(a), mean(b)
+        var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
+        top = (2 * mu_a * mu_b + 0.01**2) * (2 * cov + 0.03**2)
+        found.append(top / ((mu_a**2 + mu_b**2 + 0.01**2) * (var_a + var_b + 0.03**2)))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("size", [(11, 11), (20, 33), (40, 12)])
+def test_ssim_is_that_of_its_definition(size: tuple[int, int]):
+    x, x_hat = pair(*size)
+    expected = [ssim_by_definition(a.numpy(), b.numpy()) for a, b in zip(x, x_hat, strict=True)]
+    assert quality(x, x_hat)["ssim"].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [(10, 40), (40, 10), (1, 1)])
+def test_ssim_of_a_tiny_picture_is_not_a_number(size: tuple[int, int]):
+    found = quality(*pair(*size))
+    assert found["ssim"].isnan().tolist() == [True] * 3
+    assert found["psnr"].isfinite().all()
+
+
+def test_one_picture_has_one_value_of_each_metric():
+    x, x_hat = pair()
+    alone = [quality(x[i : i + 1], x_hat[i : i + 1]) for i in range(3)]
+    together = quality(x, x_hat)
+    for name, values in together.items():
+        assert [found[name].tolist()[0] for found in alone] == pytest.approx(values.tolist(), rel=1e-4)
+
+
+# -- losses -------------------------------------------------------------------------------------------------------
+
+
+def test_losses_solved_by_hand():
+    losses = Image(ImageConfig()).losses({})(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5))
+    assert {name: value.item() for name, value in losses.items()} == {"l1": 0.5, "mse": 0.25}
+
+
+def test_every_loss_has_a_default_weight():
+    x = torch.zeros(1, 3, 4, 4)
+    assert set(Image(ImageConfig()).losses({})(x, x)) <= set(Image.default_loss_weights)
+
+
+def test_to_rgb_does_not_change_what_it_is_given():
+    image = PIL.new("RGBA", (3, 3), (1, 2, 3, 4))
+    to_rgb(image)
+    assert image.getpixel((0, 0)) == (1, 2, 3, 4)
+
+
+def test_reading_works_from_many_threads():
+    modality = Image(ImageConfig(short_side=16))
+    data = [encoded(picture(30, 30, seed), "jpeg") for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda d: modality.read(d).array, data * 10))
+    assert all(np.array_equal(array, modality.read(d).array) for array, d in zip(found, data * 10, strict=True))
