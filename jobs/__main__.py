@@ -35,12 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tokenmill {command} CONFIG.yaml... [key=value ...]\n\n{job.__doc__}")
         print(f"All keys with their defaults (jobs/config.py explains them):\n\n{defaults_yaml()}")
         return 0
-    from pipeline.errors import NoShards, OutputMismatch
+    from pipeline.errors import BrokenOutput, NoShards, OutputMismatch
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
 
     try:
         return _finish(command, job.run(load_config(rest)))
-    except (ConfigError, NoShards, OutputMismatch, TokenizerMismatch, CodebookMissing) as error:
+    except (ConfigError, NoShards, OutputMismatch, BrokenOutput, TokenizerMismatch, CodebookMissing) as error:
         return _finish(command, 2, str(error))
 
 

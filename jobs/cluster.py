@@ -28,11 +28,22 @@ def start() -> None:
     ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
 
 
-def cpus_per_worker(workers: WorkersConfig) -> float:
-    """As configured, else an even share of the cluster's (at least 1)."""
+def cpus_per_rank(workers: WorkersConfig) -> float:
+    """Of a training rank: as configured, else an even share of the cluster's (at least 1)."""
     import ray
 
-    return workers.cpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // workers.count)
+    return workers.cpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // (workers.count or 1))
+
+
+def _room(workers: WorkersConfig, cpus: float) -> int:
+    """How many actors the cluster has CPUs and GPUs for, at least 1."""
+    import ray
+
+    resources = ray.cluster_resources()
+    room = int(resources.get("CPU", 1) // cpus)
+    if workers.gpus:
+        room = min(room, int(resources.get("GPU", 0) // workers.gpus))
+    return max(1, room)
 
 
 class ShardWorker:
@@ -64,8 +75,8 @@ def map_shards(
     context = ray.data.DataContext.get_current()
     context.print_on_execution_start = False
     context.enable_progress_bars = False
-    cpus = cpus_per_worker(workers)
-    count = min(workers.count, len(shards))
+    cpus = workers.cpus or 1
+    count = min(workers.count or _room(workers, cpus), len(shards))
     items = [{"shard": pickle.dumps(shard)} for shard in shards]
     done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         worker,

@@ -57,11 +57,15 @@ def _trained(run_url: str) -> Autoencoder:
 
 
 def _sizes(size: Any) -> list[int | None]:
-    sizes = size if isinstance(size, list) else [size]
-    for value in sizes:
-        if value is not None and not (isinstance(value, int) and value > 0):
-            raise ConfigError(f"codebook.size is {size!r}; it must be a number of codes, or a list of them")
-    return sizes
+    if size is None:
+        return [None]
+    try:
+        sizes = [int(value) for value in (size if isinstance(size, list) else [size])]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"codebook.size is {size!r}; it must be a number of codes, or a list of them") from error
+    if not sizes or min(sizes) < 1:
+        raise ConfigError(f"codebook.size is {size!r}; it must be above 0")
+    return list(sizes)
 
 
 def _place(run_url: str, autoencoder: Autoencoder, size: int | None, *parts: str) -> str:

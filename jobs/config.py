@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -13,6 +14,8 @@ from pipeline.tokens.layout import ENCODINGS
 from tokenizer.modality import MODALITIES
 from tokenizer.net import NETS
 from tokenizer.quantizer import QUANTIZERS
+
+PRECISIONS = ("fp32", "bf16")
 
 
 class ConfigError(ValueError):
@@ -46,7 +49,7 @@ class TrainConfig:
     lr_min: float = 0.0  # where the cosine ends
     warmup_steps: int = 100
     weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     grad_clip: float = 1.0
     loss_weights: dict[str, float] = field(default_factory=dict)  # over the defaults of modality and quantizer
     losses: dict[str, Any] = field(default_factory=dict)  # settings of the modality's losses, e.g. perceptual
@@ -59,14 +62,32 @@ class TrainConfig:
     max_failures: int = 0  # restarts after a lost worker within one command
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "segment", "decode_threads", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
+        if len(self.betas) != 2:
+            raise ValueError(f"train.betas is {self.betas}; it must be two numbers")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"train.precision is {self.precision!r}; choose one of: {', '.join(PRECISIONS)}")
+
 
 @dataclass
 class WorkersConfig:
-    """count: training ranks, or actors of the other jobs. cpus 0 shares this machine's out evenly."""
+    """count: training ranks, or actors of the other jobs; 0 is one rank, or as many actors as there is room for.
 
-    count: int = 1
+    cpus: per worker, and its torch threads. 0 gives ranks an even share of the machine, and actors one each: not
+    their share, since the last bit of a sum depends on the threads, and tokens must not depend on the workers.
+    """
+
+    count: int = 0
     cpus: float = 0
     gpus: float = 0
+
+    def __post_init__(self) -> None:
+        for name in ("count", "cpus", "gpus"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"workers.{name} is {getattr(self, name)}; it must be 0 or more")
 
 
 @dataclass
@@ -169,11 +190,26 @@ def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:
     return result
 
 
-def _overrides(texts: list[str]) -> Any:
+def _overrides(texts: list[str]) -> DictConfig:
+    """Values stay the text that was typed, so that a key 0002 is not 2; each field's type reads it later."""
+    given = OmegaConf.create()
+    for text in texts:
+        key, value = text.split("=", 1)
+        OmegaConf.update(given, key, _parsed(value, text), force_add=True)
+    return given
+
+
+def _parsed(value: str, text: str) -> Any:
+    """[lists] and {maps} of text, else text. Braces that are no map are a pattern of shards."""
+    if not value.startswith(("[", "{")):
+        return value
     try:
-        return OmegaConf.from_dotlist(texts)
-    except Exception as error:  # as above
-        raise ConfigError(f"{' '.join(texts)} is not KEY=VALUE: {' '.join(str(error).split())}") from error
+        parsed = yaml.load(value, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        if value.startswith("{"):
+            return value
+        raise ConfigError(f"{text} is not KEY=VALUE: {' '.join(str(error).split())}") from error
+    return value if isinstance(parsed, dict) and "" in parsed.values() else parsed
 
 
 def _resolved(merged: DictConfig) -> dict[str, Any]:
@@ -206,7 +242,7 @@ def _typed(cls: type, given: dict[str, Any], prefix: str) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or getattr(error, "key", "")
+        key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
         raise ConfigError(f"{prefix}{key}: {str(error).splitlines()[0]}") from error
     except (ValueError, TypeError) as error:  # from a __post_init__
         raise ConfigError(str(error)) from error

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -49,14 +50,17 @@ def _from_folder(folder: str) -> Iterator[Packed]:
     """Members are opened when their turn comes, so that a folder may be larger than memory."""
     if not Path(folder).is_dir():
         raise ConfigError(f"source {folder} is neither a folder nor a .parquet or .csv file")
-    groups: dict[str, list[tuple[str, Path]]] = {}
+    groups: dict[str, dict[str, Path]] = {}
     for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         match = NAME.match(file.relative_to(folder).as_posix())
         if match is None:
             raise ConfigError(f"{file} is not named KEY.EXTENSION; rename or remove it")
-        groups.setdefault(match[1], []).append((match[2].lower(), file))
+        members = groups.setdefault(match[1], {})
+        if match[2].lower() in members:
+            raise ConfigError(f"{file} and {members[match[2].lower()]} would be the same member; rename one")
+        members[match[2].lower()] = file
     for key, members in groups.items():
-        yield {"__key__": key, **dict(members)}
+        yield {"__key__": key, **members}
 
 
 def _from_table(file: str, media: tuple[str, ...]) -> Iterator[Packed]:
@@ -65,7 +69,14 @@ def _from_table(file: str, media: tuple[str, ...]) -> Iterator[Packed]:
     is_csv = file.endswith(".csv")
     for index, row in enumerate(_csv_rows(file) if is_csv else _parquet_rows(file)):
         key = str(row.pop("key", f"{index:09d}"))
-        members = {name: _member(value, is_csv and name in media) for name, value in row.items() if value is not None}
+        if NAME.match(f"{key}.x") is None or "." in key.rsplit("/", 1)[-1]:
+            raise ConfigError(
+                f"row {index}: key {key!r} cannot name a file of a sample; it must not be empty or hold dots"
+            )
+        try:
+            members = {n: _member(n, value, is_csv and n in media) for n, value in row.items() if value is not None}
+        except ValueError as error:
+            raise ConfigError(f"row {index}, key {key!r}: {error}") from error
         yield {"__key__": key, **members}
 
 
@@ -76,13 +87,21 @@ def _parquet_rows(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
+    """All columns as the text that they are: a class 007 is not 7."""
     with storage.open_stream(file) as stream:
-        yield from pyarrow.csv.read_csv(stream).to_pylist()
+        names = pyarrow.csv.open_csv(stream).schema.names
+    options = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    with storage.open_stream(file) as stream:
+        yield from pyarrow.csv.read_csv(stream, convert_options=options).to_pylist()
 
 
-def _member(value: Any, base64_text: bool) -> bytes:
+def _member(name: str, value: Any, base64_text: bool) -> bytes:
     if base64_text:
         return base64.b64decode(value, validate=True)
+    if isinstance(value, (dict, list)):
+        raise ValueError(
+            f"columns must hold bytes, text or numbers; got {str(value)[:60]}...; flatten the column first"
+        )
     return value if isinstance(value, bytes) else str(value).encode()
 
 

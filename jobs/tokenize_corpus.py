@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs import cluster
-from jobs.config import Config, TokensConfig
+from jobs.config import Config, ConfigError, TokensConfig
 from jobs.frozen import load_tokenizer, tokenizer_url
 from jobs.progress import Progress
 from jobs.reading import Item, Stopwatch, decoded_batches
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens import Layout, Output, Quarantined, TokenRow
+from pipeline.tokens.layout import passthrough_value
 from tokenizer.errors import BadSample
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
@@ -37,7 +38,11 @@ def run(config: Config) -> int:
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
     inputs = find_shards(config.data.shards)
-    output = Output.create(config.output, layout_of(tokenizer, config.tokens), inputs, asdict(config))
+    try:
+        layout = layout_of(tokenizer, config.tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    output = Output.create(config.output, layout, inputs, asdict(config))
     done = output.committed_names()
     todo = [shard for shard in inputs.shards if shard.name not in done]
     print(f"tokenize: {len(inputs.shards)} shards, {len(inputs.shards) - len(todo)} done before, {len(todo)} to do")
@@ -148,4 +153,11 @@ def _encode(
     for item, grid in zip(batch, tokens, strict=True):
         sample = item.sample
         kept = {name: sample.members[name] for name in options.passthrough if name in sample.members}
-        rows.append(TokenRow(sample.key, sample.index, grid, item.decoded.size, kept))
+        row = TokenRow(sample.key, sample.index, grid, item.decoded.size, kept)
+        try:
+            for name in kept:
+                passthrough_value(name, row)
+        except ValueError as error:
+            bad.append(Quarantined(sample.key, sample.index, "passthrough", "UnicodeDecodeError", str(error)))
+            continue
+        rows.append(row)

@@ -16,9 +16,9 @@ from jobs.progress import clock
 from jobs.train_loop import train_worker
 from pipeline import storage
 from pipeline.manifest import find_shards
-from tokenizer.modality import MODALITIES
+from tokenizer.modality import MODALITIES, build_modality
 from tokenizer.net import build_net
-from tokenizer.quantizer import QUANTIZERS
+from tokenizer.quantizer import QUANTIZERS, build_quantizer
 
 MAY_CHANGE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "max_failures", "decode_threads")
 
@@ -48,11 +48,23 @@ def _check(config: Config) -> None:
     for name in config.train.loss_weights:
         if name not in known:
             raise ConfigError(f"train.loss_weights.{name}: there is no such loss; there are: {', '.join(known)}")
-    if config.train.precision not in ("fp32", "bf16"):
-        raise ConfigError(f"train.precision is {config.train.precision!r}; choose fp32 or bf16")
-    factor = build_net(config.model.net).factor
+    try:
+        factor = build_net(config.model.net).factor
+        build_quantizer(config.quantizer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_losses(config)
     if config.train.segment % factor:
         raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
+
+
+def _check_losses(config: Config) -> None:
+    try:
+        build_modality(config.model.modality, config.data.preprocess).losses(config.train.losses)
+    except TypeError as error:  # an unknown setting
+        raise ConfigError(f"train.losses.{', train.losses.'.join(config.train.losses)}: {error}") from error
+    except (ValueError, ImportError, OSError) as error:  # weights that are missing or not what they should be
+        raise ConfigError(f"train.losses: {error}") from error
 
 
 def _claim(url: str, config: Config) -> None:
@@ -88,14 +100,12 @@ def _fit(url: str, settings: dict[str, Any], config: Config) -> str:
     from ray.util.queue import Queue
 
     news = Queue(actor_options={"num_cpus": 0})
-    workers = config.workers
-    resources = {"CPU": cluster.cpus_per_worker(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
+    workers, ranks = config.workers, config.workers.count or 1
+    resources = {"CPU": cluster.cpus_per_rank(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={**settings, "run": url, "news": news},
-        scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=bool(workers.gpus), resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(num_workers=ranks, use_gpu=bool(workers.gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name="checkpoints",
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints),

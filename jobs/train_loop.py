@@ -72,7 +72,9 @@ class TrainLoop:
             self.autoencoder, parallel_strategy_kwargs={"broadcast_buffers": False}
         )
         self.optimizer = torch.optim.AdamW(
-            self.autoencoder.parameters(), betas=config.train.betas, weight_decay=config.train.weight_decay
+            self.autoencoder.parameters(),
+            betas=(config.train.betas[0], config.train.betas[1]),
+            weight_decay=config.train.weight_decay,
         )
         self.step = self.num_bad = 0
         self.position = Position()

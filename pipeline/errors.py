@@ -9,5 +9,9 @@ class OutputMismatch(ValueError):
     """An output belongs to another tokenizer, corpus or setting than the one at hand."""
 
 
+class BrokenOutput(ValueError):
+    """A file of an output is not what its place says it is."""
+
+
 class NoShards(ValueError):
     """What data.shards says names no shards at all: a mistake in the configuration."""

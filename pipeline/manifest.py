@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from pipeline import storage
 from pipeline.errors import NoShards
@@ -22,8 +23,8 @@ class Shard:
     @property
     def name(self) -> str:
         """Stem and a hash of the URL: what the shard's output files are called."""
-        stem = PurePosixPath(self.url).name.split(".")[0]
-        return f"{stem}-{hashlib.sha256(self.url.encode()).hexdigest()[:8]}"
+        stem = re.sub(r"(\.tar)?(\.(gz|bz2|xz)|\.tgz)?$", "", PurePosixPath(self.url).name)
+        return f"{stem}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)

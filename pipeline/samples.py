@@ -3,16 +3,26 @@
 WebDataset's convention: the files of a sample lie next to each other and share their name up to the first dot.
 """
 
+import bz2
+import gzip
+import lzma
 import re
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import IO, Any
 
 from pipeline import storage
 from pipeline.errors import ShardError
 
 NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]+)$")
 MAX_MEMBER_BYTES = 2**30
+COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 
 
 @dataclass
@@ -49,17 +59,36 @@ def read_samples(url: str) -> Iterator[Sample]:
     try:
         with (
             storage.open_stream(url) as stream,
-            tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, errors="surrogateescape") as archive,
+            _decompressed(stream) as plain,
+            tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictTarInfo, errors="surrogateescape") as archive,
         ):
             yield from _group(archive)
+            _check_rest(archive)
     except FileNotFoundError as error:
         raise ShardError(f"{url}: there is no such shard") from error
     except PermissionError as error:
         raise ShardError(f"{url}: no permission to read it; check the credentials or the file's mode") from error
     except ShardError as error:
         raise ShardError(f"{url}: {error}; write the shard again and rerun") from error
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ShardError(f"{url}: cannot be read to its end ({type(error).__name__}: {error})") from error
+
+
+def _decompressed(stream: IO[bytes]) -> IO[bytes]:
+    """The tar inside of a gzip, bzip2 or xz file, whose checksums these readers check and tarfile's do not."""
+    start = stream.read(6)
+    stream.seek(0)
+    for magic, reader in COMPRESSIONS.items():
+        if start.startswith(magic):
+            return reader(stream)
+    return stream
+
+
+def _check_rest(archive: tarfile.TarFile) -> None:
+    """After the end mark nothing may follow but padding: tarfile would leave a second archive unread."""
+    while rest := archive.fileobj.read(2**16):  # type: ignore[union-attr]
+        if rest.strip(b"\0"):
+            raise ShardError("more data follows the end-of-archive mark: are these two archives in one file?")
 
 
 def _group(archive: tarfile.TarFile) -> Iterator[Sample]:

@@ -9,6 +9,8 @@ from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.samples import Sample, read_samples
 
+MAX_EMPTY_EPOCHS = 20  # a rank may be dealt nothing but bad shards in one epoch, but not in all of these
+
 
 @dataclass(frozen=True)
 class Position:
@@ -37,16 +39,19 @@ def training_samples(
 ) -> Iterator[tuple[Sample, Position]]:
     """Each sample with the position before it. Shuffled across shards and within a buffer.
 
-    A shard that breaks off gives the samples before the break. Raises ShardError if a whole epoch gives none.
+    A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all.
     """
     epoch, resumed = position.epoch, position.sample
+    has_all = share.world_size == 1 or len(shards) < share.world_size
+    empty_epochs = 0
     while True:
         taken = 0
         for sample in _shuffled(_one_epoch(shards, share, epoch, on_bad_shard), share, epoch, shuffle_buffer):
             taken += 1
             if taken > resumed:
                 yield sample, Position(epoch, taken - 1)
-        if taken == 0:
+        empty_epochs = empty_epochs + 1 if taken == 0 else 0
+        if empty_epochs >= (1 if has_all else MAX_EMPTY_EPOCHS):
             raise ShardError(f"rank {share.rank} finds no sample in {len(shards)} shards; is data.shards right?")
         epoch, resumed = epoch + 1, 0
 

@@ -19,10 +19,14 @@ class PartialSums:
 
     counts: Tensor  # [K] int64
     sums: Tensor  # [K, D] float64
-    squared_error: float  # summed over points and dims
+    errors: Tensor  # [K] float64: squared distances to the centroid, summed over points and dims
 
     def __add__(self, other: "PartialSums") -> "PartialSums":
-        return PartialSums(self.counts + other.counts, self.sums + other.sums, self.squared_error + other.squared_error)
+        return PartialSums(self.counts + other.counts, self.sums + other.sums, self.errors + other.errors)
+
+    @property
+    def squared_error(self) -> float:
+        return float(self.errors.sum())
 
 
 @dataclass
@@ -60,19 +64,22 @@ def partial_sums(points: Tensor, centroids: Tensor) -> PartialSums:
     indices = nearest_codeword(points, centroids)
     num_clusters = len(centroids)
     sums = [torch.bincount(indices, weights=column.double(), minlength=num_clusters) for column in points.T]
-    error = (points - centroids[indices]).double().square().sum()
-    return PartialSums(torch.bincount(indices, minlength=num_clusters), torch.stack(sums, dim=1), float(error))
+    distances = (points - centroids[indices]).double().square().sum(dim=1)
+    errors = torch.bincount(indices, weights=distances, minlength=num_clusters)
+    return PartialSums(torch.bincount(indices, minlength=num_clusters), torch.stack(sums, dim=1), errors)
 
 
 def new_centroids(centroids: Tensor, total: PartialSums, generator: torch.Generator) -> Tensor:
-    """Means of the clusters; each empty cluster takes half of one of the most populous."""
+    """Means of the clusters; each empty cluster takes half of one that errs most."""
     means = (total.sums / total.counts.clamp(min=1)[:, None]).float()
     empty = (total.counts == 0).nonzero().flatten()
     means[empty] = centroids[empty]
     if len(empty) == 0:
         return means
-    largest = total.counts.argsort(descending=True, stable=True)[: len(empty)]
-    largest = largest[total.counts[largest] > 1]  # one point cannot be split
+    largest = total.errors.argsort(descending=True, stable=True)[: len(empty)]
+    # a cluster that is no wider than the step which parts it (equal points above all) would only err more
+    worth = total.errors[largest] > 4 * total.counts[largest] * means.shape[1] * _step(means) ** 2
+    largest = largest[worth & (total.counts[largest] > 1)]
     empty = empty[: len(largest)]
     offset = _small_offsets(means, len(empty), generator)
     means[empty] = means[largest] + offset
@@ -107,6 +114,10 @@ def plus_plus(points: Tensor, num_clusters: int, generator: torch.Generator) -> 
 
 
 def _small_offsets(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random directions of a thousandth of the points' spread: enough to part two equal centroids."""
-    spread = (points - points.mean(dim=0)).square().mean().sqrt()
-    return torch.randn(count, points.shape[1], generator=generator).to(points) * (1e-3 * spread)
+    """Random directions, of a length that is enough to part two equal centroids."""
+    return torch.randn(count, points.shape[1], generator=generator).to(points) * _step(points)
+
+
+def _step(points: Tensor) -> Tensor:
+    """A thousandth of the points' spread."""
+    return 1e-3 * (points - points.mean(dim=0)).square().mean().sqrt()

@@ -9,13 +9,11 @@ from tokenizer.distributed import mean_across_ranks
 def moment_losses(z: Tensor, variance: float | None) -> dict[str, Tensor]:
     """Mean over dims of mu^2 ("norm_mean") and of (sigma^2 - variance)^2 ("norm_var"), over all ranks' rows.
 
-    z [N, D]. Differs: the biased variance, so that one row is finite; the official code divides by N - 1.
+    z [N, D]; variance None holds the mean alone. Differs: the biased variance, so that one row is finite; the
+    official code divides by N - 1.
     """
     if len(z) == 0:
-        zero = z.sum()
-        return {"norm_mean": zero, "norm_var": zero}
+        return {"norm_mean": z.sum(), "norm_var": z.sum()}
     first, second = mean_across_ranks(torch.stack([z.mean(dim=0), z.square().mean(dim=0)]))
-    losses = {"norm_mean": first.square().mean()}
-    if variance is not None:
-        losses["norm_var"] = (second - first.square() - variance).square().mean()
-    return losses
+    off = (second - first.square() - variance).square().mean() if variance is not None else z.new_zeros(())
+    return {"norm_mean": first.square().mean(), "norm_var": off}

@@ -22,7 +22,11 @@ def nearest_codeword(z: Tensor, codebook: Tensor) -> Tensor:
     z [N, D], codebook [K, D] -> [N] int64. The road depends on (D, K, device) alone and never on N, so that
     a latent has the same index in every batch.
     """
-    z, codebook = z.detach().float(), codebook.detach().float()
+    with torch.autocast(z.device.type, enabled=False):
+        return _nearest(z.detach().float(), codebook.detach().float())
+
+
+def _nearest(z: Tensor, codebook: Tensor) -> Tensor:
     num_codes, dim = codebook.shape
     if z.device.type == "cpu" and dim <= TREE_MAX_DIM and num_codes >= TREE_MIN_POINTS:
         found = cKDTree(codebook.numpy()).query(z.numpy(), workers=torch.get_num_threads())[1]
@@ -76,14 +80,15 @@ class TiledIndex:
 
     def kth_distances(self, queries: Tensor, ks: list[int]) -> Tensor:
         queries = queries.detach().float() - self.center
-        nearest = [self._nearest(part, max(ks)) for part in queries.split(1024)]
+        with torch.autocast(queries.device.type, enabled=False):
+            nearest = [self._positions(part, max(ks)) for part in queries.split(1024)]
         picked = (torch.cat(nearest) if nearest else queries.new_empty(0, max(ks), dtype=torch.int64))[
             :, [k - 1 for k in ks]
         ]
         # the product form ranks well but loses digits near 0: measure the chosen ones again
         return (self.points[picked] - queries[:, None, :]).norm(dim=2)
 
-    def _nearest(self, queries: Tensor, k: int) -> Tensor:
+    def _positions(self, queries: Tensor, k: int) -> Tensor:
         """Positions of the k nearest points, nearest first: [n, D] -> [n, k]."""
         best = queries.new_empty(len(queries), 0)
         where = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)

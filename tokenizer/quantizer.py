@@ -116,7 +116,7 @@ class Quantizer(nn.Module):
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
     """z_q forward, the gradient of z backward, unchanged."""
-    return z + (z_q - z).detach()
+    return z_q.detach() + (z - z.detach())  # in this order: z - z is 0, so that z_q comes out bit by bit
 
 
 def build_quantizer(settings: dict[str, Any]) -> Quantizer:

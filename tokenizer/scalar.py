@@ -26,7 +26,7 @@ def levels_for(codebook_size: int) -> list[int]:
     if codebook_size in PAPER_LEVELS:
         return PAPER_LEVELS[codebook_size]
     if codebook_size < MIN_LEVELS:
-        raise ValueError(f"a scalar quantizer needs a codebook_size of {MIN_LEVELS} or more, got {codebook_size}")
+        raise ValueError(f"quantizer.codebook_size is {codebook_size}; a scalar quantizer needs {MIN_LEVELS} or more")
     if codebook_size <= MAX_LEVELS:
         return [codebook_size]
     fewest = math.ceil(math.log(codebook_size, MAX_LEVELS))
@@ -38,6 +38,12 @@ def levels_for(codebook_size: int) -> list[int]:
         found += [levels[::-1] for levels in itertools.combinations_with_replacement(sides, dim)]
     best = min(found, key=lambda levels: (abs(math.prod(levels) - codebook_size), len(levels), levels[0] - levels[-1]))
     return list(best)
+
+
+def check_levels(levels: list[int]) -> None:
+    """Raises ValueError on a dimension that would hold nothing."""
+    if any(level < 2 for level in levels):
+        raise ValueError(f"quantizer.levels is {list(levels)}; each must be 2 or more")
 
 
 class MixedRadix(nn.Module):

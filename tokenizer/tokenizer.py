@@ -72,14 +72,15 @@ class Tokenizer(LatentEncoder):
         about = json.loads((folder / "tokenizer.json").read_text())
         autoencoder = Autoencoder(about["model"])
         codebook = load_file(folder / "codebook.safetensors")
-        codebook.pop("codebook", None)
+        table = codebook.pop("codebook", None)
         state = {f"quantizer.{name}": tensor for name, tensor in codebook.items()}
         autoencoder.load_inference_state(load_file(folder / "model.safetensors") | state)
         tokenizer = cls(autoencoder, about["preprocessing"])
-        if tokenizer.id != about["tokenizer_id"]:
+        same_table = table is None or torch.equal(table, tokenizer._codebook_state["codebook"])
+        if tokenizer.id != about["tokenizer_id"] or not same_table:
             raise TokenizerMismatch(
-                f"{folder} says tokenizer {about['tokenizer_id']} but its weights are those of {tokenizer.id}; "
-                "a file was changed or mixed up: fetch the folder anew, or make it again with `tokenmill codebook`"
+                f"{folder} says tokenizer {about['tokenizer_id']}, but its files are not those of that tokenizer; "
+                "one was changed or mixed up: fetch the folder anew, or make it again with `tokenmill codebook`"
             )
         tokenizer.to(device)
         return tokenizer

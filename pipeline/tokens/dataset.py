@@ -61,6 +61,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self.files = [(entry.name, entry.num_rows) for entry in self.output.commits() if entry.num_rows]
         self.num_rows = sum(rows for _, rows in self.files)
         self.epoch = self.position = 0
+        self._resumed = 0  # rows that a loaded state has handed out of the epoch
+        self._resumed_by = (0, 0)
 
     def __len__(self) -> int:
         """Rows of this rank's epoch."""
@@ -69,31 +71,48 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
     def set_epoch(self, epoch: int) -> None:
         """Another epoch is another order of the rows; it starts at its first row."""
-        self.epoch, self.position = epoch, 0
+        self.epoch, self.position, self._resumed = epoch, 0, 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+    def state_dict(self) -> dict[str, Any]:
+        worker, num_workers = _worker()
+        where = {"epoch": self.epoch, "position": self.position, "worker": worker, "num_workers": num_workers}
+        return {**where, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises OutputMismatch if rows would come in another order than when the state was taken."""
         for name, now in self._identity().items():
             if state[name] != now:
                 raise OutputMismatch(f"the state was taken with {name}={state[name]}; this dataset has {name}={now}")
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self._resumed = state["epoch"], state["position"], state["position"]
+        self._resumed_by = (state["worker"], state["num_workers"])
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         return {
-            **{"num_rows": self.num_rows, "seed": self.seed, "shuffle_window": self.window},
+            **{
+                "tokenizer_id": self.layout.tokenizer_id,
+                "equal_length": self.equal_length,
+                "num_rows": self.num_rows,
+                "seed": self.seed,
+                "shuffle_window": self.window,
+            },
             **{"rank": self.rank, "world_size": self.world_size},
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker = get_worker_info()
-        share = self._share()
-        start, stop = _split(*share, worker.id, worker.num_workers) if worker else share
+        worker, num_workers = _worker()
+        if self._resumed and self._resumed_by != (worker, num_workers):
+            raise OutputMismatch(
+                "the state is of DataLoader worker {} of {}, ".format(*self._resumed_by)
+                + f"this is {worker} of {num_workers}; resume with as many workers as before, and if there are any, "
+                "with torchdata's StatefulDataLoader"
+            )
+        start, stop = self._share()
+        if num_workers:
+            start, stop = _split(start, stop, worker, num_workers)
         window = self.window or max(1, stop - start)
         line = self._line()
-        resumed = self.position
+        resumed, self._resumed = self._resumed, 0
+        self.position = resumed
         for low in range(start + resumed // window * window, stop, window):
             already = max(0, start + resumed - low)
             for row in self._window(line, low, min(low + window, stop), already):
@@ -153,6 +172,12 @@ class _Rows:
     def row(self, i: int) -> dict[str, Any]:
         tokens = self.values[self.offsets[i] : self.offsets[i + 1]].reshape(self.shapes[i])
         return {"tokens": tokens, **{name: values[i] for name, values in self.others.items()}}
+
+
+def _worker() -> tuple[int, int]:
+    """This DataLoader worker and how many there are; (0, 0) outside of any."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 0)
 
 
 def _split(start: int, stop: int, part: int, parts: int) -> tuple[int, int]:

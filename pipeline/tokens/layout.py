@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 SCHEMA_VERSION = 1
 ENCODINGS = ("list", "packed")
 SIZE_COLUMNS = ("height", "width", "sample_rate", "num_samples")
+RESERVED = ("key", "source_shard", "source_index", "modality", "tokens", "shape", *SIZE_COLUMNS)
 TEXT_EXTENSIONS = ("txt", "json", "cls", "text", "caption")
 ROWS_PER_GROUP = 4096  # at 128 rows a group the footer alone is 379 kB, at 8192 it is 6 kB
 
@@ -47,6 +48,9 @@ class Layout:
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
+        for name in self.passthrough:
+            if name in RESERVED or self.passthrough.count(name) > 1:
+                raise ValueError(f"tokens.passthrough: there is a column {name!r} already")
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -87,7 +91,7 @@ class Layout:
             "tokens": [t.tobytes() for t in flat] if self.encoding == "packed" else _list_array(flat, schema),
             "shape": [list(row.tokens.shape) for row in rows],
             **{name: [row.size.get(name) for row in rows] for name in SIZE_COLUMNS},
-            **{name: [_passthrough_value(name, row) for row in rows] for name in self.passthrough},
+            **{name: [passthrough_value(name, row) for row in rows] for name in self.passthrough},
         }
         return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
@@ -154,8 +158,12 @@ def _passthrough_type(extension: str) -> pa.DataType:
     return pa.string() if extension.rsplit(".", 1)[-1] in TEXT_EXTENSIONS else pa.binary()
 
 
-def _passthrough_value(extension: str, row: TokenRow) -> str | bytes | None:
+def passthrough_value(extension: str, row: TokenRow) -> str | bytes | None:
+    """What the column gets. Raises ValueError that names the key where text is not UTF-8."""
     value = row.passthrough.get(extension)
     if value is None or _passthrough_type(extension) == pa.binary():
         return value
-    return value.decode()
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"key {row.key!r}: {extension!r} is not UTF-8 ({error})") from error

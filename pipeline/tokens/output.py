@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import OutputMismatch
+from pipeline.errors import BrokenOutput, OutputMismatch
 from pipeline.manifest import Manifest, Shard
 from pipeline.tokens.layout import Layout, TokenRow, to_parquet
 
@@ -37,7 +37,7 @@ READERS = 16  # threads that read small objects
 
 @dataclass
 class Quarantined:
-    """A sample that could not be tokenized. stage: read, decode or encode."""
+    """A sample that could not be tokenized. stage: read, decode, encode or passthrough."""
 
     key: str
     source_index: int
@@ -52,7 +52,7 @@ class Commit:
 
     name: str
     source_shard: str
-    source_num_bytes: int
+    source_num_bytes: int | None  # None where the storage did not tell
     num_samples: int
     num_rows: int
     num_quarantined: int
@@ -107,7 +107,13 @@ class Output:
 
         Returns the entry that stands, which is another worker's if that one was first.
         """
+        if (stands := self._committed(shard.name)) is not None:
+            return stands
         tokens = self.layout.to_table(rows, shard.url)
+        # so that a file which another run left of a shard that was replaced since is not taken for this one's
+        tokens = tokens.replace_schema_metadata(
+            {**tokens.schema.metadata, b"source_num_bytes": str(shard.num_bytes).encode()}
+        )
         tokens_sha256 = self._place("tokens", shard.name, tokens)
         quarantine_sha256 = None
         if quarantined:
@@ -115,7 +121,7 @@ class Output:
         entry = Commit(
             name=shard.name,
             source_shard=shard.url,
-            source_num_bytes=shard.num_bytes or 0,
+            source_num_bytes=shard.num_bytes,
             num_samples=len(rows) + len(quarantined),
             num_rows=len(rows),
             num_quarantined=len(quarantined),
@@ -130,9 +136,15 @@ class Output:
         try:
             storage.write_once(self._at("manifest", f"{shard.name}.json"), _json(asdict(entry)))
         except FileExistsError:
-            return Commit(**json.loads(storage.read(self._at("manifest", f"{shard.name}.json"))))
+            stands = self._committed(shard.name)
+            assert stands is not None
+            return stands
         storage.remove(self._at("failed", f"{shard.name}.json"))
         return entry
+
+    def _committed(self, name: str) -> Commit | None:
+        url = self._at("manifest", f"{name}.json")
+        return _parse_commit(url, storage.read(url)) if storage.exists(url) else None
 
     def _place(self, folder: str, name: str, table: pa.Table) -> str:
         """Creates the file and returns its SHA-256.
@@ -163,8 +175,21 @@ class Output:
         return {_stem(url) for url in storage.list_files(self._at("manifest"))}
 
     def commits(self) -> list[Commit]:
-        """All manifest entries, by name. Raises ValueError that names an entry that is not one."""
-        return [_parse_commit(url, text) for url, text in _read_all(storage.list_files(self._at("manifest")))]
+        """All manifest entries, by name. Raises BrokenOutput that names an entry that is not one."""
+        entries, problems = self.commits_and_problems()
+        if problems:
+            raise BrokenOutput(f"{self.url}: {problems[0]}; `tokenmill verify` tells more")
+        return entries
+
+    def commits_and_problems(self) -> tuple[list[Commit], list[str]]:
+        """The sound manifest entries, and what is wrong with the others."""
+        entries, problems = [], []
+        for url, text in _read_all(storage.list_files(self._at("manifest"))):
+            try:
+                entries.append(_parse_commit(url, text))
+            except BrokenOutput as error:
+                problems.append(str(error))
+        return entries, problems
 
     def failures(self) -> list[dict[str, Any]]:
         return [json.loads(text) for _, text in _read_all(storage.list_files(self._at("failed")))]
@@ -191,7 +216,7 @@ class Output:
             return
         sizes = {entry.name: entry.source_num_bytes for entry in self.commits()}
         for shard in inputs.shards:
-            if shard.num_bytes is not None and sizes.get(shard.name, shard.num_bytes) != shard.num_bytes:
+            if None not in (shard.num_bytes, sizes.get(shard.name)) and sizes[shard.name] != shard.num_bytes:
                 raise OutputMismatch(
                     f"{shard.url} has {shard.num_bytes} bytes now, and had {sizes[shard.name]} when {self.url} "
                     "tokenized it: it was replaced. Give the new shard another name, or choose another output"
@@ -230,9 +255,12 @@ def _quarantine_table(source_shard: str, quarantined: list[Quarantined]) -> pa.T
 
 def _parse_commit(url: str, text: bytes) -> Commit:
     try:
-        return Commit(**json.loads(text))
+        entry = Commit(**json.loads(text))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{url} is no manifest entry: {error}") from error
+        raise BrokenOutput(f"manifest/{_stem(url)}.json is no manifest entry: {error}") from error
+    if entry.name != _stem(url):
+        raise BrokenOutput(f"manifest/{_stem(url)}.json is the entry of {entry.name}: readers would get its rows twice")
+    return entry
 
 
 def _read_all(urls: list[str]) -> Iterable[tuple[str, bytes]]:

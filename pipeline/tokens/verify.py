@@ -32,9 +32,9 @@ def verify(output: Output, against_input: bool = False) -> tuple[list[str], list
     Checks each entry's files by checksum, ids, row by row; and that every shard ever given has its entry.
     against_input reads the input shards once more and compares their keys too.
     """
-    entries = output.commits()
+    entries, problems = output.commits_and_problems()
     inputs = output.inputs()
-    problems = list(_missing(inputs, entries))
+    problems += _missing(inputs, entries)
     with ThreadPoolExecutor(READERS) as pool:
         for found in pool.map(lambda entry: _check_entry(output, entry), entries):
             problems += found
@@ -132,10 +132,13 @@ def _check_input(output: Output, entry: Commit) -> list[str]:
     except ShardError as error:
         return [str(error)]
     found: dict[int, str] = {}
-    tables = [output.read_tokens(entry.name)]
-    if entry.quarantine_sha256:
-        tables.append(output.read_quarantine(entry.name))
-    for data in tables:
-        table = pq.read_table(io.BytesIO(data), columns=["source_index", "key"])
+    try:
+        tables = [output.read_tokens(entry.name)]
+        if entry.quarantine_sha256:
+            tables.append(output.read_quarantine(entry.name))
+        parsed = [pq.read_table(io.BytesIO(data), columns=["source_index", "key"]) for data in tables]
+    except (OSError, pa.ArrowInvalid):
+        return []  # told already, by the check of the files
+    for table in parsed:
         found.update(zip(table["source_index"].to_pylist(), table["key"].to_pylist(), strict=True))
     return [] if found == given else [f"{entry.source_shard}: its keys are not those of the output; was it replaced?"]

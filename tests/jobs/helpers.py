@@ -71,7 +71,7 @@ def tokenize_without_ray(shards: str | list[str], tokenizer_url: str, output_url
     inputs = find_shards(shards)
     layout = layout_of(Tokenizer.from_pretrained(tokenizer_url), TokensConfig())
     output = Output.create(str(output_url), layout, inputs, config={})
-    worker = TokenizeWorker(tokenizer_url, output.url, TokensConfig(), num_cpus=torch.get_num_threads(), num_gpus=0)
+    worker = TokenizeWorker(tokenizer_url, output.url, TokensConfig(), num_cpus=1, num_gpus=0)
     done = output.committed_names()
     failures = [worker.process(shard).failure for shard in inputs.shards if shard.name not in done]
     assert not any(failures), failures

@@ -15,16 +15,27 @@ from jobs.tokenize_corpus import tokenize_shard
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture, tar_bytes
-from tests.jobs.helpers import SAMPLES, jpegs, rows_of, rows_without_ray, save_tiny_tokenizer
+from tests.jobs.helpers import (
+    SAMPLES,
+    jpegs,
+    rows_of,
+    rows_without_ray,
+    save_tiny_tokenizer,
+    tokenize_without_ray,
+)
 from tokenizer.tokenizer import Tokenizer
 
 GOOD = jpegs(6)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is that large, and holds no pixel."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that says it is that large, and holds few bytes."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
+    packed = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def without_end_blocks(tar: bytes) -> bytes:
@@ -41,7 +52,7 @@ def test_a_real_shard_gives_a_row_for_each_photo(tokenizer: str):
     assert [row.source_index for row in rows] == list(range(44))
     assert all(row.tokens.shape == (-(-row.size["height"] // 8), -(-row.size["width"] // 8)) for row in rows)
     assert len(np.unique(np.concatenate([row.tokens.ravel() for row in rows]))) > 32  # the pictures tell codes apart
-    assert set(seconds) == {"wait", "encode"}
+    assert seconds["encode"] > 0
 
 
 @pytest.mark.parametrize("budget", [1, 50_000, 10**9])
@@ -77,9 +88,9 @@ def corpus(tmp_path: Path) -> Path:
                 ("broken.jpg", GOOD[1][1][:700]),
                 ("noise.jpg", bytes(range(256)) * 4),
                 ("empty.jpg", b""),
-                ("bomb.png", png_header(30_000, 30_000)),
-                ("large.png", png_header(9_000, 9_000)),
-                ("zero.png", png_header(0, 0)),
+                ("bomb.png", png_of_size(30_000, 30_000)),
+                ("large.png", png_of_size(9_000, 9_000)),
+                ("zero.png", png_of_size(0, 0)),
                 ("thin.png", encoded(np.zeros((20_000, 1, 3), dtype=np.uint8))),
                 ("pixel.png", encoded(np.zeros((1, 1, 3), dtype=np.uint8))),
                 ("\udcff\udcfe.jpg", GOOD[1][1]),
@@ -198,15 +209,15 @@ def test_bad_input_is_reported_mended_and_proven(
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_rows_do_not_depend_on_the_number_of_workers(tokenizer: str, tmp_path: Path):
-    shards = str(SAMPLES / "heldout/*.tar")
-    for count in (1, 2):
-        output = f"output={tmp_path}/{count}"
-        assert (
-            main(["tokenize", f"tokenizer={tokenizer}", f"data.shards={shards}", output, f"workers.count={count}"]) == 0
-        )
+    for i in range(3):
+        members = [(f"{i}-{name}", data) for name, data in jpegs(12, 80 + i, 100)]
+        (tmp_path / f"{i}.tar").write_bytes(tar_bytes(members))
+    shards = f"{tmp_path}/*.tar"
     expected = rows_without_ray(shards, tokenizer)
-    assert rows_of(tmp_path / "1").equals(expected)
-    assert rows_of(tmp_path / "2").equals(expected)
+    for count in (1, 2):
+        output, workers = f"output={tmp_path}/{count}", f"workers.count={count}"
+        assert main(["tokenize", f"tokenizer={tokenizer}", f"data.shards={shards}", output, workers]) == 0
+        assert rows_of(tmp_path / str(count)).equals(expected)
 
 
 @pytest.mark.ray
@@ -226,29 +237,47 @@ def test_packed_tokens_and_passthrough_arrive(tokenizer: str, tmp_path: Path):
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_an_output_of_another_tokenizer_is_refused(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture
+def finished(tokenizer: str, tmp_path: Path) -> list[str]:
+    """A command whose work is done, so that it needs no Ray."""
     (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD))
-    common = [f"data.shards={tmp_path}/a.tar", f"output={tmp_path}/out"]
-    assert main(["tokenize", f"tokenizer={tokenizer}", *common]) == 0
+    tokenize_without_ray(f"{tmp_path}/a.tar", tokenizer, tmp_path / "out")
+    return ["tokenize", f"tokenizer={tokenizer}", f"data.shards={tmp_path}/a.tar", f"output={tmp_path}/out"]
+
+
+def test_the_same_command_again_has_nothing_to_do(finished: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(finished) == 0
+    assert "1 done before, 0 to do" in capsys.readouterr().out
+
+
+def test_an_output_of_another_tokenizer_is_refused(
+    finished: list[str], tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     other = save_tiny_tokenizer(tmp_path / "other", seed=1)
-    capsys.readouterr()
-    assert main(["tokenize", f"tokenizer={other}", *common]) == 2
+    assert main([*finished, f"tokenizer={other}"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert Tokenizer.from_pretrained(tokenizer).id in line
     assert Tokenizer.from_pretrained(other).id in line
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("change", ["tokens.encoding=packed", "tokens.passthrough=[txt]"])
+def test_an_output_of_another_layout_is_refused(finished: list[str], change: str, capsys: pytest.CaptureFixture[str]):
+    assert main([*finished, change]) == 2
+    assert "holds another dataset" in capsys.readouterr().err
+
+
 def test_a_shard_that_was_replaced_after_its_commit_is_refused(
-    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD))
-    again = ["tokenize", f"tokenizer={tokenizer}", f"data.shards={tmp_path}/a.tar", f"output={tmp_path}/out"]
-    assert main(again) == 0
     (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD * 20))
-    capsys.readouterr()
-    assert main(again) == 2
+    assert main(finished) == 2
     assert "was replaced" in capsys.readouterr().err
+
+
+def test_a_tokenizer_whose_files_were_mixed_up_is_refused(
+    finished: list[str], tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    mixed = Path(save_tiny_tokenizer(tmp_path / "mixed", seed=1))
+    (mixed / "codebook.safetensors").write_bytes((Path(tokenizer) / "codebook.safetensors").read_bytes())
+    assert main([*finished, f"tokenizer={mixed}"]) == 2
+    assert "changed or mixed up" in capsys.readouterr().err

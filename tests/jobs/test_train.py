@@ -111,19 +111,31 @@ def test_several_tokenizers_want_a_choice(frozen: Path, capsys: pytest.CaptureFi
     assert "choose one by tokenizer=..." in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def frozen_by_one_worker(frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, with codebooks by one worker, beside the files of a codebook that was killed while written."""
+    folder = tmp_path_factory.mktemp("one-worker")
+    shutil.copytree(frozen / "run/model", folder / "run/model")
+    (folder / "run/tokenizers/vp_vae-K32").mkdir(parents=True)
+    (folder / "run/tokenizers/vp_vae-K32/codebook.safetensors").write_bytes(b"torn")
+    assert main(["codebook", config(folder), "codebook.size=[16,32]", "workers.count=1"]) == 0
+    return folder
+
+
 @pytest.mark.ray
-def test_the_codebook_does_not_depend_on_the_number_of_workers(frozen: Path, tmp_path: Path):
-    """And a codebook that was killed half way is made anew, while one that is there stays."""
-    shutil.copytree(frozen / "run/model", tmp_path / "run/model")
-    left_over = tmp_path / "run/tokenizers/vp_vae-K32"
-    left_over.mkdir(parents=True)
-    (left_over / "codebook.safetensors").write_bytes(b"torn")
-    again = ["codebook", config(tmp_path), "codebook.size=[16,32]", "workers.count=1"]
-    assert main(again) == 0
+def test_a_codebook_that_was_killed_half_way_is_made_anew(
+    frozen_by_one_worker: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert Tokenizer.from_pretrained(frozen_by_one_worker / "run/tokenizers/vp_vae-K32").codebook_size == 32
+    assert main(["codebook", str(frozen_by_one_worker / "config.yaml"), "codebook.size=[16,32]"]) == 0
+    assert capsys.readouterr().out.count("is there already") == 2
+
+
+@pytest.mark.ray
+def test_the_codebook_does_not_depend_on_the_number_of_workers(frozen: Path, frozen_by_one_worker: Path):
     for name in ("vp_vae-K16", "vp_vae-K32"):
-        ours, theirs = (Tokenizer.from_pretrained(f / "run/tokenizers" / name) for f in (tmp_path, frozen))
-        assert ours.id == theirs.id
-    assert main(again) == 0  # at once: all is there
+        one, two = (Tokenizer.from_pretrained(f / "run/tokenizers" / name) for f in (frozen_by_one_worker, frozen))
+        assert one.id == two.id
 
 
 @pytest.mark.ray

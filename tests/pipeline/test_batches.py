@@ -68,6 +68,11 @@ def test_little_is_held_back():
     assert given == 99
 
 
+def test_what_is_held_longest_goes_first():
+    items = [np.zeros(i) for i in (2, 3, 4, 5)]
+    assert [len(batch[0]) for batch in buckets(items, budget=10, max_pending=1)] == [2, 3, 4, 5]
+
+
 def test_nothing_makes_no_batches():
     assert buckets([], budget=10) == []
 

@@ -266,10 +266,7 @@ def test_g8_a_method_that_only_ever_saw_one_value_stays_finite(case, value):
 
 
 @all_cases
-def test_every_loss_has_a_default_weight_and_every_weight_a_loss(case, request):
-    if case[1].get("activation") == "cauchy":
-        reason = "bug: norm_var has a weight but no loss, as a Cauchy law has no variance to hold to"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_every_loss_has_a_default_weight_and_every_weight_a_loss(case):
     quantizer = trained(case)
     assert set(quantizer(latents(quantizer, 50)).losses) == set(quantizer.default_loss_weights)
 

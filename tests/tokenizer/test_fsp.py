@@ -268,7 +268,7 @@ def test_levels_follow_from_the_codebook_size():
         ({"activation": "relu"}, "quantizer.activation is 'relu'; choose one of: tanh, sigmoid, normal"),
         ({"mixing": "batch"}, "quantizer.mixing is 'batch'"),
         ({"quantize_rate": 1.5}, "quantizer.quantize_rate is 1.5"),
-        pytest.param({"levels": [8, 0]}, "levels", marks=pytest.mark.xfail(reason="bug: not checked", strict=True)),
+        ({"levels": [8, 0]}, "levels"),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):

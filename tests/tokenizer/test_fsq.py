@@ -178,7 +178,7 @@ def test_without_noise_training_gives_what_eval_gives():
     [
         ({"edges": "round"}, "quantizer.edges is 'round'; choose one of: original, symmetric"),
         ({"noise_rate": -0.1}, "quantizer.noise_rate is -0.1"),
-        pytest.param({"levels": [8, 1]}, "levels", marks=pytest.mark.xfail(reason="bug: gives NaN codes", strict=True)),
+        ({"levels": [8, 1]}, "levels"),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):

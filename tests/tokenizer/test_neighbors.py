@@ -84,9 +84,6 @@ def test_bfloat16_latents_are_measured_in_float32():
     assert torch.equal(nearest_codeword(z, codebook), distances(z.float(), codebook).argmin(dim=1))
 
 
-@pytest.mark.xfail(
-    reason="bug: the product runs in bfloat16, so `fit` inside of autocast fails", strict=True, raises=TypeError
-)
 def test_autocast_does_not_reach_the_search():
     z, codebook = normals(500, 4, seed=1), normals(512, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):

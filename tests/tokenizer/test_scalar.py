@@ -75,5 +75,5 @@ def test_of_equally_near_levels_the_fewest_dimensions_and_the_most_even_are_take
 
 
 def test_too_few_codes_are_refused():
-    with pytest.raises(ValueError, match="codebook_size of 3 or more, got 2"):
+    with pytest.raises(ValueError, match="codebook_size is 2; a scalar quantizer needs 3 or more"):
         levels_for(2)

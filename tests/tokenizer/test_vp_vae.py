@@ -297,7 +297,6 @@ def test_tokens_beside_an_atom_still_move():
     assert moved[200:].float().mean() > 0.3
 
 
-@pytest.mark.xfail(reason="bug: with no quantization error to match, eta runs off to its upper limit", strict=True)
 def test_an_atom_leaves_eta_where_it_is():
     quantizer = with_queue(torch.full((64 * 64, 4), 0.5), 64)
     for _ in range(5):
@@ -311,7 +310,7 @@ def test_an_atom_leaves_eta_where_it_is():
 @pytest.mark.parametrize("make", [normals, uniforms, clusters])
 def test_quantization_error_is_that_of_a_real_kmeans(make):
     samples = make(256 * 64, 4)
-    expected = kmeans(make(4 * 256 * 64, 4, seed=2), 256, tolerance=1e-3).mse[-1]
+    expected = kmeans(make(2 * 256 * 64, 4, seed=2), 256, tolerance=2e-3).mse[-1]
     radius = build_index(samples).kth_distances(make(4096, 4, seed=1), [64])[:, 0]
     assert float(quantization_error(radius, 4)) == pytest.approx(expected, rel=0.12)
 
@@ -337,14 +336,14 @@ def test_auto_eta_matches_the_energy_of_the_perturbation_to_real_quantization(st
     samples = normals(256 * 64, 4)
     quantizer = with_queue(samples, 256, mh_steps=steps)
     energies = [energy(quantizer, normals(512, 4, seed=step)) for step in range(1, 161 // steps)]
-    assert sum(energies[-40:]) / 40 == pytest.approx(kmeans(samples, 256).mse[-1], rel=0.1)
+    assert sum(energies[-40:]) / 40 == pytest.approx(kmeans(samples, 256, tolerance=1e-3).mse[-1], rel=0.1)
 
 
 def test_eta_1_trains_with_about_half_of_the_energy_of_quantization():
     """Section 2.5 of the method: .45 to .48 of it, which is why eta is auto; two moves bring .88 to .90."""
     samples, z = normals(256 * 64, 4), normals(8192, 4, seed=1)
     once, twice = (energy(with_queue(samples, 256, eta=1.0, mh_steps=steps), z) for steps in (1, 2))
-    error = kmeans(samples, 256).mse[-1]
+    error = kmeans(samples, 256, tolerance=1e-3).mse[-1]
     assert 0.4 < once / error < 0.65
     assert 1.4 < twice / once < 2.1
 
@@ -366,9 +365,7 @@ def test_a_set_eta_stays():
         ({"update_probability": 0.0}, "quantizer.update_probability is 0.0"),
         ({"backend": "faiss"}, "choose one of: auto, kdtree, gemm, subsample"),
         ({"codebook_size": 2, "latents_per_code": 3}, "quantizer.density_k is 8"),
-        pytest.param(
-            {"eta": 0.0}, "quantizer.eta is 0.0", marks=pytest.mark.xfail(reason="bug: math domain error", strict=True)
-        ),
+        ({"eta": 0.0}, "quantizer.eta is 0.0"),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as PIL
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
@@ -20,6 +20,8 @@ from tokenizer.errors import BadSample
 from tokenizer.modality import MODALITIES, Decoded, Modality
 from tokenizer.perceptual import load_perceptual
 
+# named, since Pillow would open any it knows, EPS by running Ghostscript; JPEG opens the MPO of phones too
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SSIM_WINDOW = 11  # Wang 2004: Gaussian of sigma 1.5
 SMALLEST_MSE = 1e-10  # PSNR is at most 100 dB, so that a mean stays finite
 
@@ -54,16 +56,26 @@ class Image(Modality):
         """Checks the size that the header states before any pixel is made."""
         if not data:
             raise BadSample("the file is empty")
-        picture = PIL.open(io.BytesIO(data))
+        try:
+            picture = PIL.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:  # its own words name an address in memory
+            raise BadSample(f"no picture in a format that we read ({', '.join(FORMATS)}): {data[:8]!r}...") from error
         width, height = picture.size
         if width == 0 or height == 0:
             raise BadSample(f"the picture is {width}x{height}")
-        if width * height > self.config.max_pixels:
-            raise BadSample(f"{width}x{height} pixels exceed max_pixels={self.config.max_pixels}")
-        if max(width, height) > self.config.max_side:
-            raise BadSample(f"{width}x{height}: a side exceeds max_side={self.config.max_side}")
+        self._check_limits(height, width, f"{width}x{height}")
+        if self.config.short_side:
+            self._check_limits(
+                *self._resized(height, width), f"{width}x{height} with short_side={self.config.short_side}"
+            )
         picture.load()
         return picture
+
+    def _check_limits(self, height: int, width: int, what: str) -> None:
+        if width * height > self.config.max_pixels:
+            raise BadSample(f"{what}: more pixels than max_pixels={self.config.max_pixels}")
+        if max(width, height) > self.config.max_side:
+            raise BadSample(f"{what}: a side exceeds max_side={self.config.max_side}")
 
     def _preprocess(self, array: np.ndarray) -> np.ndarray:
         height, width = array.shape[:2]
@@ -160,8 +172,11 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise BadSample("pixels are NaN or infinite")
-    if low >= 0 and high <= full:
+    if low == high > full:
+        return np.full(values.shape, 255, dtype=np.uint8)
+    if (low >= 0 and high <= full) or low == high:
         low, high = 0.0, full
+    values = values.clip(low, high)
     return np.round((values - low) / (high - low) * 255).astype(np.uint8)
 
 

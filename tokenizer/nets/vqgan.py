@@ -22,6 +22,10 @@ class VQGANConfig:
     attention: bool = True
     patch_size: int = 1  # pixels per side that the first convolution takes at once
 
+    def __post_init__(self) -> None:
+        if not self.multipliers or min(*self.multipliers, self.width, self.channels, self.patch_size) < 1:
+            raise ValueError("model.net.multipliers, width, channels and patch_size must be above 0, and not empty")
+
 
 @NETS.register("vqgan")
 class VQGAN(Net):

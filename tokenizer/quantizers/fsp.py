@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenizer.moments import moment_losses
 from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
-from tokenizer.scalar import MixedRadix, levels_for
+from tokenizer.scalar import MixedRadix, check_levels, levels_for
 
 UNIT_STD = math.sqrt(12.0)  # one over the standard deviation of U(0, 1)
 MIXING = ("element", "vector")
@@ -64,6 +64,7 @@ class FSPConfig:
     eta: float = 1.0
 
     def __post_init__(self) -> None:
+        check_levels(self.levels)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"quantizer.activation is {self.activation!r}; choose one of: {', '.join(ACTIVATIONS)}")
         if self.mixing not in MIXING:

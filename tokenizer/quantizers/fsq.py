@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
-from tokenizer.scalar import MixedRadix, levels_for
+from tokenizer.scalar import MixedRadix, check_levels, levels_for
 
 EPSILON = 1e-3  # how far the bounded value may pass the outermost level, as in the original listing
 EDGES = ("original", "symmetric")
@@ -26,6 +26,7 @@ class FSQConfig:
     noise_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        check_levels(self.levels)
         if self.edges not in EDGES:
             raise ValueError(f"quantizer.edges is {self.edges!r}; choose one of: {', '.join(EDGES)}")
         if not 0 <= self.noise_rate <= 1:

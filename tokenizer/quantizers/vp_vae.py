@@ -39,8 +39,11 @@ class VPVAEConfig:
     backend: str = "auto"  # of the neighbour search: auto, kdtree, gemm, subsample
 
     def __post_init__(self) -> None:
-        if isinstance(self.eta, str) and self.eta != "auto":
-            raise ValueError(f"quantizer.eta is {self.eta!r}; it must be a number above 0, or auto")
+        self.eta = self._eta()
+        if self.codebook_size < 1 or self.dim < 1:
+            raise ValueError(
+                f"quantizer.codebook_size is {self.codebook_size} and dim {self.dim}; both must be above 0"
+            )
         if self.mh_steps < 1:
             raise ValueError(f"quantizer.mh_steps is {self.mh_steps}; it must be 1 or more")
         if not 0 < self.update_probability <= 1:
@@ -50,6 +53,17 @@ class VPVAEConfig:
         self.latents_per_code = self.latents_per_code or 16 * self.dim
         if self.density_k > self.codebook_size * self.latents_per_code:
             raise ValueError(f"quantizer.density_k is {self.density_k}, more than the queue holds")
+
+    def _eta(self) -> float | str:
+        if self.eta == "auto":
+            return "auto"
+        try:
+            eta = float(self.eta)
+        except ValueError:
+            eta = 0.0
+        if eta <= 0:
+            raise ValueError(f"quantizer.eta is {self.eta!r}; it must be a number above 0, or auto")
+        return eta
 
 
 @QUANTIZERS.register("vp_vae")
@@ -97,7 +111,7 @@ class VPVAE(Quantizer):
             accepted |= took
         energy = (here - z).square().sum(dim=1).mean()
         energy, target, share = mean_across_ranks(torch.stack([energy, target, accepted.float().mean()]))
-        ratio = energy / target.clamp(min=1e-30)
+        ratio = torch.where(target > 0, energy / target, 1.0)  # equal latents have no error, and need no noise
         if self.config.eta == "auto":
             self._follow(ratio)
         return here, {"accepted": share, "energy_ratio": ratio, "eta": eta}

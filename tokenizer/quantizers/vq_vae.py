@@ -12,6 +12,7 @@ from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight
 
 INIT_TOKENS_PER_CODE = 64
 INIT_ITERATIONS = 20
+MIN_BISECTOR, MIN_LENGTH = 1e-3, 1e-12  # below, rounding would decide on the rotation
 
 
 @dataclass
@@ -23,6 +24,10 @@ class VQVAEConfig:
     gradient: str = "straight_through"
 
     def __post_init__(self) -> None:
+        if self.codebook_size < 1 or self.dim < 1:
+            raise ValueError(
+                f"quantizer.codebook_size is {self.codebook_size} and dim {self.dim}; both must be above 0"
+            )
         if self.gradient not in GRADIENTS:
             raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
 
@@ -72,14 +77,17 @@ def rotate_to(z: Tensor, e: Tensor) -> Tensor:
     """e forward; backward the gradient is rotated and scaled as z was to become e.
 
     z, e [N, D] -> [N, D]. R = I - 2 r r^T + 2 e' z'^T with r the unit bisector (arXiv 2410.06424, section 4.2).
+    Differs: straight-through where z is 0, or points away from e, and so no rotation is determined.
     """
-    length_z = z.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    length_z = z.detach().norm(dim=1, keepdim=True).clamp(min=MIN_LENGTH)
     length_e = e.detach().norm(dim=1, keepdim=True)
     unit_z, unit_e = z.detach() / length_z, e.detach() / length_e.clamp(min=1e-12)
-    bisector = nn.functional.normalize(unit_z + unit_e, dim=1)
+    middle = unit_z + unit_e
+    determined = (middle.norm(dim=1, keepdim=True) > MIN_BISECTOR) & (length_z > MIN_LENGTH)
+    bisector = nn.functional.normalize(middle, dim=1)
     reflected = z - 2 * (z * bisector).sum(dim=1, keepdim=True) * bisector
     rotated = reflected + 2 * (z * unit_z).sum(dim=1, keepdim=True) * unit_e
-    return rotated * (length_e / length_z)
+    return torch.where(determined, rotated * (length_e / length_z), straight_through(z, e))
 
 
 def _mean_squared(x: Tensor) -> Tensor:
