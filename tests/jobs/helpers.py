@@ -66,12 +66,15 @@ def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def tokenize_without_ray(shards: str | list[str], tokenizer_url: str, output_url: str | Path) -> Output:
+def tokenize_without_ray(
+    shards: str | list[str], tokenizer_url: str, output_url: str | Path, options: TokensConfig | None = None
+) -> Output:
     """What the job does, in this process: each shard that is not committed yet goes through the job's own worker."""
+    options = options or TokensConfig()
     inputs = find_shards(shards)
-    layout = layout_of(Tokenizer.from_pretrained(tokenizer_url), TokensConfig())
+    layout = layout_of(Tokenizer.from_pretrained(tokenizer_url), options)
     output = Output.create(str(output_url), layout, inputs, config={})
-    worker = TokenizeWorker(tokenizer_url, output.url, TokensConfig(), num_cpus=1, num_gpus=0)
+    worker = TokenizeWorker(tokenizer_url, output.url, options, num_cpus=1, num_gpus=0)
     done = output.committed_names()
     failures = [worker.process(shard).failure for shard in inputs.shards if shard.name not in done]
     assert not any(failures), failures

@@ -16,7 +16,7 @@ from pipeline.tokens import Output, TokenDataset
 from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
 from tokenizer.tokenizer import Tokenizer
 
-STEPS = 300  # of 15 ms and more: some seconds, so that a kill can land between the first checkpoint and the end
+STEPS = 120
 SETTINGS = {
     "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
     "model": {"net": {**TINY_NET, "patch_size": 4}},
@@ -215,7 +215,8 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     """Bit by bit: weights, optimizer, random numbers, queue and place in the corpus are all in the checkpoint."""
     file = config(tmp_path)
     checkpoints = tmp_path / "run/checkpoints/checkpoint_manager_snapshot.json"
-    with driver_in_a_session(["train", file]) as driver:
+    # Ray Train takes note of a checkpoint every 2 s: one at each step makes the run long enough for that
+    with driver_in_a_session(["train", file, "train.checkpoint_every=1"]) as driver:
         deadline = time.monotonic() + 120
         while not (checkpoints.exists() and "checkpoint_20" in checkpoints.read_text()):
             assert time.monotonic() < deadline

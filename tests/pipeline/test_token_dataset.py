@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -241,16 +242,32 @@ def test_a_state_of_another_tokenizers_output_is_refused(output: Output, tmp_pat
         TokenDataset(other.url).load_state_dict(state)
 
 
-def test_a_state_taken_without_workers_does_not_lose_rows_with_them(output: Output):
-    dataset = TokenDataset(output.url)
-    first = keys(itertools.islice(dataset, 6))
-    resumed = TokenDataset(output.url)
+def as_worker(monkeypatch: pytest.MonkeyPatch, worker: int, workers: int) -> None:
+    """In the place of a DataLoader worker; one that raises would make torch wait 5 s at its end."""
+    info = SimpleNamespace(id=worker, num_workers=workers)
+    monkeypatch.setattr("pipeline.tokens.dataset.get_worker_info", lambda: info)
+
+
+def test_a_state_taken_without_workers_is_refused_with_them(output: Output, monkeypatch: pytest.MonkeyPatch):
+    dataset, resumed = TokenDataset(output.url), TokenDataset(output.url)
+    list(itertools.islice(dataset, 6))
     resumed.load_state_dict(dataset.state_dict())
-    try:
-        rest = keys(DataLoader(resumed, batch_size=None, num_workers=2))
-    except OutputMismatch:
-        return
-    assert sorted(first + rest) == ALL_KEYS
+    as_worker(monkeypatch, 0, 2)
+    with pytest.raises(OutputMismatch, match="as many workers"):
+        next(iter(resumed))
+
+
+def test_the_state_of_a_worker_goes_on_in_that_worker_alone(output: Output, monkeypatch: pytest.MonkeyPatch):
+    as_worker(monkeypatch, 1, 2)
+    expected = keys(TokenDataset(output.url, shuffle_window=4))
+    dataset, resumed = (TokenDataset(output.url, shuffle_window=4) for _ in range(2))
+    assert keys(itertools.islice(dataset, 5)) == expected[:5]
+    resumed.load_state_dict(dataset.state_dict())
+    assert keys(resumed) == expected[5:]
+    resumed.load_state_dict(dataset.state_dict())
+    as_worker(monkeypatch, 0, 2)
+    with pytest.raises(OutputMismatch, match="worker"):
+        next(iter(resumed))
 
 
 def test_a_pass_that_was_left_early_does_not_shorten_the_next(output: Output):

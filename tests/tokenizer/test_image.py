@@ -194,7 +194,7 @@ JPEG = encoded(picture(64, 64), "jpeg")
         (encoded(picture(64, 64))[:3000], "truncated"),
         (png_bytes(1, 20000), "1x20000: a side exceeds max_side=16384"),
         (encoded(np.zeros((1, 20000, 3), np.uint8)), "20000x1: a side exceeds max_side=16384"),
-        (png_bytes(8000, 8001), "8000x8001 pixels exceed max_pixels=64000000"),
+        (png_bytes(8000, 8001), "8000x8001: more pixels than max_pixels=64000000"),
         (png_bytes(30000, 30000), "900000000 pixels"),
     ],
     ids=["empty", "half a jpeg", "half a png", "1x20000", "20000x1", "too many pixels", "a bomb"],

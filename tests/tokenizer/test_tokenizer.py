@@ -311,7 +311,7 @@ def change_tensor(file: Path, name: str | None = None) -> None:
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "codebook.safetensors"])
-def test_changed_weights_are_refused_by_both_ids(tmp_path: Path, file: str):
+def test_changed_weights_are_refused_by_the_id(tmp_path: Path, file: str):
     frozen = tokenizer()
     change_tensor(saved(frozen, tmp_path) / file)
     with pytest.raises(TokenizerMismatch, match=f"says tokenizer {frozen.id}, but its files are not those of"):
