@@ -5,6 +5,7 @@ WebDataset's convention: the files of a sample lie next to each other and share 
 
 import bz2
 import gzip
+import io
 import lzma
 import re
 import tarfile
@@ -76,12 +77,11 @@ def read_samples(url: str) -> Iterator[Sample]:
 
 def _decompressed(stream: IO[bytes]) -> IO[bytes]:
     """The tar inside of a gzip, bzip2 or xz file, whose checksums these readers check and tarfile's do not."""
-    start = stream.read(6)
-    stream.seek(0)
+    buffered = io.BufferedReader(stream)  # type: ignore[type-var]  # peeks, since not every HTTP stream can seek
     for magic, reader in COMPRESSIONS.items():
-        if start.startswith(magic):
-            return reader(stream)
-    return stream
+        if buffered.peek(6).startswith(magic):
+            return reader(buffered)
+    return buffered
 
 
 def _check_rest(archive: tarfile.TarFile) -> None:

@@ -63,7 +63,8 @@ def num_bytes(url: str) -> int | None:
     """Size of the object; None if there is none, or none that we may see."""
     fs, path = locate(url)
     try:
-        return int(_retry(lambda: fs.info(path))["size"])
+        size = _retry(lambda: fs.info(path))["size"]  # None where a server does not tell
+        return None if size is None else int(size)
     except (FileNotFoundError, PermissionError):
         return None
 

@@ -9,8 +9,6 @@ from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.samples import Sample, read_samples
 
-MAX_EMPTY_EPOCHS = 20  # a rank may be dealt nothing but bad shards in one epoch, but not in all of these
-
 
 @dataclass(frozen=True)
 class Position:
@@ -42,26 +40,30 @@ def training_samples(
     A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all.
     """
     epoch, resumed = position.epoch, position.sample
-    has_all = share.world_size == 1 or len(shards) < share.world_size
-    empty_epochs = 0
+    fruitless: set[int] = set()  # shards read since the last sample: those of one epoch may all be bad
     while True:
         taken = 0
-        for sample in _shuffled(_one_epoch(shards, share, epoch, on_bad_shard), share, epoch, shuffle_buffer):
+        mine = _dealt(len(shards), share, epoch)
+        for sample in _shuffled(_read(shards, mine, share, on_bad_shard), share, epoch, shuffle_buffer):
             taken += 1
             if taken > resumed:
                 yield sample, Position(epoch, taken - 1)
-        empty_epochs = empty_epochs + 1 if taken == 0 else 0
-        if empty_epochs >= (1 if has_all else MAX_EMPTY_EPOCHS):
+        fruitless = set() if taken else fruitless | set(mine)
+        if len(fruitless) == len(shards):
             raise ShardError(f"rank {share.rank} finds no sample in {len(shards)} shards; is data.shards right?")
         epoch, resumed = epoch + 1, 0
 
 
-def _one_epoch(
-    shards: list[Shard], share: Share, epoch: int, on_bad_shard: Callable[[ShardError], None]
+def _dealt(num_shards: int, share: Share, epoch: int) -> list[int]:
+    """The shards that this rank reads in this epoch: all of them where there are fewer than ranks."""
+    order = np.random.default_rng([share.seed, epoch]).permutation(num_shards).tolist()
+    return order if num_shards < share.world_size else order[share.rank :: share.world_size]
+
+
+def _read(
+    shards: list[Shard], mine: list[int], share: Share, on_bad_shard: Callable[[ShardError], None]
 ) -> Iterator[Sample]:
-    order = np.random.default_rng([share.seed, epoch]).permutation(len(shards))
     by_sample = len(shards) < share.world_size
-    mine = order if by_sample else order[share.rank :: share.world_size]
     for index in mine:
         try:
             for sample in read_samples(shards[index].url):

@@ -61,6 +61,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self.files = [(entry.name, entry.num_rows) for entry in self.output.commits() if entry.num_rows]
         self.num_rows = sum(rows for _, rows in self.files)
         self.epoch = self.position = 0
+        self._open: tuple[str, pa.Table] | None = None  # the file read last: windows are often smaller than files
         self._resumed = 0  # rows that a loaded state has handed out of the epoch
         self._resumed_by = (0, 0)
 
@@ -148,6 +149,11 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             yield tables[table].row(row)
 
     def _read(self, name: str, first: int, last: int) -> "_Rows":
+        if self._open is None or self._open[0] != name:
+            self._open = (name, self._read_file(name))
+        return _Rows(self._open[1].slice(first, last - first), self.layout.token_dtype)
+
+    def _read_file(self, name: str) -> pa.Table:
         url = self.output.tokens_url(name)
         fs, path = storage.locate(url)
         source = path if storage.is_local(fs) else io.BytesIO(storage.read(url))
@@ -156,7 +162,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         footer = (table.schema.metadata or {}).get(b"tokenizer_id", b"").decode()
         if footer != self.layout.tokenizer_id:
             raise OutputMismatch(f"{url} was written by tokenizer {footer!r}, not by {self.layout.tokenizer_id}")
-        return _Rows(table.slice(first, last - first), self.layout.token_dtype)
+        return table
 
 
 class _Rows:
@@ -164,8 +170,9 @@ class _Rows:
 
     def __init__(self, table: pa.Table, dtype: np.dtype):
         tokens = tokens_as_lists(table["tokens"].combine_chunks(), dtype)
-        self.values = np.array(tokens.values)  # a copy that may be written to, as torch wants it
-        self.offsets = tokens.offsets.to_pylist()
+        offsets = tokens.offsets.to_numpy()  # of a slice of the file: its values are those between the two ends
+        self.values = np.array(tokens.values[offsets[0] : offsets[-1]])  # a copy: torch wants to write to it
+        self.offsets = (offsets - offsets[0]).tolist()
         self.shapes = [tuple(shape) for shape in table["shape"].to_pylist()]
         self.others = {name: table[name].to_pylist() for name in table.column_names if name not in ("tokens", "shape")}
 

@@ -153,16 +153,15 @@ class Output:
         drivers that race end up describing one file; a torn one, which no manifest names, is written anew.
         """
         url, data = self._at(folder, f"{name}.parquet"), to_parquet(table)
-        try:
-            storage.write_once(url, data)
-            return _sha256(data)
-        except FileExistsError:
-            there = storage.read(url)
-            if _same_samples(there, table):
+        while True:  # again where another driver has just replaced the same torn file
+            try:
+                storage.write_once(url, data)
+                return _sha256(data)
+            except FileExistsError:
+                there = storage.read(url)
+            if _same_samples(there, table) or self._committed(name):  # never remove what an entry names
                 return _sha256(there)
-        storage.remove(url)
-        storage.write_once(url, data)
-        return _sha256(data)
+            storage.remove(url)
 
     def note_failure(self, shard: Shard, message: str, now: float) -> None:
         """Leaves word for `status` of why a shard could not be done. A later success removes it."""
