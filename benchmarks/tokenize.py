@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import shutil
 import statistics
 import tempfile
@@ -31,7 +32,10 @@ from tokenizer.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 SHARDS = 40
 ROUNDS = 5
-WORKERS = {"1 worker, all CPUs": WorkersConfig(count=1), "2 workers": WorkersConfig(count=2)}
+WORKERS = {
+    "1 worker, all CPUs": WorkersConfig(count=1, cpus=os.cpu_count() or 1),
+    "a worker per CPU (default)": WorkersConfig(),
+}
 
 
 @dataclass

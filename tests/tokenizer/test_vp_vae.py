@@ -335,7 +335,7 @@ def test_quantization_error_is_zadors_law(dim):
 def test_auto_eta_matches_the_energy_of_the_perturbation_to_real_quantization(steps):
     samples = normals(256 * 64, 4)
     quantizer = with_queue(samples, 256, mh_steps=steps)
-    energies = [energy(quantizer, normals(512, 4, seed=step)) for step in range(1, 161 // steps)]
+    energies = [energy(quantizer, normals(256, 4, seed=step)) for step in range(1, 161 // steps)]
     assert sum(energies[-40:]) / 40 == pytest.approx(kmeans(samples, 256, tolerance=1e-3).mse[-1], rel=0.1)
 
 

@@ -1,8 +1,7 @@
 """The convolutional encoder and decoder of VQGAN, arXiv 2012.09841: residual blocks, group norm, SiLU.
 
 Pictures are [B, 3, H, W] in 0..1. Differs: `patch_size` lets the first convolution take several pixels at once,
-which makes a net that a CPU can train; and attention is at the
-bottleneck only, and downsampling pads all sides alike.
+which makes a net that a CPU can train; attention is at the bottleneck only; downsampling pads all sides alike.
 """
 
 from dataclasses import dataclass, field
