@@ -20,7 +20,7 @@ step decode   "$config"
 
 echo
 echo "Look at:"
-echo "  runs/demo/reports/evaluate-vp_vae-K1024.png    held-out photos, original left, from 64x fewer numbers right"
+echo "  runs/demo/reports/evaluate-vp_vae-K1024.png    held-out photos; right of each, what its tokens (10 bits for 64 pixels) decode to"
 echo "  runs/demo/reports/evaluate-vp_vae-K1024.html   the same with quality and codebook usage"
 echo "  runs/demo/reports/train.png                    training curves"
 echo "  runs/demo/decoded/                             pictures made from the Parquet rows alone"

@@ -30,7 +30,7 @@ from tokenizer.latents import LatentEncoder
 from tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SHARDS = 40
+SHARDS = 24
 ROUNDS = 5
 WORKERS = {
     "1 worker, all CPUs": WorkersConfig(count=1, cpus=os.cpu_count() or 1),
@@ -77,7 +77,7 @@ def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
     table = Table(
         "tokenize through Ray against a plain loop",
         [
-            f"{SHARDS} shards (the 8 of samples/train, five times), model of configs/demo.yaml with random weights, "
+            f"{SHARDS} shards (the 8 of samples/train, three times), model of configs/demo.yaml with random weights, "
             f"K=1024; torch threads on either side: {torch.get_num_threads()} in all.",
             "Plain loop: one process; webdataset reads, PIL decodes, batches by shape, one Parquet file a shard.",
             f"Ray: `cluster.map_shards`, Ray started before. decode_threads={options.decode_threads}. "
