@@ -7,7 +7,7 @@ rm -rf runs/demo
 
 echo "Tokenmill on the photos in samples/ (491 tiles to train on, 108 held out), on this machine's CPU:"
 echo "  train a VP-VAE (no codebook) > make its codebook > tokenize to Parquet > prove it > evaluate > decode"
-echo "About 5 minutes on two cores; training is most of it. Everything goes to runs/demo."
+echo "Some minutes on two idle cores; training is most of it. Everything goes to runs/demo."
 step() { echo; echo "\$ tokenmill $*"; tokenmill "$@"; }
 
 step train    "$config"
