@@ -1,4 +1,4 @@
-"""The two collective operations that quantizers need. Each is the identity in a single process."""
+"""The collective operations that quantizers need. Each is the identity in a single process."""
 
 import torch
 from torch import Tensor
@@ -25,3 +25,11 @@ def gather_rows(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(ranks)]
     torch.distributed.all_gather(parts, x.detach().contiguous())
     return torch.cat(parts)
+
+
+def from_first_rank(x: Tensor) -> Tensor:
+    """Rank 0's x on every rank; all bring the same shape. No gradient."""
+    x = x.detach().contiguous()
+    if world_size() > 1:
+        torch.distributed.broadcast(x, src=0)
+    return x

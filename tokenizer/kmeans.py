@@ -47,6 +47,8 @@ def kmeans(
     if len(points) == 0:
         raise ValueError("k-means needs at least one point; the corpus gave no latents")
     points = points.detach().float()
+    if not points.isfinite().all():
+        raise ValueError("k-means got latents that are NaN or infinite; did the training diverge?")
     generator = torch.Generator().manual_seed(seed)
     centroids = plus_plus(points, num_clusters, generator)
     mse: list[float] = []
@@ -81,9 +83,8 @@ def new_centroids(centroids: Tensor, total: PartialSums, generator: torch.Genera
     worth = total.errors[largest] > 4 * total.counts[largest] * means.shape[1] * _step(means) ** 2
     largest = largest[worth & (total.counts[largest] > 1)]
     empty = empty[: len(largest)]
-    offset = _small_offsets(means, len(empty), generator)
-    means[empty] = means[largest] + offset
-    means[largest] = means[largest] - offset
+    # the mean itself stays where it is, so that no split can raise the error
+    means[empty] = means[largest] + _small_offsets(means, len(empty), generator)
     return means
 
 

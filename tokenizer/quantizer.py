@@ -1,6 +1,6 @@
 """The one contract of all quantizers, so that train, codebook and tokenize never ask which method runs.
 
-Legend: latents z [..., in_dim] channel-last, z_q [..., dim], indices [...] int64, K codebook_size.
+Legend: latents z [..., in_dim] channel-last, z_q [..., dim], indices [...] int64, K codebook_size, Q num_quantizers.
 """
 
 from dataclasses import dataclass, field
@@ -39,6 +39,8 @@ class Quantizer(nn.Module):
     codebook_size: int
     in_dim: int
     dim: int
+    num_quantizers: int = 1  # above 1, indices are [..., num_quantizers], each below codebook_size
+    index_levels: tuple[int, ...] = ()  # where an index is a number of several digits: how many values each has
 
     @property
     def target_size(self) -> int:
@@ -55,25 +57,44 @@ class Quantizer(nn.Module):
             out = self._train_forward(flat) if self.training else self._eval_forward(flat)
         out.z_q = out.z_q.reshape(*z.shape[:-1], self.dim)
         if out.indices is not None:
-            out.indices = out.indices.reshape(z.shape[:-1])
+            out.indices = out.indices.reshape(*z.shape[:-1], *out.indices.shape[1:])
         return out
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
         """Indices of the codes: [..., in_dim] -> [...] int64. Raises CodebookMissing before the codebook is made."""
         with torch.autocast(z.device.type, enabled=False):
-            return self._encode(self._flatten(z)).reshape(z.shape[:-1])
+            indices = self._encode(self._flatten(z))
+        return indices.reshape(*z.shape[:-1], *indices.shape[1:])
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """What the decoder sees for these indices: [...] int -> [..., dim] float32."""
+        many = self.num_quantizers > 1
+        flat = indices.long().reshape(-1, self.num_quantizers) if many else indices.long().reshape(-1)
         with torch.autocast(indices.device.type, enabled=False):
-            return self._decode(indices.reshape(-1).long()).reshape(*indices.shape, self.dim)
+            return self._decode(flat).reshape(*(indices.shape[:-1] if many else indices.shape), self.dim)
 
     @property
     def codebook(self) -> Tensor:
         """All codes, as the decoder sees them: [K, dim] float32. Raises CodebookMissing before it is made."""
         return self.decode(torch.arange(self.codebook_size, device=self._device()))
+
+    @torch.no_grad()
+    def code_shares(self, z: Tensor) -> Tensor:
+        """Mean of q(c|z) over the batch, of which GM-VQ's perplexity is made: [..., in_dim] -> [K] float32.
+
+        Soft where the method has probabilities; else, as here, how often each code is chosen.
+        """
+        indices = self.encode(z).flatten()
+        return torch.bincount(indices, minlength=self.codebook_size) / max(1, len(indices))
+
+    def overwritten_rows(self) -> dict[str, Tensor]:
+        """Rows of parameters that the last training forward set by hand: name -> [rows] int64.
+
+        An optimizer's moments of these rows speak of values that are gone: the training loop sets them to 0.
+        """
+        return {}
 
     @torch.no_grad()
     def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
@@ -114,9 +135,9 @@ class Quantizer(nn.Module):
         raise AssertionError(f"{type(self).__name__} lacks _decode")
 
 
-def straight_through(z: Tensor, z_q: Tensor) -> Tensor:
-    """z_q forward, the gradient of z backward, unchanged."""
-    return z_q.detach() + (z - z.detach())  # in this order: z - z is 0, so that z_q comes out bit by bit
+def mean_squared(x: Tensor) -> Tensor:
+    """Mean of the squares over all elements; 0 for an empty batch."""
+    return x.square().sum() / max(1, x.numel())
 
 
 def build_quantizer(settings: dict[str, Any]) -> Quantizer:

@@ -21,8 +21,8 @@ class Registry(Generic[T]):
 
         def add(cls: type[T]) -> type[T]:
             taken = self._classes.get(name)
-            if taken is not None and taken.__qualname__ != cls.__qualname__:
-                raise ValueError(f"{self.kind} {name!r} is already {taken.__qualname__}")
+            if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"{self.kind} {name!r} is already {taken.__qualname__} of {taken.__module__}")
             self._classes[name] = cls
             cls.name = name  # type: ignore[attr-defined]
             return cls
@@ -39,6 +39,6 @@ class Registry(Generic[T]):
         """The class of that name. Raises ValueError that lists the names there are."""
         if name not in self.names():
             near = difflib.get_close_matches(str(name), self.names(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown {self.kind} {name!r}{hint} There are: {', '.join(self.names())}")
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown {self.kind} {name!r}; {hint}There are: {', '.join(self.names())}")
         return self._classes[name]

@@ -52,7 +52,7 @@ def measure(rank: int) -> dict[str, Any]:
 
     vq = VQVAE(VQVAEConfig(codebook_size=16, dim=4))
     vq(batch(rank))
-    found["vq_codes"] = vq.codes.detach()
+    found["vq_codes"] = vq.embedding.detach()
 
     vp = vp_vae()
     torch.manual_seed(rank)  # as in training: each rank draws its own noise
@@ -139,7 +139,7 @@ def test_vq_vae_starts_with_the_same_codes_on_every_rank(ranks):
 def test_vq_vae_starts_from_the_latents_of_all_ranks(ranks):
     alone = VQVAE(VQVAEConfig(codebook_size=16, dim=4))
     alone(whole())
-    torch.testing.assert_close(ranks[0]["vq_codes"], alone.codes.detach())
+    torch.testing.assert_close(ranks[0]["vq_codes"], alone.embedding.detach())
 
 
 @pytest.mark.parametrize("name", ["queue.samples", "queue.filled", "queue.head", "queue.waiting", "queue.num_waiting"])

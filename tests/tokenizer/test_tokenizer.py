@@ -258,7 +258,7 @@ def test_codebook_id_follows_the_codes_alone():
     other_encoder = Tokenizer(other, {})
     assert (other_encoder.codebook_id == frozen.codebook_id, other_encoder.id == frozen.id) == (True, False)
     other = autoencoder()
-    other.quantizer.codes[0, 0] += 1e-3
+    other.quantizer.table[0, 0] += 1e-3
     other_codes = Tokenizer(other, {})
     assert (other_codes.codebook_id == frozen.codebook_id, other_codes.id == frozen.id) == (False, False)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenizer.gradients import rotate_to
 from tokenizer.kmeans import partial_sums
-from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig, rotate_to
+from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +36,13 @@ def test_q1_straight_through_gradient_is_the_upstream_gradient():
 def test_q1_no_gradient_of_the_output_reaches_the_codes():
     z = torch.randn(200, 8, requires_grad=True)
     quantizer = initialised(z.detach())
-    assert torch.autograd.grad(quantizer(z).z_q.sum(), quantizer.codes, allow_unused=True) == (None,)
+    assert torch.autograd.grad(quantizer(z).z_q.sum(), quantizer.embedding, allow_unused=True) == (None,)
 
 
 def test_q2_losses_are_mean_squared_distances_to_the_nearest_code():
     z = torch.randn(200, 8)
     quantizer = initialised(z)
-    nearest = quantizer.codes.detach().double()[brute_indices(z, quantizer.codes)]
+    nearest = quantizer.embedding.detach().double()[brute_indices(z, quantizer.embedding)]
     expected = float((z.double() - nearest).square().mean())
     losses = quantizer(z).losses
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
@@ -52,10 +53,10 @@ def test_q2_losses_are_mean_squared_distances_to_the_nearest_code():
 def test_q2_codebook_loss_moves_codes_only_and_commitment_latents_only():
     z = torch.randn(200, 8, requires_grad=True)
     quantizer = initialised(z.detach())
-    difference = z.detach() - quantizer.codes.detach()[brute_indices(z.detach(), quantizer.codes)]
+    difference = z.detach() - quantizer.embedding.detach()[brute_indices(z.detach(), quantizer.embedding)]
     losses = quantizer(z).losses
-    to_codes = torch.autograd.grad(losses["codebook"], (quantizer.codes, z), allow_unused=True)
-    to_latents = torch.autograd.grad(losses["commitment"], (quantizer.codes, z), allow_unused=True)
+    to_codes = torch.autograd.grad(losses["codebook"], (quantizer.embedding, z), allow_unused=True)
+    to_latents = torch.autograd.grad(losses["commitment"], (quantizer.embedding, z), allow_unused=True)
     assert to_codes[1] is None
     assert to_latents[0] is None
     torch.testing.assert_close(to_codes[0].sum(dim=0), -2 * difference.sum(dim=0) / z.numel())
@@ -67,7 +68,7 @@ def test_q2_codebook_loss_moves_codes_only_and_commitment_latents_only():
 def test_q3_indices_are_the_float64_argmin(dim, mode):
     z = torch.randn(1000, dim)
     quantizer = initialised(z, 64).train(mode == "train")
-    assert torch.equal(quantizer(z).indices, brute_indices(z, quantizer.codes))
+    assert torch.equal(quantizer(z).indices, brute_indices(z, quantizer.embedding))
 
 
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
@@ -75,14 +76,14 @@ def test_output_is_the_nearest_code(gradient):
     z = torch.randn(300, 8)
     quantizer = initialised(z, gradient=gradient)
     out = quantizer(z)
-    torch.testing.assert_close(out.z_q, quantizer.codes[out.indices], rtol=0, atol=5e-6)
+    torch.testing.assert_close(out.z_q, quantizer.embedding[out.indices], rtol=0, atol=5e-6)
 
 
 def test_output_is_a_row_of_the_codebook_bitwise():
     z = torch.randn(300, 8)
     quantizer = initialised(z)
     out = quantizer(z)
-    assert torch.equal(out.z_q, quantizer.codes[out.indices])
+    assert torch.equal(out.z_q, quantizer.embedding[out.indices])
 
 
 # -- initialisation -------------------------------------------------------------------------------------------------
@@ -91,9 +92,9 @@ def test_output_is_a_row_of_the_codebook_bitwise():
 def test_kmeans_init_errs_less_than_random_codes():
     z = 3 + 0.5 * torch.randn(2000, 8)
     quantizer = VQVAE(VQVAEConfig(codebook_size=32, dim=8))
-    random, drawn = (partial_sums(z, codes).squared_error for codes in (quantizer.codes.detach(), z[:32]))
+    random, drawn = (partial_sums(z, codes).squared_error for codes in (quantizer.embedding.detach(), z[:32]))
     quantizer(z)
-    fitted = partial_sums(z, quantizer.codes.detach()).squared_error
+    fitted = partial_sums(z, quantizer.embedding.detach()).squared_error
     assert fitted < 0.9 * drawn
     assert fitted < 0.1 * random
 
@@ -101,9 +102,9 @@ def test_kmeans_init_errs_less_than_random_codes():
 def test_only_the_first_batch_initialises():
     z = torch.randn(500, 8)
     quantizer = initialised(z)
-    before = quantizer.codes.detach().clone()
+    before = quantizer.embedding.detach().clone()
     quantizer(5 + z)
-    assert torch.equal(quantizer.codes, before)
+    assert torch.equal(quantizer.embedding, before)
 
 
 def test_an_empty_first_batch_does_not_count():
@@ -111,23 +112,23 @@ def test_an_empty_first_batch_does_not_count():
     quantizer(torch.empty(0, 8))
     assert not quantizer.initialised
     quantizer(torch.full((10, 8), 7.0))
-    assert (quantizer.codes == 7).all()
+    assert (quantizer.embedding == 7).all()
 
 
 @pytest.mark.parametrize("count", [1, 3, 20, 31])
 def test_fewer_latents_than_codes_give_all_codes_finite(count):
     z = torch.randn(count, 8)
     quantizer = initialised(z, 32)
-    assert quantizer.codes.shape == (32, 8)
-    assert quantizer.codes.isfinite().all()
+    assert quantizer.embedding.shape == (32, 8)
+    assert quantizer.embedding.isfinite().all()
     assert quantizer(z).losses["codebook"].item() == pytest.approx(0, abs=1e-10)
 
 
 def test_eval_does_not_initialise():
     quantizer = VQVAE(VQVAEConfig(codebook_size=4, dim=8)).eval()
-    before = quantizer.codes.detach().clone()
+    before = quantizer.embedding.detach().clone()
     quantizer(torch.randn(100, 8))
-    assert torch.equal(quantizer.codes, before)
+    assert torch.equal(quantizer.embedding, before)
 
 
 def test_training_lowers_the_error():

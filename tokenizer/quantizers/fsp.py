@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokenizer.gradients import straight_through
 from tokenizer.moments import moment_losses
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
+from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
 from tokenizer.scalar import MixedRadix, check_levels, levels_for
 
 UNIT_STD = math.sqrt(12.0)  # one over the standard deviation of U(0, 1)
@@ -88,6 +89,7 @@ class FSP(Quantizer):
         self.radix = MixedRadix(levels)
         self.dim = self.in_dim = len(levels)
         self.codebook_size = math.prod(levels)
+        self.index_levels = tuple(levels)
         self.activation = ACTIVATIONS[config.activation]
         self.vector_wise, self.quantize_rate, self.eta = config.mixing == "vector", config.quantize_rate, config.eta
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)

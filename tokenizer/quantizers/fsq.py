@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
+from tokenizer.gradients import straight_through
+from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
 from tokenizer.scalar import MixedRadix, check_levels, levels_for
 
 EPSILON = 1e-3  # how far the bounded value may pass the outermost level, as in the original listing
@@ -47,6 +48,7 @@ class FSQ(Quantizer):
         self.radix = MixedRadix(levels)
         self.dim = self.in_dim = len(levels)
         self.codebook_size = math.prod(levels)
+        self.index_levels = tuple(levels)
         self.symmetric, self.noise_rate = config.edges == "symmetric", config.noise_rate
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from tokenizer.distributed import gather_rows, mean_across_ranks
-from tokenizer.errors import CodebookMissing
+from tokenizer.gradients import straight_through
 from tokenizer.kmeans import kmeans
 from tokenizer.moments import moment_losses
-from tokenizer.neighbors import BACKENDS, NeighborIndex, build_index, nearest_codeword
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
+from tokenizer.neighbors import BACKENDS, NeighborIndex, build_index
+from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.queue import LatentQueue
+from tokenizer.table import TableQuantizer, check_table
 
 FLUSH_SHARE = 0.005  # of the queue that may wait: .5 % newer latents change no radius that one could measure
 ETA_RANGE = (0.25, 4.0)
-ETA_GAIN = 0.05  # per step, in units of ln(eta): settles within some 50 steps, and averages over about 20
+ETA_GAIN = 0.05  # of the log ratio per step: settles within some 50 steps, and averages over about 20
 
 
 @dataclass
@@ -40,10 +41,7 @@ class VPVAEConfig:
 
     def __post_init__(self) -> None:
         self.eta = self._eta()
-        if self.codebook_size < 1 or self.dim < 1:
-            raise ValueError(
-                f"quantizer.codebook_size is {self.codebook_size} and dim {self.dim}; both must be above 0"
-            )
+        check_table(self.codebook_size, self.dim)
         if self.mh_steps < 1:
             raise ValueError(f"quantizer.mh_steps is {self.mh_steps}; it must be 1 or more")
         if not 0 < self.update_probability <= 1:
@@ -67,25 +65,22 @@ class VPVAEConfig:
 
 
 @QUANTIZERS.register("vp_vae")
-class VPVAE(Quantizer):
+class VPVAE(TableQuantizer):
     """Moves each latent by what quantization would do to it; `fit` makes the codebook once training is over."""
 
     log_eta: Tensor
-    codes: Tensor
     Config = VPVAEConfig
     default_loss_weights = {"norm_mean": 0.1, "norm_var": 0.07}
     training_state = ("queue.", "log_eta")
 
     def __init__(self, config: VPVAEConfig):
-        super().__init__()
+        super().__init__(config.codebook_size, config.dim)
         self.config = config
-        self.codebook_size, self.dim, self.in_dim = config.codebook_size, config.dim, config.dim
         self.radius_k = config.latents_per_code
         capacity = config.codebook_size * config.latents_per_code
         self.queue = LatentQueue(capacity, config.dim, flush=round(FLUSH_SHARE * capacity))
         eta = 1.0 if config.eta == "auto" else float(config.eta)
         self.register_buffer("log_eta", torch.tensor(math.log(eta)))
-        self.register_buffer("codes", torch.zeros(0, config.dim))
         self._index: NeighborIndex | None = None  # over queue.samples; rebuilt when they change, never saved
 
     # -- training: no codebook ------------------------------------------------------------------------------------
@@ -135,8 +130,8 @@ class VPVAE(Quantizer):
         return self._index.kth_distances(z, [self.config.density_k, self.radius_k])
 
     def _follow(self, ratio: Tensor) -> None:
-        """Energy grows about as eta^2, so half of the log ratio is what eta is off by."""
-        step = ETA_GAIN * ratio.clamp(0.1, 10).log() / 2
+        """Energy grows about as eta, not eta^2, as longer moves are accepted less often."""
+        step = ETA_GAIN * ratio.clamp(0.1, 10).log()
         self.log_eta.sub_(step).clamp_(math.log(ETA_RANGE[0]), math.log(ETA_RANGE[1]))
 
     def _remember(self, z: Tensor) -> None:
@@ -154,32 +149,21 @@ class VPVAE(Quantizer):
         """k-means over the latents; any codebook_size, since training fixed none."""
         self.codebook_size = codebook_size or self.codebook_size
         found = kmeans(latents, self.codebook_size, seed=seed)
-        self.codes = found.centroids.to(self.codes)
+        self.table = found.centroids.to(self.table)
         return found.mse
 
     def _eval_forward(self, z: Tensor) -> QuantizerOutput:
-        if len(self.codes) == 0:  # training is not over: what the decoder sees is the latent itself
+        if len(self.table) == 0:  # training is not over: what the decoder sees is the latent itself
             return QuantizerOutput(z)
         return super()._eval_forward(z)
 
-    def _encode(self, z: Tensor) -> Tensor:
-        return nearest_codeword(z, self._fitted_codes())
-
-    def _decode(self, indices: Tensor) -> Tensor:
-        return self._fitted_codes()[indices]
-
-    def _fitted_codes(self) -> Tensor:
-        if len(self.codes) == 0:
-            raise CodebookMissing("this VP-VAE has no codebook yet; run `tokenmill codebook CONFIG.yaml` to make it")
-        return self.codes
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        saved = state_dict.get(f"{prefix}codes")
-        if saved is not None:  # the codebook has as many rows as `fit` gave it
-            self.codes = self.codes.new_zeros(saved.shape)
-            self.codebook_size = len(saved) or self.codebook_size
+    def _load_from_state_dict(self, *args: object) -> None:
         self._index = None
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(*args)  # type: ignore[arg-type]
+
+    def _apply(self, *args: object, **kwargs: object) -> "VPVAE":
+        self._index = None  # it lies on the device that the queue is leaving
+        return super()._apply(*args, **kwargs)  # type: ignore[arg-type, return-value]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_index": None}
@@ -190,7 +174,8 @@ def quantization_error(cell_radius: Tensor, dim: int) -> Tensor:
 
     cell_radius [N] is D_M of N latents. Their density is f = 1 / (K V_d D_M^d), and Zador's law for the best
     quantizer, c K^(-2/d) (E f^(-2/(d+2)))^((d+2)/d), turns into d/(d+2) (E D_M^(2d/(d+2)))^((d+2)/d) for cells as
-    round as balls. Differs: nothing like it in the paper. tests/tokenizer/test_vp_vae.py holds it to real k-means.
+    round as balls. Differs: nothing like it in the paper. tests/tokenizer/test_vp_vae.py holds it to the error of real
+    k-means on the latents it was fitted to (12 %); normal latents that it never saw err 12 to 21 % more.
     """
     power = 2 * dim / (dim + 2)
     return dim / (dim + 2) * cell_radius.pow(power).mean().pow(2 / power)

@@ -1,97 +1,146 @@
-"""VQ-VAE: a learned codebook, nearest codeword, straight-through or rotated gradient. arXiv 1711.00937."""
+"""VQ-VAE, arXiv 1711.00937, with the ways to keep its codebook in use, which combine as one likes:
+
+l2: latents and codes on the unit sphere (VQ-VAE+; Yu et al., arXiv 2110.04627). replace_after: unused codes start
+anew from a latent. affine, alternating_lr: Huh et al., arXiv 2305.08842. gradient: rotation (arXiv 2410.06424).
+
+Legend: z [N, d] latents, e [K, d] codes as they are searched, q [N] indices.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from tokenizer.distributed import gather_rows
-from tokenizer.kmeans import kmeans
+from tokenizer.distributed import from_first_rank, gather_rows, mean_across_ranks
+from tokenizer.errors import CodebookMissing
+from tokenizer.gradients import GRADIENTS
 from tokenizer.neighbors import nearest_codeword
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, straight_through
+from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.table import TableQuantizer, check_table, first_codes
 
-INIT_TOKENS_PER_CODE = 64
-INIT_ITERATIONS = 20
-MIN_BISECTOR, MIN_LENGTH = 1e-3, 1e-12  # below, rounding would decide on the rotation
+MOMENTUM = 0.9  # of the alternating step, as in vqtorch's example
+REPLACE_NOISE = 0.01  # of the new code's length
+SMALLEST_LENGTH = 1e-6  # of a latent on its way to the sphere: keeps the gradient finite at 0
 
 
 @dataclass
 class VQVAEConfig:
-    """gradient: straight_through, or rotation (Fifty et al., arXiv 2410.06424)."""
+    """gradient: straight_through or rotation. replace_after: steps without use, 0 for never (vqtorch: 20).
+
+    affine: the factor by which a learned scale and shift of the whole codebook outpace the codes, 0 for none (vqtorch:
+    10). alternating_lr: of an SGD step on the codes alone before each step of the model, 0 for none (vqtorch: 50);
+    the optimizer then leaves the codes alone, and the paper gives the commitment no weight.
+    """
 
     codebook_size: int = 1024
     dim: int = 64
     gradient: str = "straight_through"
+    l2: bool = False
+    replace_after: int = 0
+    affine: float = 0.0
+    alternating_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.codebook_size < 1 or self.dim < 1:
-            raise ValueError(
-                f"quantizer.codebook_size is {self.codebook_size} and dim {self.dim}; both must be above 0"
-            )
+        check_table(self.codebook_size, self.dim)
         if self.gradient not in GRADIENTS:
             raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
+        for name in ("replace_after", "affine", "alternating_lr"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"quantizer.{name} is {getattr(self, name)}; it must be 0 (off) or more")
 
 
 @QUANTIZERS.register("vq_vae")
-class VQVAE(Quantizer):
-    """The base form: k-means initialisation from the first batch, codebook and commitment loss, no EMA."""
+class VQVAE(TableQuantizer):
+    """A learned codebook that starts from k-means over the first batch; the nearest code, losses on both sides."""
 
     initialised: Tensor
+    unused_steps: Tensor
+    velocity: Tensor
     Config = VQVAEConfig
     default_loss_weights = {"codebook": 1.0, "commitment": 0.25}
+    training_state = ("unused_steps", "velocity")
 
     def __init__(self, config: VQVAEConfig):
-        super().__init__()
-        self.codebook_size, self.dim, self.in_dim = config.codebook_size, config.dim, config.dim
-        self.gradient = GRADIENTS[config.gradient]
-        self.codes = nn.Parameter(torch.randn(config.codebook_size, config.dim))
+        super().__init__(config.codebook_size, config.dim)
+        self.config = config
+        shape = (config.codebook_size, config.dim)
+        self.embedding = nn.Parameter(torch.randn(shape), requires_grad=config.alternating_lr == 0)
+        if config.affine:
+            self.scale, self.shift = nn.Parameter(torch.zeros(config.dim)), nn.Parameter(torch.zeros(config.dim))
+        if config.replace_after:
+            self.register_buffer("unused_steps", torch.zeros(config.codebook_size, dtype=torch.int64))
+        if config.alternating_lr:
+            self.register_buffer("velocity", torch.zeros(shape))
         self.register_buffer("initialised", torch.tensor(False))
+        self._replaced: Tensor | None = None  # rows of the last step, for the optimizer
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
-        if not self.initialised and len(z):
-            self._initialise(z)
-        indices = nearest_codeword(z, self.codes)
-        e = self.codes[indices]
+        self._thaw()
+        self._replaced = None
+        z = self._to_search_space(z)
+        if len(z) and not self.initialised:
+            self.embedding.data.copy_(first_codes(z, self.codebook_size))
+            self.initialised.fill_(True)
+        q = nearest_codeword(z, self._effective(self.embedding))
+        if self.config.replace_after and len(z):
+            self._replace_unused(z.detach(), q)
+        if self.config.alternating_lr and len(z):
+            self._alternate(z.detach(), q)  # q is kept for the model's step, as in vqtorch
+        e_q = self._effective(self.embedding)[q]
         losses = {  # arXiv 1711.00937, eq. 3, as means over elements
-            "codebook": _mean_squared(z.detach() - e),
-            "commitment": _mean_squared(z - e.detach()),
+            "codebook": mean_squared(z.detach() - e_q),
+            "commitment": mean_squared(z - e_q.detach()),
         }
-        return QuantizerOutput(self.gradient(z, e), indices, losses)
+        return QuantizerOutput(GRADIENTS[self.config.gradient](z, e_q), q, losses)
 
-    @torch.no_grad()
-    def _initialise(self, z: Tensor) -> None:
-        """k-means over the first batch of all ranks: the same points and seed, so the same codes everywhere."""
-        tokens = gather_rows(z)[: INIT_TOKENS_PER_CODE * self.codebook_size]
-        found = kmeans(tokens, self.codebook_size, max_iterations=INIT_ITERATIONS)
-        self.codes.copy_(found.centroids)
-        self.initialised.fill_(True)
+    def overwritten_rows(self) -> dict[str, Tensor]:
+        return {} if self._replaced is None else {"embedding": self._replaced}
 
     def _encode(self, z: Tensor) -> Tensor:
-        return nearest_codeword(z, self.codes)
+        return super()._encode(self._to_search_space(z))
 
-    def _decode(self, indices: Tensor) -> Tensor:
-        return self.codes[indices]
+    def _live_codes(self) -> Tensor:
+        if not self.initialised:
+            raise CodebookMissing("this VQ-VAE was never trained: its codes start from the first batch of training")
+        return self._effective(self.embedding)
 
+    def _to_search_space(self, z: Tensor) -> Tensor:
+        return normalize(z, dim=1, eps=SMALLEST_LENGTH) if self.config.l2 else z
 
-def rotate_to(z: Tensor, e: Tensor) -> Tensor:
-    """e forward; backward the gradient is rotated and scaled as z was to become e.
+    def _effective(self, embedding: Tensor) -> Tensor:
+        """The codes as they are searched: e = (1 + s a) * embedding + s b, on the sphere where l2 asks for it."""
+        if self.config.affine:
+            embedding = (1 + self.config.affine * self.scale) * embedding + self.config.affine * self.shift
+        return self._to_search_space(embedding)
 
-    z, e [N, D] -> [N, D]. R = I - 2 r r^T + 2 e' z'^T with r the unit bisector (arXiv 2410.06424, section 4.2).
-    Differs: straight-through where z is 0, or points away from e, and so no rotation is determined.
-    """
-    length_z = z.detach().norm(dim=1, keepdim=True).clamp(min=MIN_LENGTH)
-    length_e = e.detach().norm(dim=1, keepdim=True)
-    unit_z, unit_e = z.detach() / length_z, e.detach() / length_e.clamp(min=1e-12)
-    middle = unit_z + unit_e
-    determined = (middle.norm(dim=1, keepdim=True) > MIN_BISECTOR) & (length_z > MIN_LENGTH)
-    bisector = nn.functional.normalize(middle, dim=1)
-    reflected = z - 2 * (z * bisector).sum(dim=1, keepdim=True) * bisector
-    rotated = reflected + 2 * (z * unit_z).sum(dim=1, keepdim=True) * unit_e
-    return torch.where(determined, rotated * (length_e / length_z), straight_through(z, e))
+    # -- what sets codes without the optimizer ----------------------------------------------------------------------
 
+    @torch.no_grad()
+    def _replace_unused(self, z: Tensor, q: Tensor) -> None:
+        """Codes that no rank has used for `replace_after` steps become latents of this batch, with 1 % of noise."""
+        counts = torch.bincount(q, minlength=self.codebook_size).float()
+        self.unused_steps.add_(1)[mean_across_ranks(counts) > 0] = 0
+        rows = (self.unused_steps >= self.config.replace_after).nonzero().flatten()
+        if len(rows) == 0:
+            return
+        everyone = gather_rows(z)
+        new = everyone[torch.randint(len(everyone), (len(rows),), device=z.device)]
+        noise = normalize(torch.randn_like(new), dim=1) * torch.rand_like(new[:, :1])
+        new = from_first_rank(new + REPLACE_NOISE * new.norm(dim=1, keepdim=True) * noise)
+        if self.config.affine:  # undo what _effective will do to them
+            new = (new - self.config.affine * self.shift) / (1 + self.config.affine * self.scale)
+        self.embedding[rows] = new
+        self.unused_steps[rows] = 0
+        if self.config.alternating_lr:
+            self.velocity[rows] = 0
+        self._replaced = rows
 
-def _mean_squared(x: Tensor) -> Tensor:
-    return x.square().sum() / max(1, x.numel())  # finite for an empty batch
-
-
-GRADIENTS = {"straight_through": straight_through, "rotation": rotate_to}
+    @torch.enable_grad()
+    def _alternate(self, z: Tensor, q: Tensor) -> None:
+        """One SGD step of the codes alone on mean |e_q - z|^2 (arXiv 2305.08842, section 4.2)."""
+        embedding = self.embedding.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(mean_squared(self._effective(embedding)[q] - z), embedding)
+        with torch.no_grad():
+            self.velocity.mul_(MOMENTUM).add_(mean_across_ranks(gradient))
+            self.embedding.sub_(self.config.alternating_lr * self.velocity)
