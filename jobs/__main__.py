@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module, what it does); modules are imported when their tu
     "status": ("jobs.status", "done, left, failed, quarantined and the rate, from the output alone"),
     "verify": ("jobs.verify", "proof that every input sample is written or quarantined, once"),
     "decode": ("jobs.decode", "token rows back to pictures or sound"),
+    "compare": ("jobs.compare", "several methods and sizes under one recipe, one table with seeds and plots"),
     "evaluate": ("jobs.evaluate", "quality and codebook usage on held-out shards, with a picture report"),
 }
 OUTCOMES = {2: "a mistake in the command or its configuration", 3: "incomplete or not sound", 4: "too many bad samples"}

@@ -25,7 +25,7 @@ from pipeline.reservoir import Reservoir
 from pipeline.tokens.output import Quarantined
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.latents import LatentEncoder
-from tokenizer.metrics import usage
+from tokenizer.metrics import count_codes, digit_usage, usage
 from tokenizer.tokenizer import Tokenizer
 
 PLOTTED_LATENTS = 4000
@@ -166,18 +166,22 @@ def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, con
 def _measure(tokenizer: Tokenizer, latents: torch.Tensor, curve: list[float]) -> tuple[dict[str, Any], np.ndarray]:
     quantizer = tokenizer.autoencoder.quantizer
     indices = quantizer.encode(latents)
-    counts = np.bincount(indices.numpy(), minlength=tokenizer.codebook_size)
+    counts = count_codes(indices.reshape(len(indices), -1).T.numpy(), tokenizer.codebook_size)
     numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id, "codebook_id": tokenizer.codebook_id}
     numbers |= usage(counts, quantizer.target_size) | {"num_latents": len(latents), "iterations": len(curve)}
-    numbers["mse"] = float((quantizer.decode(indices) - latents).square().sum(dim=1).mean())
-    return numbers, counts
+    if quantizer.index_levels:
+        numbers["cvu_per_dim"] = digit_usage(counts[0], quantizer.index_levels)
+    # of what the quantizer hands on; a method that reads more channels (weights, variances) has its latents first
+    numbers["mse"] = float((quantizer.decode(indices) - latents[:, : quantizer.dim]).square().sum(dim=1).mean())
+    return numbers, counts.sum(axis=0)
 
 
 def _page(
     tokenizer: Tokenizer, latents: torch.Tensor, numbers: dict[str, Any], counts: np.ndarray, curve: list[float]
 ) -> bytes:
-    codes = tokenizer.autoencoder.quantizer.codebook.numpy()
-    pictures = [usage_png(counts), latents_png(latents[:PLOTTED_LATENTS].numpy(), codes)]
+    quantizer = tokenizer.autoencoder.quantizer
+    codes = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
+    pictures = [usage_png(counts), latents_png(latents[:PLOTTED_LATENTS, : quantizer.dim].numpy(), codes)]
     if curve:
         pictures.insert(0, line_png(curve, "squared error per latent", "Lloyd iteration"))
     return page(f"Codebook of {tokenizer.codebook_size} codes", [table(numbers), *map(picture, pictures)])

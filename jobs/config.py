@@ -1,7 +1,9 @@
 """YAML files and key=value overrides to one typed Config. Mistakes name the key and its nearest neighbour."""
 
+import contextlib
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,7 @@ from pipeline.tokens.layout import ENCODINGS
 from tokenizer.modality import MODALITIES
 from tokenizer.net import NETS
 from tokenizer.quantizer import QUANTIZERS
-
-PRECISIONS = ("fp32", "bf16")
+from tokenizer.training import Recipe
 
 
 class ConfigError(ValueError):
@@ -39,37 +40,21 @@ class ModelConfig:
 
 
 @dataclass
-class TrainConfig:
-    """batch_size: samples per worker and step. segment: side of the random crops, in pixels."""
+class TrainConfig(Recipe):
+    """The recipe, and what only a job over shards needs."""
 
-    steps: int = 10_000
-    batch_size: int = 32
-    segment: int = 128
-    lr: float = 1e-3
-    lr_min: float = 0.0  # where the cosine ends
-    warmup_steps: int = 100
-    weight_decay: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    grad_clip: float = 1.0
-    loss_weights: dict[str, float] = field(default_factory=dict)  # over the defaults of modality and quantizer
-    losses: dict[str, Any] = field(default_factory=dict)  # settings of the modality's losses, e.g. perceptual
-    precision: str = "fp32"  # fp32, or bf16 for autocast; the quantizer is fp32 in either
     shuffle_buffer: int = 1024  # samples
     decode_threads: int = 2
     log_every: int = 20  # steps
     checkpoint_every: int = 500  # steps
     keep_checkpoints: int = 2
     max_failures: int = 0  # restarts after a lost worker within one command
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "segment", "decode_threads", "log_every", "checkpoint_every"):
+        super().__post_init__()
+        for name in ("decode_threads", "log_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
-        if len(self.betas) != 2:
-            raise ValueError(f"train.betas is {self.betas}; it must be two numbers")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"train.precision is {self.precision!r}; choose one of: {', '.join(PRECISIONS)}")
 
 
 @dataclass
@@ -97,6 +82,33 @@ class CodebookConfig:
     size: Any = None
     max_latents: int = 1_000_000
     seed: int = 0
+
+
+@dataclass
+class MetricsConfig:
+    """Settings of the modality's metrics. perceptual: the kind of distance, none if empty; see README, Metrics."""
+
+    perceptual: str = ""
+    perceptual_weights: str = ""  # its weights file, where the kind needs one or there is no internet
+
+
+@dataclass
+class CompareConfig:
+    """methods: label -> YAML file, or {file, quantizer, train} whose settings go over those of the file.
+
+    sizes and dims: each method is trained at each size, dims[size] channels wide where its width is free. Every
+    picture is held in memory, at most max_samples of them; codebooks are made from at most max_latents latents.
+    """
+
+    heldout: Any = ""  # shards to evaluate on
+    methods: dict[str, Any] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=lambda: [1024])
+    dims: dict[int, int] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    max_samples: int = 100_000
+    max_latents: int = 262_144
+    eval_batch_size: int = 64  # samples; the perplexity per batch depends on it
+    pictures: int = 8
 
 
 @dataclass
@@ -128,6 +140,8 @@ class Config:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     tokenizer: str = ""  # a frozen tokenizer; the run's only one if empty
     output: str = ""  # of tokenize
     deep: bool = False  # verify: read the input shards again too
@@ -153,14 +167,35 @@ def load_config(arguments: list[str]) -> Config:
     """Files merge left to right, then key=value overrides. Raises ConfigError."""
     files = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a]
+    return _build([*map(_read, files), _overrides(overrides)])
+
+
+def with_method(config: Config, file: str, settings: dict[str, Any]) -> Config:
+    """config with the quantizer, and what else it says, of a method's YAML file and then of settings."""
+    base = dataclasses.asdict(config)
+    del base["quantizer"]  # whose defaults were filled in for another method
+    parts = [OmegaConf.create(base), *([_read(file)] if file else []), OmegaConf.create(settings)]
+    return _build(parts)  # type: ignore[arg-type]
+
+
+def _build(parts: list[DictConfig]) -> Config:
     merged = OmegaConf.create()
-    for part in [*[_read(file) for file in files], _overrides(overrides)]:
+    for part in parts:
         merged = _merge(merged, part)
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
     config = _typed(Config, given, "")
     _check_named(config)
     return config
+
+
+@contextlib.contextmanager
+def checked(section: str) -> Iterator[None]:
+    """Settings that name a distance or its weights: what is unknown, missing or not installed becomes a ConfigError."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise ConfigError(f"{section}: {error}") from error
 
 
 def defaults_yaml() -> str:

@@ -4,15 +4,13 @@ Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstruc
 """
 
 import json
-import math
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from jobs import cluster
-from jobs.config import Config, ConfigError, TokensConfig
+from jobs.config import Config, ConfigError, TokensConfig, checked
 from jobs.frozen import load_tokenizer, tokenizer_url
 from jobs.progress import Progress
 from jobs.reading import Item, decoded_batches
@@ -21,7 +19,8 @@ from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens.output import Quarantined
-from tokenizer.metrics import perplexity, usage
+from tokenizer.evaluation import Evaluation
+from tokenizer.quantizer import Quantizer
 from tokenizer.tokenizer import Tokenizer
 
 PLOTTED_LATENTS = 4000
@@ -31,10 +30,7 @@ PLOTTED_LATENTS = 4000
 class Part:
     """What one shard adds to the report. examples: (key, original, reconstruction) as files of the modality."""
 
-    counts: np.ndarray
-    metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    batch_perplexities: list[float] = field(default_factory=list)
-    batch_tokens: list[int] = field(default_factory=list)
+    evaluation: Evaluation
     examples: list[tuple[str, bytes, bytes]] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)
     num_bad: int = 0
@@ -46,17 +42,24 @@ def run(config: Config) -> int:
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
     shards = find_shards(config.data.shards).shards
+    with checked("metrics"):
+        tokenizer.modality.metrics(asdict(config.metrics))
     cluster.start()
-    settings = {"tokenizer_url": url, "options": config.tokens, "pictures": -(-config.limit // len(shards))}
+    settings = {
+        "tokenizer_url": url,
+        "options": config.tokens,
+        "metrics": asdict(config.metrics),
+        "pictures": -(-config.limit // len(shards)),
+    }
     progress = Progress("evaluate", total=len(shards), unit="shards")
     parts: dict[str, Part] = {}
     for shard_url, part in cluster.map_shards(shards, EvaluateWorker, settings, config.workers):
         parts[shard_url] = part
-        progress.advance(samples=len(next(iter(part.metrics.values()), [])), bad_samples=part.num_bad)
+        progress.advance(samples=len(part.evaluation.sizes), bad_samples=part.num_bad)
     progress.close()
     ordered = [parts[shard.url] for shard in shards]  # so that the report does not depend on who was first
     numbers = _summarise(ordered, tokenizer)
-    _write(url, config, numbers, ordered, tokenizer.autoencoder.quantizer.codebook.numpy())
+    _write(url, config, numbers, ordered, tokenizer.autoencoder.quantizer)
     for failure in (part.failure for part in ordered if part.failure):
         print(f"evaluate: failed shard: {failure}")
     return 3 if any(part.failure for part in ordered) else 0
@@ -65,13 +68,16 @@ def run(config: Config) -> int:
 class EvaluateWorker(cluster.ShardWorker):
     """Holds the tokenizer; encodes, decodes and compares."""
 
-    def __init__(self, tokenizer_url: str, options: TokensConfig, pictures: int, **resources: Any):
+    def __init__(
+        self, tokenizer_url: str, options: TokensConfig, metrics: dict[str, Any], pictures: int, **resources: Any
+    ):
         super().__init__(**resources)
         self.tokenizer = load_tokenizer(tokenizer_url, self.device)
+        self.quality = self.tokenizer.modality.metrics(metrics).to(self.device)
         self.options, self.pictures = options, pictures
 
     def process(self, shard: Shard) -> tuple[str, Part]:
-        part = Part(np.zeros(self.tokenizer.codebook_size, dtype=np.int64))
+        part = Part(Evaluation.empty(self.tokenizer))
         quarantined: list[Quarantined] = []
         try:
             for batch in decoded_batches(shard.url, self.tokenizer, self.options, quarantined):
@@ -83,19 +89,9 @@ class EvaluateWorker(cluster.ShardWorker):
 
     def _add(self, batch: list[Item], part: Part) -> None:
         tokenizer = self.tokenizer
-        arrays = [item.decoded.array for item in batch]
-        z = tokenizer.latents(arrays)
-        tokens = tokenizer.quantize(z)
-        rebuilt = tokenizer.decode(tokens, [item.decoded.size for item in batch])
-        # measured on what a user would see: whole pixels, without the padding
-        x, x_hat = (tokenizer.modality.batch(group, factor=1) for group in (arrays, rebuilt))
-        for name, values in tokenizer.modality.metrics(x, x_hat).items():
-            part.metrics[name] += values.tolist()
-        counts = np.bincount(np.concatenate([t.ravel() for t in tokens]), minlength=tokenizer.codebook_size)
-        part.counts += counts
-        part.batch_perplexities.append(perplexity(counts))
-        part.batch_tokens.append(int(counts.sum()))
+        rebuilt = part.evaluation.add(tokenizer, [item.decoded for item in batch], self.quality)
         if sum(map(len, part.latents)) < PLOTTED_LATENTS:
+            z = tokenizer.latents([item.decoded.array for item in batch])
             part.latents.append(z.flatten(0, -2).cpu().numpy())
         for item, array in list(zip(batch, rebuilt, strict=True))[: self.pictures - len(part.examples)]:
             to_bytes = tokenizer.modality.to_bytes
@@ -103,32 +99,22 @@ class EvaluateWorker(cluster.ShardWorker):
 
 
 def _summarise(parts: list[Part], tokenizer: Tokenizer) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id}
-    metrics: dict[str, list[float]] = defaultdict(list)
+    whole = Evaluation.empty(tokenizer)
     for part in parts:
-        for name, values in part.metrics.items():
-            metrics[name] += values
-    if not metrics:
+        whole.merge(part.evaluation)
+    if not whole.sizes:
         raise ConfigError("no sample could be evaluated: every shard failed or is empty")
-    numbers["num_samples"] = len(next(iter(metrics.values())))
-    numbers["num_bad"] = sum(part.num_bad for part in parts)
-    for name, values in metrics.items():
-        defined = [value for value in values if not math.isnan(value)]
-        numbers[name] = float(np.mean(defined)) if defined else math.nan
-    counts = sum((part.counts for part in parts), np.zeros(tokenizer.codebook_size, dtype=np.int64))
-    numbers |= usage(counts, tokenizer.autoencoder.quantizer.target_size)
-    perplexities = [p for part in parts for p in part.batch_perplexities]
-    numbers["perplexity_per_batch"] = float(np.mean(perplexities))
-    numbers["tokens_per_batch"] = float(np.mean([n for part in parts for n in part.batch_tokens]))
-    return numbers
+    num_bad = sum(part.num_bad for part in parts)
+    return {"tokenizer_id": tokenizer.id, "num_bad": num_bad, **whole.summary(tokenizer)}
 
 
-def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part], codebook: np.ndarray) -> None:
+def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part], quantizer: Quantizer) -> None:
     name = url.rsplit("/", 1)[1]
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
     examples = [example for part in parts for example in part.examples][: config.limit]
-    z = np.concatenate([rows for part in parts for rows in part.latents])[:PLOTTED_LATENTS]
-    counts = np.sum([part.counts for part in parts], axis=0)
+    z = np.concatenate([rows for part in parts for rows in part.latents])[:PLOTTED_LATENTS, : quantizer.dim]
+    codebook = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
+    counts = np.sum([part.evaluation.counts for part in parts], axis=(0, 1))
     sections = [
         table(numbers),
         "<h2>Original and reconstruction</h2>",
@@ -140,6 +126,7 @@ def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part],
     storage.replace(f"{base}.json", (json.dumps(numbers, indent=1) + "\n").encode())
     storage.replace(f"{base}.html", page(f"Evaluation of {name}", sections))
     storage.replace(f"{base}.png", sheet_png([(original, rebuilt) for _, original, rebuilt in examples]))
-    shown = ("num_samples", "psnr", "ssim", "cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation")
+    kind = config.metrics.perceptual
+    shown = ("num_samples", "psnr", "ssim", kind, "cvu", "cvu_target", "perplexity", "perplexity_per_batch")
     print("evaluate: " + "  ".join(f"{key} {numbers[key]:.4g}" for key in shown if key in numbers))
     print(f"evaluate: report at {base}.html, pictures at {base}.png")

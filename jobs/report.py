@@ -77,6 +77,40 @@ def sheet_png(pairs: list[tuple[bytes, bytes]], per_row: int = 4) -> bytes:
     return _png(figure)
 
 
+def gallery_png(rows: list[tuple[str, list[bytes]]]) -> bytes:
+    """Rows of the same pictures, each with its label on the left. Files are PNGs."""
+    columns = max(len(pictures) for _, pictures in rows)
+    figure = Figure(figsize=(2 + 1.3 * columns, 1.35 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, pictures) in zip(axes, rows, strict=True):
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        for axis, png in zip(row, pictures, strict=False):
+            axis.imshow(matplotlib.image.imread(io.BytesIO(png)), interpolation="nearest")
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    return _png(figure)
+
+
+def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str]) -> bytes:
+    """One panel for each of shown against x, one line per `method`, bars of one standard deviation."""
+    figure = Figure(figsize=(4.2 * len(shown), 3.8), layout="constrained")
+    axes = np.ravel(figure.subplots(1, len(shown)))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for axis, name in zip(axes, shown, strict=True):
+        for place, method in enumerate(methods):
+            mine = sorted((row for row in rows if row["method"] == method and name in row), key=lambda row: row[x])
+            spread = np.nan_to_num([row.get(f"{name}_sd", 0.0) for row in mine])
+            xs, ys = [row[x] for row in mine], [row[name] for row in mine]
+            color, marker = f"C{place % 10}", "osD^"[place // 10 % 4]
+            axis.errorbar(xs, ys, spread, label=method, color=color, marker=marker, capsize=2, markersize=4)
+        axis.set(title=name, xlabel=xlabel)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _png(figure)
+
+
 def page(title: str, sections: list[str]) -> bytes:
     """A page that needs no other file."""
     style = (

@@ -11,14 +11,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs import cluster
-from jobs.config import Config, ConfigError
+from jobs.config import Config, ConfigError, checked
 from jobs.progress import clock
 from jobs.train_loop import train_worker
 from pipeline import storage
 from pipeline.manifest import find_shards
-from tokenizer.modality import MODALITIES, build_modality
-from tokenizer.net import build_net
-from tokenizer.quantizer import QUANTIZERS, build_quantizer
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.modality import build_modality
+from tokenizer.training import known_losses
 
 MAY_CHANGE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "max_failures", "decode_threads")
 
@@ -26,7 +26,7 @@ MAY_CHANGE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "m
 def run(config: Config) -> int:
     config.require("run", "data.shards")
     url = storage.normalise(config.run)
-    _check(config)
+    check(config)
     shards = find_shards(config.data.shards).shards
     _claim(url, config)
     if storage.exists(storage.join(url, "model", "model.safetensors")):
@@ -39,32 +39,21 @@ def run(config: Config) -> int:
     return 0
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """What can be known to be wrong before Ray starts."""
-    known = {
-        **MODALITIES.get(config.model.modality).default_loss_weights,
-        **QUANTIZERS.get(config.quantizer["name"]).default_loss_weights,
-    }
+    modality = build_modality(config.model.modality, config.data.preprocess)
+    try:
+        autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    known, factor = known_losses(autoencoder, modality), autoencoder.factor
     for name in config.train.loss_weights:
         if name not in known:
             raise ConfigError(f"train.loss_weights.{name}: there is no such loss; there are: {', '.join(known)}")
-    try:
-        factor = build_net(config.model.net).factor
-        build_quantizer(config.quantizer)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    _check_losses(config)
+    with checked("train.losses"):
+        modality.losses(config.train.losses)
     if config.train.segment % factor:
         raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
-
-
-def _check_losses(config: Config) -> None:
-    try:
-        build_modality(config.model.modality, config.data.preprocess).losses(config.train.losses)
-    except TypeError as error:  # an unknown setting
-        raise ConfigError(f"train.losses.{', train.losses.'.join(config.train.losses)}: {error}") from error
-    except (ValueError, ImportError, OSError) as error:  # weights that are missing or not what they should be
-        raise ConfigError(f"train.losses: {error}") from error
 
 
 def _claim(url: str, config: Config) -> None:

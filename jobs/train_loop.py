@@ -1,7 +1,6 @@
 """What one training rank does: build, step, log, save. Runs inside Ray Train, once per worker."""
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import ray.train.torch
 import torch
 from torch import Tensor
 
-from jobs.config import Config, TrainConfig
+from jobs.config import Config
 from jobs.reading import Item, decode_sample
 from jobs.report import curves_png
 from pipeline import storage
@@ -24,9 +23,9 @@ from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.samples import Sample
 from pipeline.stream import Position, Share, training_samples
-from tokenizer.autoencoder import Autoencoder, AutoencoderOutput
-from tokenizer.metrics import perplexity
+from tokenizer.autoencoder import Autoencoder
 from tokenizer.modality import build_modality
+from tokenizer.training import Trainer
 
 
 @dataclass
@@ -58,23 +57,12 @@ class TrainLoop:
         torch.manual_seed(config.train.seed)  # the same weights on every rank ...
         settings = {**asdict(config.model), "quantizer": config.quantizer}
         self.autoencoder = Autoencoder(settings)
-        self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(config.train.seed * 1000 + self.rank + 1)  # ... but other noise
         self.modality = build_modality(config.model.modality, config.data.preprocess)
-        self.losses = self.modality.losses(config.train.losses).to(self.device)
-        self.loss_weights = {
-            **self.modality.default_loss_weights,
-            **self.autoencoder.quantizer.default_loss_weights,
-            **config.train.loss_weights,
-        }
+        self.trainer = Trainer(self.autoencoder, self.modality, config.train, self.device)
         # quantizers keep their buffers equal on all ranks themselves; a queue is too large to broadcast each step
-        self.model = ray.train.torch.prepare_model(
+        self.trainer.model = ray.train.torch.prepare_model(
             self.autoencoder, parallel_strategy_kwargs={"broadcast_buffers": False}
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.autoencoder.parameters(),
-            betas=(config.train.betas[0], config.train.betas[1]),
-            weight_decay=config.train.weight_decay,
         )
         self.step = self.num_bad = 0
         self.position = Position()
@@ -88,9 +76,9 @@ class TrainLoop:
         for batch in self._batches():
             if self.step >= options.steps:
                 break
-            row = self._train_step(
-                batch, log=(self.step + 1) % options.log_every == 0 or self.step + 1 == options.steps
-            )
+            result = self.trainer.update(batch.x, self.step)
+            to_log = (self.step + 1) % options.log_every == 0 or self.step + 1 == options.steps
+            row = self.trainer.numbers(result, self.step) if to_log else None
             self.step += 1
             self.position, self.num_bad = batch.after, self.num_bad + batch.num_bad
             if row is not None:
@@ -101,39 +89,14 @@ class TrainLoop:
                 self._save_checkpoint()
         self._finish()
 
-    def _train_step(self, batch: Batch, log: bool) -> dict[str, float] | None:
-        """One update; the numbers of it if they are to be logged, since reading them makes a GPU wait."""
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config.train)
-        x = batch.x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            out: AutoencoderOutput = self.model(x)
-        losses = {**self.losses(x, out.x_hat.float()), **out.quantized.losses}
-        loss = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.config.train.grad_clip)
-        self.optimizer.step()
-        return self._numbers(loss, losses, out) if log else None
-
-    def _numbers(self, loss: Tensor, losses: dict[str, Tensor], out: AutoencoderOutput) -> dict[str, float]:
-        """Raises FloatingPointError where the loss is not finite: going on would only spoil the weights."""
-        told = {"loss": loss, **losses, **out.quantized.metrics}
-        row = {name: float(value.detach()) for name, value in told.items()}
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss is {row['loss']} at step {self.step + 1}; lower train.lr, or warm up longer"
-            )
-        row["psnr"] = -10 * math.log10(max(row["mse"], 1e-10))
-        if out.quantized.indices is not None:
-            counts = torch.bincount(out.quantized.indices.flatten(), minlength=self.autoencoder.quantizer.codebook_size)
-            row["perplexity"] = perplexity(counts.cpu().numpy())
-        return row
-
     def _log(self, numbers: dict[str, float], seconds_per_step: float) -> None:
         samples_per_s = self.config.train.batch_size * self.world_size / seconds_per_step
-        row = {"step": self.step, **numbers, "lr": self.optimizer.param_groups[0]["lr"], "bad_samples": self.num_bad}
+        row = {
+            "step": self.step,
+            **numbers,
+            "lr": self.trainer.optimizer.param_groups[0]["lr"],
+            "bad_samples": self.num_bad,
+        }
         self.history.append({**row, "seconds_per_step": seconds_per_step, "samples_per_s": samples_per_s})
         if self.rank == 0:
             self.news.put(self.history[-1])
@@ -190,7 +153,7 @@ class TrainLoop:
             mine = Path(folder) / f"rank-{self.rank}-of-{self.world_size}.pt"
             own = torch.load(mine, weights_only=True) if mine.exists() else None
         self.autoencoder.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.trainer.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
         if own is not None:
             self.position, self.num_bad = Position(*own["position"]), own["num_bad"]
@@ -208,7 +171,7 @@ class TrainLoop:
                 own["cuda_rng"] = torch.cuda.get_rng_state()
             torch.save(own, Path(folder) / f"rank-{self.rank}-of-{self.world_size}.pt")
             if self.rank == 0:
-                state = {"model": self.autoencoder.state_dict(), "optimizer": self.optimizer.state_dict()}
+                state = {"model": self.autoencoder.state_dict(), "optimizer": self.trainer.optimizer.state_dict()}
                 torch.save({**state, "step": self.step, "history": self.history}, Path(folder) / "state.pt")
             ray.train.report({"step": self.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -222,11 +185,3 @@ class TrainLoop:
         with tempfile.TemporaryDirectory() as folder:
             self.autoencoder.save(folder)
             storage.upload(folder, storage.join(self.run, "model"))
-
-
-def learning_rate(step: int, options: TrainConfig) -> float:
-    """Linear warm-up to lr, then half a cosine down to lr_min at the last step."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    done = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    return options.lr_min + (options.lr - options.lr_min) * (1 + math.cos(math.pi * done)) / 2

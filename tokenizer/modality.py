@@ -58,6 +58,10 @@ class Modality:
         """The model's output to arrays, without the padding."""
         raise AssertionError
 
+    def size_of(self, array: np.ndarray) -> dict[str, int]:
+        """Size of an array that `read` gave."""
+        raise AssertionError
+
     def processed_size(self, size: dict[str, int]) -> dict[str, int]:
         """Size after preprocessing, from the original's."""
         raise AssertionError
@@ -66,8 +70,12 @@ class Modality:
         """A module that maps (x, x_hat) to named, unweighted reconstruction losses."""
         raise AssertionError
 
-    def metrics(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
-        """Quality of each reconstruction: name -> [B]; NaN where a metric is not defined."""
+    def metrics(self, settings: dict[str, Any]) -> nn.Module:
+        """A module that maps (x, x_hat) to the quality of each reconstruction: name -> [B]; NaN where not defined."""
+        raise AssertionError
+
+    def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
+        """Bits per unit that the field counts in, from those of all samples and their processed sizes."""
         raise AssertionError
 
 

@@ -42,8 +42,11 @@ class Tokenizer(LatentEncoder):
         return self.quantize(self.latents(arrays))
 
     def quantize(self, z: Tensor) -> list[np.ndarray]:
-        """Tokens of latents: [B, ..., in_dim] -> B arrays int64."""
-        return list(self.autoencoder.quantizer.encode(z).cpu().numpy())
+        """Tokens of latents: [B, ..., in_dim] -> B arrays int64, with a leading axis of quantizers if several."""
+        indices = self.autoencoder.quantizer.encode(z)
+        if self.autoencoder.quantizer.num_quantizers > 1:
+            indices = indices.movedim(-1, 1)
+        return list(indices.cpu().numpy())
 
     @torch.inference_mode()
     def decode(self, tokens: list[np.ndarray], sizes: list[dict[str, int]]) -> list[np.ndarray]:
@@ -53,6 +56,8 @@ class Tokenizer(LatentEncoder):
             raise ValueError(
                 f"tokens lie in {int(indices.min())}..{int(indices.max())}, not 0..{self.codebook_size - 1}"
             )
+        if self.autoencoder.quantizer.num_quantizers > 1:
+            indices = indices.movedim(1, -1)
         x = self.autoencoder.reconstruct(self.autoencoder.quantizer.decode(indices))
         return self.modality.unbatch(x, [self.modality.processed_size(size) for size in sizes])
 

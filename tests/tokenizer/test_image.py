@@ -354,7 +354,7 @@ def pair(height: int = 20, width: int = 33, noise: float = 0.1) -> tuple[torch.T
 
 
 def quality(x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
-    return Image(ImageConfig()).metrics(x, x_hat)
+    return Image(ImageConfig()).metrics({})(x, x_hat)
 
 
 def test_psnr_solved_by_hand():

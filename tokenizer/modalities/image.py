@@ -42,7 +42,7 @@ class Image(Modality):
     extensions = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
     written_as = "png"
     size_columns = ("height", "width")
-    default_loss_weights = {"l1": 1.0, "mse": 0.0, "perceptual": 1.0}
+    default_loss_weights = {"l1": 1.0, "mse": 0.0, "log_mse": 0.0, "perceptual": 1.0}
 
     def __init__(self, config: ImageConfig):
         self.config = config
@@ -88,6 +88,9 @@ class Image(Modality):
             array = array[top : top + side, left : left + side]
         return array
 
+    def size_of(self, array: np.ndarray) -> dict[str, int]:
+        return {"height": array.shape[0], "width": array.shape[1]}
+
     def processed_size(self, size: dict[str, int]) -> dict[str, int]:
         height, width = size["height"], size["width"]
         if self.config.short_side:
@@ -131,27 +134,45 @@ class Image(Modality):
     def losses(self, settings: dict[str, Any]) -> nn.Module:
         return ImageLosses(**settings)
 
-    def metrics(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
-        mse = (x - x_hat).square().mean(dim=(1, 2, 3))
-        return {
-            "mse": mse,
-            "psnr": -10 * mse.clamp(min=SMALLEST_MSE).log10(),
-            "ssim": _ssim(x, x_hat),
-        }
+    def metrics(self, settings: dict[str, Any]) -> nn.Module:
+        return ImageMetrics(**settings)
+
+    def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
+        return {"bits_per_pixel": num_bits / max(1, sum(size["height"] * size["width"] for size in sizes))}
 
 
 class ImageLosses(nn.Module):
-    """(x, x_hat) -> {"l1", "mse", and "perceptual" where a kind is given}, each a mean over the batch."""
+    """(x, x_hat) -> {"l1", "mse", "log_mse", and "perceptual" where a kind is given}, each a mean over the batch.
+
+    log_mse is SQ-VAE's (arXiv 2205.07547): mse under a decoder variance that follows it.
+    """
 
     def __init__(self, perceptual: str = "", perceptual_weights: str = ""):
         super().__init__()
         self.perceptual = load_perceptual(perceptual, perceptual_weights or None) if perceptual else None
 
     def forward(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
-        losses = {"l1": (x - x_hat).abs().mean(), "mse": (x - x_hat).square().mean()}
+        mse = (x - x_hat).square().mean()
+        losses = {"l1": (x - x_hat).abs().mean(), "mse": mse, "log_mse": mse.clamp(min=SMALLEST_MSE).log()}
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(x, x_hat).mean()
         return losses
+
+
+class ImageMetrics(nn.Module):
+    """(x, x_hat) -> {"mse", "psnr", "ssim", and a perceptual distance under its own name}, each [B]."""
+
+    def __init__(self, perceptual: str = "", perceptual_weights: str = ""):
+        super().__init__()
+        self.perceptual = load_perceptual(perceptual, perceptual_weights or None) if perceptual else None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+        mse = (x - x_hat).square().mean(dim=(1, 2, 3))
+        found = {"mse": mse, "psnr": -10 * mse.clamp(min=SMALLEST_MSE).log10(), "ssim": _ssim(x, x_hat)}
+        if self.perceptual is not None:
+            found[self.perceptual.name] = self.perceptual(x, x_hat)
+        return found
 
 
 def to_rgb(picture: PIL.Image) -> np.ndarray:

@@ -1,0 +1,248 @@
+"""Several methods and sizes under one recipe: `run`, `data.shards`, `model`, `train`, `metrics`, `compare`.
+
+Trials run as Ray tasks, as many at a time as there is room for. RUN/trials holds one file for each that is done, so
+that the same command goes on where it was stopped. RUN/reports/compare.md, .json, .csv and .png hold the table with
+mean and spread over the seeds, quality and usage against K, and the same pictures through every method.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs import cluster
+from jobs.compare_report import write_report
+from jobs.config import Config, ConfigError, checked, with_method
+from jobs.progress import clock
+from jobs.reading import Item, decode_sample
+from jobs.train import check
+from pipeline import storage
+from pipeline.batches import map_in_threads
+from pipeline.errors import ShardError
+from pipeline.manifest import Manifest, find_shards
+from pipeline.samples import read_samples
+from tokenizer.modality import Modality, build_modality
+from tokenizer.quantizer import QUANTIZERS
+from tokenizer.training import Recipe
+from tokenizer.trial import Trial
+
+TELL_EVERY_S = 15.0
+
+
+@dataclass
+class Planned:
+    """A trial and its place. name tells method, size, seed, and a hash of all that decides on the result."""
+
+    label: str
+    size: int
+    seed: int
+    trial: Trial
+    url: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[1].removesuffix(".json")
+
+
+def run(config: Config) -> int:
+    config.require("run", "data.shards", "compare.heldout", "compare.methods", "compare.sizes", "compare.seeds")
+    url = storage.normalise(config.run)
+    train, heldout = find_shards(config.data.shards), find_shards(config.compare.heldout)
+    planned = plan(config, url, f"{train.id} {heldout.id}")
+    modality = build_modality(config.model.modality, config.data.preprocess)
+    with checked("metrics"):
+        modality.metrics(dataclasses.asdict(config.metrics))
+    todo = [one for one in planned if not storage.exists(one.url)]
+    print(f"compare: {len(planned)} trials, {len(planned) - len(todo)} of them done already", flush=True)
+    failed: dict[str, str] = {}
+    if todo:
+        arrays = [_load(manifest, modality, config) for manifest in (train, heldout)]
+        failed = _run_trials(todo, arrays, config)
+    originals = _load(heldout, modality, config, limit=config.compare.pictures)
+    write_report(url, _results(planned), [modality.to_bytes(array) for array in originals], config)
+    for name, reason in failed.items():
+        print(f"compare: failed trial {name}: {reason}")
+    return 3 if failed else 0
+
+
+def plan(config: Config, url: str, corpus: str) -> list[Planned]:
+    """Every method at every size and seed. Raises ConfigError that names the method whose settings are wrong."""
+    planned = []
+    for label, method in config.compare.methods.items():
+        for size in config.compare.sizes:
+            for seed in config.compare.seeds:
+                try:
+                    mine = _configure(config, method, size, seed)
+                    check(mine)
+                except ConfigError as error:
+                    raise ConfigError(f"compare.methods.{label} at {size} codes: {error}") from error
+                planned.append(_plan_one(mine, label, size, seed, url, corpus))
+    return planned
+
+
+def _configure(config: Config, method: Any, size: int, seed: int) -> Config:
+    """The configuration that `train` would be given for this method, size and seed."""
+    method = {"file": method} if isinstance(method, str) else dict(method or {})
+    unknown = set(method) - {"file", "quantizer", "train"}
+    if unknown:
+        raise ConfigError(f"unknown key {sorted(unknown)[0]}; known are: file, quantizer, train")
+    own = {"train": {**(method.get("train") or {}), "seed": seed}, "quantizer": method.get("quantizer") or {}}
+    first = with_method(config, method.get("file", ""), own)
+    known = {field.name for field in dataclasses.fields(QUANTIZERS.get(first.quantizer["name"]).Config)}
+    wanted = {"codebook_size": size} | ({"dim": config.compare.dims[size]} if size in config.compare.dims else {})
+    given = {"name": first.quantizer["name"], **{key: wanted[key] for key in wanted if key in known}}
+    return with_method(config, method.get("file", ""), {**own, "quantizer": {**given, **own["quantizer"]}})
+
+
+def _plan_one(config: Config, label: str, size: int, seed: int, url: str, corpus: str) -> Planned:
+    options = config.compare
+    recipe = {field.name: getattr(config.train, field.name) for field in dataclasses.fields(Recipe)}
+    trial = Trial(
+        model={**dataclasses.asdict(config.model), "quantizer": config.quantizer},
+        recipe=Recipe(**recipe),
+        preprocess=config.data.preprocess,
+        metrics=dataclasses.asdict(config.metrics),
+        max_latents=options.max_latents,
+        eval_batch_size=options.eval_batch_size,
+        pictures=options.pictures,
+    )
+    identity = json.dumps([dataclasses.asdict(trial), corpus, options.max_samples], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    slug = "".join(c if c.isalnum() else "-" for c in label.lower())
+    return Planned(label, size, seed, trial, storage.join(url, "trials", f"{slug}-K{size}-seed{seed}-{digest}.json"))
+
+
+# -- data -----------------------------------------------------------------------------------------------------------
+
+
+def _load(manifest: Manifest, modality: Modality, config: Config, limit: int = 0) -> Any:
+    """The samples as arrays in the order of the shards; one array [N, ...] if they have one shape."""
+    limit = min(limit or config.compare.max_samples, config.compare.max_samples)
+    arrays: list[np.ndarray] = []
+    num_bad = 0
+    for shard in manifest.shards:
+        try:
+            for item in map_in_threads(lambda s: decode_sample(s, modality), read_samples(shard.url), 2):
+                if not isinstance(item, Item):
+                    num_bad += 1
+                elif len(arrays) < limit:
+                    arrays.append(item.decoded.array)
+                if len(arrays) == limit:
+                    break
+        except ShardError as error:
+            print(f"compare: skipped the rest of a shard: {error}")
+        if len(arrays) == limit:
+            break
+    if not arrays:
+        raise ConfigError("the corpus gave no samples: every shard failed or is empty; see the messages above")
+    if num_bad:
+        print(f"compare: left out {num_bad} bad samples")
+    return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
+
+
+# -- trials ---------------------------------------------------------------------------------------------------------
+
+
+def _run_trials(todo: list[Planned], arrays: list[Any], config: Config) -> dict[str, str]:
+    """Runs them and returns what went wrong, by name. Each writes its own result, so that a lost driver loses none."""
+    import ray
+    from ray.util.queue import Queue
+
+    cluster.start()
+    news = Queue(actor_options={"num_cpus": 0})
+    shared = [ray.put(part) for part in arrays]
+    cpus, gpus = config.workers.cpus or 1, config.workers.gpus
+    task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_trial_task)
+    running = {task.remote(one, *shared, cpus, bool(gpus), news): one for one in todo}
+    failed: dict[str, str] = {}
+    board = _Board(len(todo))
+    while running:
+        done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
+        board.hear(news)
+        for reference in done:
+            one = running.pop(reference)
+            try:
+                board.finish(one, ray.get(reference))
+            except ray.exceptions.RayError as error:
+                failed[one.name] = str(error).strip().splitlines()[-1]
+                board.finish(one, f"failed: {failed[one.name]}")
+    return failed
+
+
+def _trial_task(one: Planned, train: Any, heldout: Any, cpus: float, gpu: bool, news: Any) -> str:
+    """Runs one trial in a Ray worker, writes its result, and returns a line about it."""
+    import torch
+
+    from tokenizer.trial import run_trial
+
+    torch.set_num_threads(max(1, int(cpus)))  # Ray would leave one thread per process
+    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+
+    def report(row: dict[str, float]) -> None:
+        news.put({"name": one.name, "steps": one.trial.recipe.steps, **row})
+
+    started = time.time()
+    result: dict[str, Any] = {"label": one.label, "size": one.size, "seed": one.seed}
+    result |= {"settings": dataclasses.asdict(one.trial), "machine": _machine(device, cpus)}
+    try:
+        found = run_trial(one.trial, train, heldout, device=device, report=report)
+        examples = [base64.b64encode(png).decode() for png in found.examples]
+        result |= {"numbers": found.numbers, "history": found.history, "examples": examples}
+        line = f"psnr {found.numbers.get('psnr', float('nan')):.2f}  cvu {found.numbers['cvu']:.3f}"
+    except FloatingPointError as error:  # a method that diverges under the common recipe is a result
+        result |= {"diverged": str(error)}
+        line = f"diverged: {error}"
+    result |= {"finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "took_s": time.time() - started}
+    try:
+        storage.write_once(one.url, (json.dumps(result) + "\n").encode())
+    except FileExistsError:  # a driver that was thought lost has done it too
+        return "was there already"
+    return line
+
+
+def _machine(device: str, cpus: float) -> str:
+    import torch
+
+    name = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {cpus:g} of {os.cpu_count()}"
+    )
+    return f"{name}, torch {torch.__version__}"
+
+
+class _Board:
+    """Which trial is how far, told now and then."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.started = self.last = time.monotonic()
+
+    def hear(self, news: Any) -> None:
+        for row in news.get_nowait_batch(news.qsize()):
+            self.rows[row["name"]] = row
+        if time.monotonic() - self.last < TELL_EVERY_S or not self.rows:
+            return
+        self.last = time.monotonic()
+        told = [f"{name} {row['step']}/{row['steps']} loss {row['loss']:.4g}" for name, row in self.rows.items()]
+        print(f"compare: {self.done}/{self.total} done, running {'; '.join(told)}", flush=True)
+
+    def finish(self, one: Planned, line: str) -> None:
+        self.rows.pop(one.name, None)
+        self.done += 1
+        elapsed = time.monotonic() - self.started
+        left = clock(elapsed / self.done * (self.total - self.done))
+        print(
+            f"compare: {self.done}/{self.total} {one.label} K={one.size} seed={one.seed}  {line}  {left} left",
+            flush=True,
+        )
+
+
+def _results(planned: list[Planned]) -> list[dict[str, Any]]:
+    return [json.loads(storage.read(one.url)) for one in planned if storage.exists(one.url)]

@@ -1,0 +1,156 @@
+"""The table and the plots of `compare`, from the results of its trials."""
+
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from jobs.config import Config
+from jobs.report import against_png, gallery_png
+from pipeline import storage
+
+# name in `numbers`, heading, format of a value; those that no trial has are left out
+COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
+    ("codebook_size", "codes", "{:.0f}".format),
+    ("num_quantizers", "quantizers", "{:.0f}".format),
+    ("mse", "MSE e-3", lambda value: f"{1000 * value:.3f}"),
+    ("psnr", "PSNR", "{:.3f}".format),
+    ("ssim", "SSIM", "{:.4f}".format),
+    ("perceptual", "", "{:.4f}".format),  # under the name of the distance that was used
+    ("cvu", "CVU", "{:.4f}".format),
+    ("cvu_target", "CVU of K", "{:.4f}".format),
+    ("cvu_per_dim", "CVU per dim", "{:.4f}".format),
+    ("perplexity", "perplexity", "{:.1f}".format),
+    ("perplexity_per_batch", "per batch", "{:.1f}".format),
+    ("utilisation", "used", "{:.4f}".format),
+    ("bits_per_pixel", "bits/pixel", "{:.4f}".format),
+    ("seconds_per_step", "s/step", "{:.3f}".format),
+    ("tokens_per_s", "tokens/s", "{:,.0f}".format),
+]
+
+
+def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes], config: Config) -> None:
+    """results: the trials' files; originals: the pictures of their `examples`. Prints the table."""
+    if not results:
+        print("compare: no trial has a result yet; no report")
+        return
+    rows = summarise(results)
+    columns = columns_of(rows, config.metrics.perceptual)
+    base = storage.join(url, "reports", "compare")
+    text = markdown(rows, columns) + "\n" + notes(results, config)
+    storage.replace(f"{base}.md", text.encode())
+    trials = [{key: value for key, value in one.items() if key not in ("examples", "history")} for one in results]
+    storage.replace(f"{base}.json", (json.dumps({"rows": rows, "trials": trials}, indent=1) + "\n").encode())
+    storage.replace(f"{base}.csv", to_csv(rows, [name for name, _, _ in columns]).encode())
+    for name, png in plots(rows, config.metrics.perceptual).items():
+        storage.replace(f"{base}-{name}.png", png)
+    storage.replace(f"{base}-pictures.png", gallery_png(_gallery(results, originals)))
+    print(markdown(rows, columns))
+    print(f"compare: report at {base}.md, .json, .csv; plots at {base}-*.png")
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and size: the mean over the seeds, and the standard deviation as `<name>_sd`."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["label"], result["size"]), []).append(result)
+    rows = []
+    for (label, size), trials in groups.items():
+        numbers = [trial["numbers"] for trial in trials if "numbers" in trial]
+        row: dict[str, Any] = {"method": label, "K": size, "seeds": len(trials), "diverged": len(trials) - len(numbers)}
+        for name in numbers[0] if numbers else ():
+            values = [one[name] for one in numbers if isinstance(one.get(name), int | float)]
+            if values:
+                row[name] = float(np.mean(values))
+                row[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        rows.append(row)
+    return rows
+
+
+def columns_of(rows: list[dict[str, Any]], perceptual: str) -> list[tuple[str, str, Callable[[float], str]]]:
+    found = []
+    for name, heading, form in COLUMNS:
+        name, heading = (perceptual, perceptual) if name == "perceptual" else (name, heading)
+        values = {row.get(name) for row in rows}
+        if values - {None} and not (name == "num_quantizers" and values == {1.0}):
+            found.append((name, heading, form))
+    return found
+
+
+def markdown(rows: list[dict[str, Any]], columns: list[tuple[str, str, Callable[[float], str]]]) -> str:
+    """A row for each method and size; mean +- standard deviation where there are several seeds."""
+    lines = [["method", "K", *[heading for _, heading, _ in columns]]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for row in rows:
+        name = row["method"] + (f" ({row['diverged']} of {row['seeds']} diverged)" if row["diverged"] else "")
+        lines.append([name, str(row["K"]), *[_cell(row, key, form) for key, _, form in columns]])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _cell(row: dict[str, Any], name: str, form: Callable[[float], str]) -> str:
+    if row.get(name) is None or math.isnan(row[name]):
+        return "-"
+    spread = row.get(f"{name}_sd", math.nan)
+    return form(row[name]) + (f" ± {form(spread)}" if spread > 0 else "")
+
+
+def notes(results: list[dict[str, Any]], config: Config) -> str:
+    """What one must know to read the table."""
+    recipe = asdict(config.train)
+    told = ", ".join(f"{key} {recipe[key]}" for key in ("steps", "batch_size", "segment", "lr", "precision"))
+    numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})
+    seeds = ", ".join(str(seed) for seed in config.compare.seeds)
+    lines = [
+        f"Trained on {config.data.shards}, evaluated on {config.compare.heldout}: "
+        f"{numbers.get('num_samples')} samples, {numbers.get('num_tokens')} tokens.",
+        f"Net {config.model.net}; {told}; seeds {seeds}. One seed gives all methods the same nets to start from, "
+        "samples, order and crops.",
+        "Mean ± standard deviation over the seeds. CVU is by the actual number of codes, `CVU of K` by that asked for.",
+        f"`perplexity` is that of all tokens together; `per batch` the mean over batches of "
+        f"{numbers.get('tokens_per_batch', 0):.0f} tokens, from the codes' probabilities where a method has them.",
+        f"Perceptual distance: {config.metrics.perceptual or 'none'}. s/step and tokens/s depend on the machine "
+        "and on what ran beside it: compare within this table only.",
+        f"Machine: {'; '.join(sorted({one['machine'] for one in results}))}. Last trial finished "
+        f"{max(one['finished'] for one in results)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """method, K, seeds, diverged, and mean and standard deviation of each column."""
+    out = io.StringIO()
+    fields = ["method", "K", "seeds", "diverged", *[f for name in names for f in (name, f"{name}_sd")]]
+    writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def plots(rows: list[dict[str, Any]], perceptual: str) -> dict[str, bytes]:
+    """Quality and usage against K, quality against the bits that are spent."""
+    there = {name for row in rows for name in row}
+    quality = [name for name in ("psnr", "ssim", perceptual, "pesq", "stoi") if name in there]
+    found = {"sizes": against_png(rows, "K", "codes asked for", [*quality, "cvu", "perplexity"])}
+    for name, label in (("bits_per_pixel", "bits per pixel"), ("kbps", "kbit/s")):
+        if name in there:
+            found["rate"] = against_png(rows, name, label, quality)
+    return found
+
+
+def _gallery(results: list[dict[str, Any]], originals: list[bytes]) -> list[tuple[str, list[bytes]]]:
+    """Rows of pictures: the originals, then each method at its largest size, first seed."""
+    best: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if "examples" in result and result["size"] > best.get(result["label"], {"size": -1})["size"]:
+            best[result["label"]] = result
+    rows = [("original", originals)]
+    for label, result in best.items():
+        pictures = [base64.b64decode(png) for png in result["examples"]]
+        rows.append((f"{label}\nK={result['size']}  {result['numbers'].get('psnr', math.nan):.2f} dB", pictures))
+    return rows

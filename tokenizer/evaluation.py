@@ -1,0 +1,77 @@
+"""Quality and usage of a frozen tokenizer over samples, batch by batch. Parts of a corpus add up."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tokenizer.metrics import count_codes, digit_usage, perplexity, usage
+from tokenizer.modality import Decoded
+from tokenizer.tokenizer import Tokenizer
+
+
+@dataclass
+class Evaluation:
+    """counts [Q, K]: how often each code was chosen. metrics: one value per sample. bits: of all tokens together."""
+
+    counts: np.ndarray
+    metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    batch_perplexities: list[float] = field(default_factory=list)
+    batch_tokens: list[int] = field(default_factory=list)
+    sizes: list[dict[str, int]] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, tokenizer: Tokenizer) -> "Evaluation":
+        quantizer = tokenizer.autoencoder.quantizer
+        return cls(np.zeros((quantizer.num_quantizers, quantizer.codebook_size), dtype=np.int64))
+
+    @torch.inference_mode()
+    def add(self, tokenizer: Tokenizer, samples: list[Decoded], quality: nn.Module) -> list[np.ndarray]:
+        """Encodes, decodes and compares samples of one shape; returns the reconstructions. Raises BadSample."""
+        arrays = [sample.array for sample in samples]
+        z = tokenizer.latents(arrays)
+        tokens = tokenizer.quantize(z)
+        rebuilt = tokenizer.decode(tokens, [sample.size for sample in samples])
+        # measured on what a user would see: whole pixels, without the padding
+        x, x_hat = (tokenizer.modality.batch(group, factor=1).to(tokenizer.device) for group in (arrays, rebuilt))
+        for name, values in quality(x, x_hat).items():
+            self.metrics[name] += values.tolist()
+        num_quantizers, codebook_size = self.counts.shape
+        by_quantizer = np.stack(tokens).reshape(len(tokens), num_quantizers, -1).swapaxes(0, 1)
+        self.counts += count_codes(by_quantizer, codebook_size)
+        shares = tokenizer.autoencoder.quantizer.code_shares(z).reshape(num_quantizers, -1).double().cpu().numpy()
+        self.batch_perplexities.append(float(np.mean([perplexity(row) for row in shares])))
+        self.batch_tokens.append(tokens[0].size // num_quantizers * len(tokens))
+        self.sizes += [tokenizer.modality.processed_size(sample.size) for sample in samples]
+        return rebuilt
+
+    def merge(self, other: "Evaluation") -> None:
+        self.counts += other.counts
+        for name, values in other.metrics.items():
+            self.metrics[name] += values
+        self.batch_perplexities += other.batch_perplexities
+        self.batch_tokens += other.batch_tokens
+        self.sizes += other.sizes
+
+    def summary(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Means over the samples where a metric is defined, usage of the codes, and the rate.
+
+        `perplexity` is that of all tokens; `perplexity_per_batch` the mean over batches of `tokens_per_batch` tokens,
+        from q(c|x) where the method has one (as GM-VQ reports it). With several quantizers, means over them.
+        """
+        quantizer = tokenizer.autoencoder.quantizer
+        numbers: dict[str, Any] = {"num_samples": len(self.sizes)}
+        for name, values in self.metrics.items():
+            defined = [value for value in values if not math.isnan(value)]
+            numbers[name] = float(np.mean(defined)) if defined else math.nan
+        numbers |= usage(self.counts, quantizer.target_size)
+        if quantizer.index_levels:
+            numbers["cvu_per_dim"] = digit_usage(self.counts[0], quantizer.index_levels)
+        numbers["perplexity_per_batch"] = float(np.mean(self.batch_perplexities))
+        numbers["tokens_per_batch"] = float(np.mean(self.batch_tokens))
+        bits = int(self.counts.sum()) * math.log2(quantizer.codebook_size)
+        return numbers | tokenizer.modality.rate(bits, self.sizes)

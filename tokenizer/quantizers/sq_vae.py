@@ -1,0 +1,97 @@
+"""SQ-VAE, arXiv 2205.07547, variant Gaussian I of sony/sqvae: one learned variance, which anneals by itself.
+
+Legend: z [N, d] latents, e [K, d] codes, s = 1 + exp(theta) the variance, p [N, K] the codes' probabilities.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.neighbors import nearest_codeword
+from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
+from tokenizer.soft import (
+    SMALLEST_TEMPERATURE,
+    SoftQuantizer,
+    decaying_temperature,
+    entropy,
+    gumbel_softmax,
+    in_chunks,
+    mean_over_all_rows,
+)
+from tokenizer.table import check_table
+
+FIRST_THETA = math.log(20.0)
+# The official loss per picture is D_x/2 ln(squared error) + sums over its T tokens. Divided by D_x/2 that is ln(mse)
+# + 2T/D_x (means over tokens); with D_x = 3 * 4 * 4 T values of a picture and one token per 4 x 4 pixels: 1/24.
+WEIGHT_AT_F4 = 1 / 24
+
+
+@dataclass
+class SQVAEConfig:
+    """temperature_decay: of the exponent, per step."""
+
+    codebook_size: int = 512
+    dim: int = 64
+    temperature_start: float = 1.0
+    temperature_decay: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_table(self.codebook_size, self.dim)
+        if not SMALLEST_TEMPERATURE <= self.temperature_start < math.inf:
+            raise ValueError(
+                f"quantizer.temperature_start is {self.temperature_start}; it must be {SMALLEST_TEMPERATURE} or more"
+            )
+        if not 0 <= self.temperature_decay < math.inf:
+            raise ValueError(f"quantizer.temperature_decay is {self.temperature_decay}; it must be 0 or more")
+
+
+@QUANTIZERS.register("sq_vae")
+class SQVAE(SoftQuantizer):
+    """Mixes all codes, by Gaussian probabilities with Gumbel noise; the nearest code once it is trained.
+
+    Losses are means over tokens: "kl_discrete" sum_k p_k ln p_k, at least -ln K; "kl_continuous" |z - z_q|^2 / (2 s).
+    Default weights are for a net of factor 4 and train.loss_weights {mse: 0, log_mse: 1}; in general 2 tokens / values.
+    """
+
+    Config = SQVAEConfig
+    default_loss_weights = {"kl_discrete": WEIGHT_AT_F4, "kl_continuous": WEIGHT_AT_F4}
+
+    def __init__(self, config: SQVAEConfig):
+        super().__init__(config.codebook_size, config.dim)
+        self.config = config
+        self.theta = nn.Parameter(torch.tensor(FIRST_THETA))
+
+    @property
+    def variance(self) -> Tensor:
+        return 1 + self.theta.exp()
+
+    def _temperature(self, step: Tensor) -> Tensor:
+        """Differs: the official max(..., 0) would divide by 0 after 10 million steps; ours stops at 1e-3."""
+        return decaying_temperature(step, self.config.temperature_start, self.config.temperature_decay)
+
+    def _logits(self, z: Tensor, codes: Tensor) -> Tensor:
+        """-|z - e|^2 / (2 s), less the part that all codes have in common."""
+        center = codes.detach().mean(dim=0)  # as in nearest_codeword: keeps the digits
+        z, codes = z - center, codes - center
+        return torch.addmm(-codes.square().sum(dim=1) / 2, z, codes.T) / self.variance
+
+    def _encode(self, z: Tensor) -> Tensor:
+        return nearest_codeword(z, self.codes)
+
+    def _soft_forward(self, z: Tensor, temperature: Tensor) -> QuantizerOutput:
+        mixed = in_chunks(lambda part: self._mix(part, temperature), z, self.codebook_size)
+        z_q, num_tokens = torch.cat(mixed[0]), max(1, len(z))
+        losses = {
+            "kl_discrete": sum(mixed[1]) / num_tokens,
+            "kl_continuous": (z - z_q).square().sum() / (2 * self.variance) / num_tokens,
+        }
+        shares = mean_over_all_rows(sum(mixed[2]).detach(), len(z))
+        return QuantizerOutput(z_q, losses=losses, metrics=self._metrics(temperature, shares))
+
+    def _mix(self, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One chunk: z_q [n, d], and the sums over n of sum_k p_k ln p_k and of p [K]."""
+        logits = self._logits(z, self.embedding)
+        p = logits.softmax(dim=1)
+        return gumbel_softmax(logits, temperature) @ self.embedding, -entropy(p).sum(), p.sum(dim=0)

@@ -1,0 +1,153 @@
+"""One trial of a comparison: train, make the codebook, evaluate. A plain function of settings and arrays, without Ray.
+
+result = run_trial(Trial(model=..., recipe=Recipe(steps=500)), train_arrays, heldout_arrays, device="cuda")
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.evaluation import Evaluation
+from tokenizer.latents import LatentEncoder
+from tokenizer.modality import Decoded, Modality, build_modality
+from tokenizer.tokenizer import Tokenizer
+from tokenizer.training import Recipe, Trainer
+
+LOG_POINTS = 50  # rows of the training log
+
+
+@dataclass
+class Trial:
+    """All that decides on a result, besides the arrays. model: the settings of Autoencoder; recipe.seed is the seed."""
+
+    model: dict[str, Any]
+    recipe: Recipe
+    preprocess: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    max_latents: int = 262_144  # that the codebook is made from, of samples drawn at random
+    eval_batch_size: int = 64  # samples
+    pictures: int = 8
+
+
+@dataclass
+class TrialResult:
+    """numbers: one value each; history: rows of the training log; examples: reconstructions as files."""
+
+    numbers: dict[str, Any]
+    history: list[dict[str, float]]
+    examples: list[bytes]
+
+
+def run_trial(
+    trial: Trial,
+    train: Sequence[np.ndarray],
+    heldout: Sequence[np.ndarray],
+    *,
+    device: str = "cpu",
+    report: Callable[[dict[str, float]], None] = lambda row: None,
+) -> TrialResult:
+    """train, heldout: samples as the modality reads them, preprocessed. report is called with each row of the log.
+
+    Two trials that differ in the quantizer alone see the same samples in the same order, the same crops, and nets
+    that start from the same weights. Raises FloatingPointError if training diverges.
+    """
+    torch.manual_seed(trial.recipe.seed)
+    autoencoder = Autoencoder(trial.model)
+    modality = build_modality(trial.model["modality"], trial.preprocess)
+    trainer = Trainer(autoencoder, modality, trial.recipe, device)
+    history, seconds = _train(trainer, modality, train, report)
+    started = time.perf_counter()
+    curve = _fit(trial, autoencoder, train, device)
+    fit_s = time.perf_counter() - started
+    tokenizer = Tokenizer(autoencoder, trial.preprocess).to(device)
+    numbers, examples = _evaluate(trial, tokenizer, heldout)  # type: ignore[arg-type]
+    numbers |= {"seconds_per_step": float(np.median(seconds)), "fit_s": fit_s, "fit_iterations": len(curve)}
+    numbers |= {"num_parameters": sum(p.numel() for p in autoencoder.parameters()), "steps": trial.recipe.steps}
+    return TrialResult(numbers, history, examples)
+
+
+def training_batches(
+    modality: Modality, arrays: Sequence[np.ndarray], recipe: Recipe, factor: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(step, x) for every step. Order and crops depend on the recipe's seed alone: each epoch is a new permutation."""
+    places = _endless_order(len(arrays), recipe.seed)
+    for step in range(recipe.steps):
+        rng = np.random.default_rng([recipe.seed, 1, step])
+        crops = [modality.segment(arrays[next(places)], recipe.segment, rng) for _ in range(recipe.batch_size)]
+        yield step, modality.batch(crops, factor)
+
+
+def _endless_order(count: int, seed: int) -> Iterator[int]:
+    epoch = 0
+    while True:
+        yield from np.random.default_rng([seed, 0, epoch]).permutation(count).tolist()
+        epoch += 1
+
+
+def _train(
+    trainer: Trainer, modality: Modality, arrays: Sequence[np.ndarray], report: Callable[[dict[str, float]], None]
+) -> tuple[list[dict[str, float]], list[float]]:
+    """The training log, and the seconds of each update (data and logging left out)."""
+    recipe, history, seconds = trainer.recipe, [], []
+    every = max(1, recipe.steps // LOG_POINTS)
+    for step, x in training_batches(modality, arrays, recipe, trainer.autoencoder.factor):
+        started = time.perf_counter()
+        result = trainer.update(x, step)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        if (step + 1) % every == 0 or step + 1 == recipe.steps:
+            history.append({"step": step + 1, **trainer.numbers(result, step), "seconds_per_step": seconds[-1]})
+            report(history[-1])
+    return history, seconds
+
+
+def _fit(trial: Trial, autoencoder: Autoencoder, arrays: Sequence[np.ndarray], device: str) -> list[float]:
+    """The codebook, from the latents of whole training samples, drawn at random until there are enough."""
+    encoder = LatentEncoder(autoencoder, trial.preprocess).to(device)
+    rng = np.random.default_rng([trial.recipe.seed, 2])
+    chosen, found, total = rng.permutation(len(arrays)), [], 0
+    for start in range(0, len(chosen), trial.eval_batch_size):
+        for group in _same_shape([arrays[i] for i in chosen[start : start + trial.eval_batch_size]], len(arrays)):
+            found.append(encoder.latents(group).flatten(0, -2).cpu())
+            total += len(found[-1])
+        if total >= trial.max_latents:
+            break
+    latents = torch.cat(found)[: trial.max_latents].to(device)
+    return autoencoder.quantizer.eval().fit(latents, seed=trial.recipe.seed)
+
+
+def _evaluate(trial: Trial, tokenizer: Tokenizer, arrays: Sequence[np.ndarray]) -> tuple[dict[str, Any], list[bytes]]:
+    modality = tokenizer.modality
+    quality = modality.metrics(trial.metrics).to(tokenizer.device)
+    evaluation = Evaluation.empty(tokenizer)
+    examples: list[bytes] = []
+    rates: list[float] = []
+    for group in _same_shape(arrays, trial.eval_batch_size):
+        samples = [Decoded(array, modality.size_of(array)) for array in group]
+        started = time.perf_counter()
+        tokens = tokenizer.encode(group)
+        rates.append(sum(t.size for t in tokens) / (time.perf_counter() - started))
+        rebuilt = evaluation.add(tokenizer, samples, quality)
+        examples += [modality.to_bytes(array) for array in rebuilt[: trial.pictures - len(examples)]]
+    numbers = evaluation.summary(tokenizer)
+    numbers |= {"tokens_per_s": float(np.median(rates)), "tokenizer_id": tokenizer.id}
+    return numbers, examples
+
+
+def _same_shape(arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
+    """Neighbours of one shape, in order, at most batch_size together."""
+    group: list[np.ndarray] = []
+    for array in arrays:
+        if group and (len(group) == batch_size or array.shape != group[0].shape):
+            yield group
+            group = []
+        group.append(array)
+    if group:
+        yield group
