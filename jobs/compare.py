@@ -186,7 +186,8 @@ def _trial_task(one: Planned, train: Any, heldout: Any, cpus: float, gpu: bool, 
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
 
     def report(row: dict[str, float]) -> None:
-        news.put({"name": one.name, "steps": one.trial.recipe.steps, **row})
+        # not news.put, which waits: Ray gives the CPU of a task that waits to another one
+        news.actor.put_nowait.remote({"name": one.name, "steps": one.trial.recipe.steps, **row})
 
     started = time.time()
     result: dict[str, Any] = {"label": one.label, "size": one.size, "seed": one.seed}

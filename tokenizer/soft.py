@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenizer.distributed import mean_across_ranks
 from tokenizer.errors import CodebookMissing
-from tokenizer.neighbors import _argmax_rows
+from tokenizer.neighbors import argmax_rows
 from tokenizer.quantizer import QuantizerOutput
 from tokenizer.table import TableQuantizer
 
-MAX_SCORES = 2**21  # floats of one [n, K] tensor (8 MB), of which about six live at once; larger ones run slower on a CPU
+MAX_SCORES = 2**21  # floats of one [n, K] tensor (8 MB), of which six live at once; larger ones are slower on a CPU
 SMALLEST_TEMPERATURE = 1e-3  # below, the choice is as good as hard, and 1 / temperature soon overflows
 SMALLEST_UNIFORM, LARGEST_UNIFORM = 2.0**-25, 1 - 2.0**-24  # torch.rand gives 0, and may round to 1
 
@@ -72,7 +72,7 @@ class SoftQuantizer(TableQuantizer):
     def _encode(self, z: Tensor) -> Tensor:
         """The likeliest code. Chunks depend on K alone, so that a latent has the same index in every batch."""
         codes = self.codes
-        return torch.cat([_argmax_rows(self._logits(part, codes)) for part in self._split(z)])
+        return torch.cat([argmax_rows(self._logits(part, codes)) for part in self._split(z)])
 
     @torch.no_grad()
     def code_shares(self, z: Tensor) -> Tensor:
