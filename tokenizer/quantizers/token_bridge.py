@@ -1,0 +1,145 @@
+"""TokenBridge, arXiv 2503.16430: a KL autoencoder trains without codes; afterwards each dimension is cut into bins.
+
+Legend: z [N, 2 d] the posterior: means, then log-variances.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenizer.errors import CodebookMissing
+from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
+from tokenizer.scalar import MixedRadix
+
+CLIP = 3.0  # standard deviations: where the outermost bins end, and latents with them
+MAX_BINS = 512  # with more than 740, the outermost bin would lie beyond CLIP
+MAX_CODES = 2**31  # an index fits int32 in every format that tokens are written to
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # as in latent diffusion's autoencoder
+SMALLEST_STD = 1e-6  # of a dimension, relative to nothing: where all latents are equal there is no spread
+
+
+@dataclass
+class TokenBridgeConfig:
+    """dim 0 takes as many dimensions as make about codebook_size codes of `bins` bins each; there are bins**dim.
+
+    The official code has 64 bins in 16 dimensions; the baseline of arXiv 2602.17133 has 4 in 4 to 7.
+    """
+
+    codebook_size: int = 1024
+    bins: int = 4
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bins <= MAX_BINS:
+            raise ValueError(f"quantizer.bins is {self.bins}; it must lie in 2..{MAX_BINS}")
+        if self.codebook_size < 2 or self.dim < 0:
+            raise ValueError(
+                f"quantizer.codebook_size is {self.codebook_size} and dim {self.dim}; "
+                "the first must be 2 or more, the second 0 (as many as codebook_size takes) or more"
+            )
+        if self.num_codes > MAX_CODES:
+            raise ValueError(
+                f"quantizer.bins {self.bins} in {self.num_dims} dims are {self.num_codes:.3g} codes; "
+                f"at most {MAX_CODES} have an index"
+            )
+
+    @property
+    def num_dims(self) -> int:
+        return self.dim or max(1, round(math.log(self.codebook_size) / math.log(self.bins)))
+
+    @property
+    def num_codes(self) -> int:
+        return self.bins**self.num_dims
+
+
+@QUANTIZERS.register("token_bridge")
+class TokenBridge(Quantizer):
+    """Trains on samples of the posterior, with "kl" to N(0, 1); `fit` measures the means and lays a normal grid.
+
+    Differs: the posterior means are standardised by what `fit` measured of them, per dimension; the official code
+    has one fixed scale (.2325, then 3/5), which presumes one pretrained VAE. The default weight of "kl" is ours and
+    small: tune it. The baseline of arXiv 2602.17133 has 11.5 dB at every size, as if its posterior had collapsed;
+    the metric `posterior_std` shows that as it happens (1 is collapsed).
+    """
+
+    values: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+    fitted: Tensor
+    Config = TokenBridgeConfig
+    default_loss_weights = {"kl": 1e-4}
+
+    def __init__(self, config: TokenBridgeConfig):
+        super().__init__()
+        self.config = config
+        self.dim, self.codebook_size = config.num_dims, config.num_codes
+        self.in_dim = 2 * self.dim
+        self.index_levels = (config.bins,) * self.dim
+        self.radix = MixedRadix(list(self.index_levels))
+        self.register_buffer("values", bin_values(config.bins))
+        self.register_buffer("latent_mean", torch.zeros(self.dim))
+        self.register_buffer("latent_std", torch.ones(self.dim))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @property
+    def target_size(self) -> int:
+        return self.config.codebook_size
+
+    def _train_forward(self, z: Tensor) -> QuantizerOutput:
+        mean, log_variance = z.split(self.dim, dim=1)
+        log_variance = log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)
+        std = (log_variance / 2).exp()
+        kl = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+        count = max(1, mean.numel())
+        return QuantizerOutput(
+            mean + std * torch.randn_like(mean),
+            losses={"kl": kl.sum() / count},
+            metrics={"posterior_std": std.detach().sum() / count},
+        )
+
+    def _eval_forward(self, z: Tensor) -> QuantizerOutput:
+        if not self.fitted:  # training is not over: what the decoder sees is the mean itself
+            return QuantizerOutput(z[:, : self.dim])
+        return super()._eval_forward(z)
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
+        """Measures the posterior means; latents [N, 2 d] with N >= 1. No other codebook_size than bins**dim."""
+        super().fit(latents, codebook_size, seed)
+        if len(latents) == 0:
+            raise ValueError("token_bridge needs at least one latent to fit; the corpus gave none")
+        means = latents[:, : self.dim].double()
+        self.latent_mean.copy_(means.mean(dim=0))
+        self.latent_std.copy_(means.std(dim=0, correction=0).clamp(min=SMALLEST_STD))
+        self.fitted.fill_(True)
+        return []
+
+    def _encode(self, z: Tensor) -> Tensor:
+        self._check_fitted()
+        standard = ((z[:, : self.dim] - self.latent_mean) / self.latent_std).clamp(-CLIP, CLIP)
+        # the nearest value, not the bin that holds it: as the official code, and the better of the two
+        return self.radix.pack(torch.bucketize(standard.contiguous(), (self.values[1:] + self.values[:-1]) / 2))
+
+    def _decode(self, indices: Tensor) -> Tensor:
+        self._check_fitted()
+        return self.values[self.radix.unpack(indices)] * self.latent_std + self.latent_mean
+
+    def _check_fitted(self) -> None:
+        if not self.fitted:
+            raise CodebookMissing(
+                "this token_bridge has no grid yet; run `tokenmill codebook CONFIG.yaml` to measure its latents"
+            )
+
+
+def bin_values(bins: int) -> Tensor:
+    """Means of N(0, 1) within `bins` equally likely parts, cut off at +-3: [bins] float32, ascending.
+
+    The mean between a and b is (phi(a) - phi(b)) / (Phi(b) - Phi(a)).
+    """
+    shares = torch.arange(bins + 1, dtype=torch.float64) / bins
+    edges = torch.special.ndtri(shares).clamp(-CLIP, CLIP)
+    density = (-edges.square() / 2).exp() / math.sqrt(2 * math.pi)
+    values = (density[:-1] - density[1:]) / torch.special.ndtr(edges).diff()
+    return ((values - values.flip(0)) / 2).float()  # as antisymmetric as it is in theory
