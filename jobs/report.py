@@ -93,21 +93,33 @@ def gallery_png(rows: list[tuple[str, list[bytes]]]) -> bytes:
 
 
 def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str]) -> bytes:
-    """One panel for each of shown against x, one line per `method`, bars of one standard deviation."""
+    """One panel for each of shown against x, one line per `method`, with bars of one standard deviation.
+
+    Where x has one value only, there is nothing to draw a line along: the methods stand below each other.
+    """
     figure = Figure(figsize=(4.2 * len(shown), 3.8), layout="constrained")
     axes = np.ravel(figure.subplots(1, len(shown)))
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    listed = len({row[x] for row in rows if x in row}) == 1
     for axis, name in zip(axes, shown, strict=True):
         for place, method in enumerate(methods):
             mine = sorted((row for row in rows if row["method"] == method and name in row), key=lambda row: row[x])
             spread = np.nan_to_num([row.get(f"{name}_sd", 0.0) for row in mine])
             xs, ys = [row[x] for row in mine], [row[name] for row in mine]
-            color, marker = f"C{place % 10}", "osD^"[place // 10 % 4]
-            axis.errorbar(xs, ys, spread, label=method, color=color, marker=marker, capsize=2, markersize=4)
-        axis.set(title=name, xlabel=xlabel)
-        axis.set_xscale("log", base=2)
+            style = {"color": f"C{place % 10}", "marker": "osD^"[place // 10 % 4], "capsize": 2, "markersize": 4}
+            if listed:
+                axis.errorbar(ys, [place] * len(ys), xerr=spread, linestyle="none", **style)
+            else:
+                axis.errorbar(xs, ys, yerr=spread, label=method, **style)
         axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.set(title=name, xlabel="" if listed else xlabel)
+        if listed:
+            axis.set(yticks=range(len(methods)), yticklabels=methods if axis is axes[0] else [])
+            axis.invert_yaxis()
+        else:
+            axis.set_xscale("log", base=2)
+    if not listed:
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 

@@ -1,56 +1,151 @@
-"""What every quantizer keeps, whatever its method: G1 to G8. A new one is tested by being in the registry."""
+"""What every quantizer keeps, whatever its method: G1 to G8. A new one is tested by being in the registry.
 
+So is every configuration in configs/quantizers, of which only the sizes are made small.
+"""
+
+import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
+import math
 import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+import tokenizer.quantizers
+from jobs.config import load_config
+from tests.corpus import picture
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.errors import CodebookMissing
+from tokenizer.latents import LatentEncoder
+from tokenizer.modality import build_modality
 from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
+from tokenizer.registry import Registry
+from tokenizer.tokenizer import Tokenizer
+from tokenizer.training import Trainer, known_losses
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+METHOD_FILES = sorted((CONFIGS / "quantizers").glob("*.yaml"))
 SMALL = {"codebook_size": 64, "dim": 4}  # for each Config that has such a field
-SPECIAL = {"vp_vae": {"latents_per_code": 16}}  # a queue of 1,024: full after TRAIN_STEPS, with latents waiting
+SPECIAL: dict[str, dict[str, Any]] = {
+    "vp_vae": {"latents_per_code": 16},  # a queue of 1,024: full after TRAIN_STEPS, with latents waiting
+    "token_bridge": {"dim": 0},  # as many as make 64 codes
+}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vp_vae", {"eta": 1.0, "mh_steps": 2}),
     ("fsp", {"mixing": "vector", "activation": "normal"}),
     ("fsp", {"activation": "cauchy"}),
     ("fsq", {"edges": "original"}),
     ("fsq", {"noise_rate": 0.5}),
-    ("vq_vae", {"gradient": "rotation"}),
+    ("vq_vae", {"l2": True, "replace_after": 2}),
+    ("vq_vae", {"l2": True, "replace_after": 2, "affine": 10.0, "alternating_lr": 50.0, "gradient": "rotation"}),
+    ("gumbel", {"hard": True}),
+    ("residual", {"base": {"name": "fsp"}}),
+    ("residual", {"base": {"name": "vp_vae", "latents_per_code": 16}}),
+    ("residual", {"base": {"name": "vq_vae", "replace_after": 2}, "dropout": True}),
 ]
-CASES = [(name, {}) for name in QUANTIZERS.names()] + VARIANTS
 TRAIN_STEPS = 7
-all_cases = pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: "-".join([case[0], *(f"{key}={value}" for key, value in case[1].items())])
-)
 
 
-def fresh(case: tuple[str, dict[str, Any]]) -> Quantizer:
-    name, settings = case
+@dataclasses.dataclass
+class Case:
+    """One configuration of one method, of small size."""
+
+    label: str
+    name: str
+    settings: dict[str, Any]
+
+    @property
+    def config(self) -> Any:
+        return QUANTIZERS.get(self.name).Config(**self.settings)
+
+
+def case_of(name: str, given: dict[str, Any], label: str = "") -> Case:
     known = {field.name for field in dataclasses.fields(QUANTIZERS.get(name).Config)}
     small = {key: value for key, value in SMALL.items() if key in known}
-    return build_quantizer({"name": name, **small, **SPECIAL.get(name, {}), **settings})
+    label = label or "-".join([name, *(f"{key}={value}" for key, value in given.items())])
+    return Case(label, name, {**given, **small, **SPECIAL.get(name, {})})
 
 
-def trained(case: tuple[str, dict[str, Any]]) -> Quantizer:
+def case_of_file(file: Path) -> Case:
+    """As a run of 100 steps resolves it."""
+    config = OmegaConf.merge({"train": {"steps": 100}}, OmegaConf.load(file))
+    settings = OmegaConf.to_container(config, resolve=True)["quantizer"]  # type: ignore[call-overload, index]
+    return case_of(settings.pop("name"), settings, file.name)
+
+
+def all_distinct(cases: list[Case]) -> list[Case]:
+    """The first of those that are the same but for their label."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        found.setdefault(f"{case.name} {case.config}", case)
+    return list(found.values())
+
+
+NAMED = [case_of(name, {}) for name in QUANTIZERS.names()]
+CASES = all_distinct([*NAMED, *(case_of(*variant) for variant in VARIANTS), *map(case_of_file, METHOD_FILES)])
+all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """For tensors this small, threads that wait for one another cost far more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fresh(case: Case) -> Quantizer:
+    return build_quantizer({"name": case.name, **case.settings})
+
+
+def unfitted(case: Case) -> Quantizer:
+    """Trained for a few steps, in train mode."""
+    return _copy_of(case.label, False)
+
+
+def trained(case: Case) -> Quantizer:
     """Trained for a few steps and fitted, so that whatever state the method has is real. In train mode."""
+    return _copy_of(case.label, True)
+
+
+def _copy_of(label: str, fit: bool) -> Quantizer:
     torch.manual_seed(0)
-    quantizer = fresh(case)
+    return pickle.loads(_pickled(label, fit))
+
+
+@functools.cache
+def _pickled(label: str, fit: bool) -> bytes:
+    """Made once, since training takes longer than most tests."""
+    quantizer = fresh(next(case for case in CASES if case.label == label))
     parameters = list(quantizer.parameters())
     optimizer = torch.optim.Adam(parameters, lr=1e-2) if parameters else None
     for _ in range(TRAIN_STEPS):
         out = quantizer(torch.randn(256, quantizer.in_dim))
         loss = out.z_q.square().mean() + sum(out.losses.values(), torch.zeros(()))
         if optimizer and loss.requires_grad:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    quantizer.fit(torch.randn(2000, quantizer.in_dim), seed=0)
-    return quantizer
+    if fit:
+        quantizer.fit(torch.randn(2000, quantizer.in_dim), seed=0)
+    quantizer.zero_grad(set_to_none=True)
+    return pickle.dumps(quantizer)
+
+
+def several(quantizer: Quantizer) -> tuple[int, ...]:
+    """What indices have as a last axis, and the codebook as a first: (Q,), or () for one quantizer."""
+    return (quantizer.num_quantizers,) if quantizer.num_quantizers > 1 else ()
 
 
 def latents(quantizer: Quantizer, *shape: int, seed: int = 1) -> Tensor:
@@ -84,7 +179,8 @@ def test_leading_shape_is_kept(case):
     z = latents(quantizer, 2, 3, 5)
     for out in (quantizer.train()(z), quantizer.eval()(z)):
         assert out.z_q.shape == (2, 3, 5, quantizer.dim)
-        assert out.indices is None or out.indices.shape == (2, 3, 5)
+        assert out.indices is None or out.indices.shape == (2, 3, 5, *several(quantizer))
+    assert quantizer.encode(z).shape == (2, 3, 5, *several(quantizer))
     assert quantizer.decode(quantizer.encode(z)).shape == (2, 3, 5, quantizer.dim)
 
 
@@ -121,8 +217,13 @@ def test_g3_indices_are_int64_in_range_and_rows_of_the_codebook(case):
     indices = quantizer.encode(3 * latents(quantizer, 2000))
     assert indices.dtype == torch.int64
     assert 0 <= int(indices.min()) < int(indices.max()) < quantizer.codebook_size
-    assert quantizer.codebook.shape == (quantizer.codebook_size, quantizer.dim)
-    assert torch.equal(quantizer.codebook[indices], quantizer.decode(indices))
+    codebook, size = quantizer.codebook, (quantizer.codebook_size, quantizer.dim)
+    assert codebook.shape == (*several(quantizer), *size)
+    if several(quantizer):  # the sum of each one's code
+        codes = codebook[torch.arange(quantizer.num_quantizers), indices].sum(dim=-2)
+        torch.testing.assert_close(quantizer.decode(indices), codes, rtol=0, atol=1e-6)
+    else:
+        assert torch.equal(quantizer.decode(indices), codebook[indices])
 
 
 @all_cases
@@ -262,7 +363,69 @@ def test_g8_a_method_that_only_ever_saw_one_value_stays_finite(case, value):
     assert quantizer.codebook.isfinite().all()
 
 
-# -- losses, fit, registry ------------------------------------------------------------------------------------------
+# -- before and after fit -------------------------------------------------------------------------------------------
+
+
+def answer(ask: Callable[[], Tensor]) -> Tensor | None:
+    """None for CodebookMissing."""
+    try:
+        return ask()
+    except CodebookMissing:
+        return None
+
+
+@all_cases
+def test_an_untrained_one_answers_by_its_settings_alone_or_not_at_all(case):
+    """Two that were drawn from different seeds would answer differently if random codes decided."""
+    answers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        quantizer = fresh(case)
+        answers.append(answer(lambda: quantizer.encode(latents(quantizer, 500))))  # noqa: B023
+    first, second = answers
+    assert (first is None) == (second is None)
+    assert first is None or torch.equal(first, second)
+
+
+@all_cases
+@pytest.mark.parametrize("make", [fresh, unfitted], ids=["fresh", "unfitted"])
+def test_what_refuses_to_encode_refuses_to_show_or_count_its_codes(case, make):
+    quantizer = make(case).eval()
+    z, index = latents(quantizer, 50), torch.zeros(3, *several(quantizer), dtype=torch.int64)
+    asked = [lambda: quantizer.encode(z), lambda: quantizer.decode(index), lambda: quantizer.codebook]
+    assert len({answer(ask) is None for ask in [*asked, lambda: quantizer.code_shares(z)]}) == 1
+
+
+@all_cases
+def test_what_encodes_before_fit_encodes_alike_after_it(case):
+    before, after = unfitted(case), trained(case)
+    z = latents(before, 500)
+    found = answer(lambda: before.encode(z))
+    assert found is None or torch.equal(found, after.encode(z))
+
+
+@all_cases
+def test_another_codebook_size_is_met_or_refused(case):
+    quantizer = trained(case)
+    size = quantizer.codebook_size
+    refusal = None
+    try:
+        quantizer.fit(latents(quantizer, 500), codebook_size=size // 2)
+    except ValueError as error:
+        refusal = str(error)
+    assert refusal is None or f"codebook.size={size // 2}" in refusal
+    assert quantizer.codebook.shape[-2] == quantizer.codebook_size == (size if refusal else size // 2)
+
+
+@all_cases
+def test_fit_is_reproducible_from_its_seed(case):
+    first, second = trained(case), trained(case)
+    points = latents(first, 1000)
+    assert first.fit(points, seed=3) == second.fit(points, seed=3)
+    assert torch.equal(first.codebook, second.codebook)
+
+
+# -- what training and reports ask of it ----------------------------------------------------------------------------
 
 
 @all_cases
@@ -278,51 +441,152 @@ def test_losses_are_scalars(case):
 
 
 @all_cases
-def test_another_codebook_size_is_met_or_refused(case):
-    quantizer = trained(case)
-    size = quantizer.codebook_size
-    refusal = None
-    try:
-        quantizer.fit(latents(quantizer, 500), codebook_size=size // 2)
-    except ValueError as error:
-        refusal = str(error)
-    assert refusal is None or f"codebook.size={size // 2}" in refusal
-    assert len(quantizer.codebook) == quantizer.codebook_size == (size if refusal else size // 2)
+@pytest.mark.parametrize("shape", [(1,), (500,), (2, 3, 5)])
+def test_code_shares_are_a_distribution_over_the_codes(case, shape):
+    quantizer = trained(case).eval()
+    z, before = latents(quantizer, *shape), torch.get_rng_state()
+    shares = quantizer.code_shares(z)
+    assert shares.shape == (*several(quantizer), quantizer.codebook_size)
+    assert shares.isfinite().all()
+    assert shares.min() >= 0
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(several(quantizer)), rtol=0, atol=1e-5)
+    assert torch.equal(quantizer.code_shares(z), shares)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @all_cases
-def test_fit_is_reproducible_from_its_seed(case):
-    first, second = trained(case), trained(case)
-    points = latents(first, 1000)
-    assert first.fit(points, seed=3) == second.fit(points, seed=3)
-    assert torch.equal(first.codebook, second.codebook)
+def test_levels_of_an_index_multiply_to_the_codebook_size(case):
+    quantizer = fresh(case)
+    assert math.prod(quantizer.index_levels) == (quantizer.codebook_size if quantizer.index_levels else 1)
 
 
-class Rounding(Quantizer):
-    @dataclasses.dataclass
-    class Config:
-        codebook_size: int = 8
+@all_cases
+def test_overwritten_rows_are_rows_of_parameters(case):
+    quantizer, found = unfitted(case), []
+    for step in range(3):
+        quantizer(5 + step + latents(quantizer, 20))
+        found += quantizer.overwritten_rows().items()
+    for name, rows in found:
+        assert rows.dtype == torch.int64
+        assert 0 <= int(rows.min()) <= int(rows.max()) < len(quantizer.get_parameter(name))
+    assert found or "replace_after" not in case.label
 
-    def __init__(self, config: Any):
-        super().__init__()
-        self.codebook_size, self.dim, self.in_dim = config.codebook_size, 1, 1
+
+# -- shipped configurations -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", METHOD_FILES, ids=lambda file: file.stem)
+def test_a_shipped_configuration_loads_and_weighs_only_losses_that_it_has(file):
+    config = load_config([str(CONFIGS / "cifar10.yaml"), str(file)])
+    assert file.stem.startswith(config.quantizer["name"])
+    model = {"modality": "image", "net": config.model.net, "quantizer": config.quantizer}
+    assert set(config.train.loss_weights) <= set(known_losses(Autoencoder(model), build_modality("image", {})))
+
+
+@pytest.mark.parametrize("file", METHOD_FILES, ids=lambda file: file.stem)
+def test_a_shipped_configuration_names_its_source_its_command_and_what_to_expect(file):
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert "arXiv " in header[0]
+    assert f"#   tokenmill train configs/cifar10.yaml configs/quantizers/{file.name}" in header
+    assert any(line.startswith("# Published") for line in header)
+    assert any(line.startswith("# Ours: ") for line in header)
+
+
+# -- registry -------------------------------------------------------------------------------------------------------
+
+NEW_QUANTIZER = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tokenizer.gradients import straight_through
+from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.table import TableQuantizer
+
+
+@dataclass
+class ChebyshevConfig:
+    codebook_size: int = 16
+    dim: int = 3
+
+
+@QUANTIZERS.register("chebyshev")
+class Chebyshev(TableQuantizer):
+    Config = ChebyshevConfig
+    default_loss_weights = {"codebook": 1.0}
+
+    def __init__(self, config):
+        super().__init__(config.codebook_size, config.dim)
+        self.embedding = nn.Parameter(torch.randn(config.codebook_size, config.dim))
+
+    def _live_codes(self):
+        return self.embedding
 
     def _encode(self, z):
-        return z[:, 0].round().long().clamp(0, self.codebook_size - 1)
+        return (z[:, None] - self.codes).abs().amax(dim=2).argmin(dim=1)
 
-    def _decode(self, indices):
-        return indices[:, None].float()
+    def _train_forward(self, z):
+        self._thaw()
+        indices = self._encode(z)
+        e = self.embedding[indices]
+        return QuantizerOutput(straight_through(z, e), indices, {"codebook": mean_squared(z.detach() - e)})
+"""
 
 
-def test_one_class_is_all_that_a_new_quantizer_takes(monkeypatch):
-    monkeypatch.setattr(QUANTIZERS, "_classes", dict(QUANTIZERS._classes))
-    QUANTIZERS.register("rounding")(Rounding)
-    assert "rounding" in QUANTIZERS.names()
-    out = build_quantizer({"name": "rounding", "codebook_size": 4}).eval()(
-        torch.tensor([[[0.2], [2.6]], [[9.0], [-1.0]]])
-    )
-    assert out.indices.tolist() == [[0, 3], [3, 0]]
-    assert out.z_q.tolist() == [[[0.0], [3.0]], [[3.0], [0.0]]]
+@contextlib.contextmanager
+def new_file_in_the_package(folder: Path) -> Iterator[None]:
+    """chebyshev.py, as if it lay in tokenizer/quantizers/."""
+    (folder / "chebyshev.py").write_text(NEW_QUANTIZER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer.quantizers, "__path__", [*tokenizer.quantizers.__path__, str(folder)])
+        patch.setattr(QUANTIZERS, "_classes", dict(QUANTIZERS._classes))
+        try:
+            yield
+        finally:
+            del tokenizer.quantizers.chebyshev
+            del sys.modules["tokenizer.quantizers.chebyshev"]
+
+
+def test_one_file_is_all_that_a_new_quantizer_takes(tmp_path):
+    with new_file_in_the_package(tmp_path):
+        assert "chebyshev" in QUANTIZERS.names()
+        out = build_quantizer({"name": "chebyshev", "codebook_size": 4})(torch.randn(5, 3))
+        assert out.z_q.shape == (5, 3)
+        config = load_config(["quantizer.name=chebyshev", "quantizer.codebook_size=8"])
+        assert config.quantizer == {"name": "chebyshev", "codebook_size": 8, "dim": 3}
+        with pytest.raises(ValueError, match=r"unknown key quantizer.codebok_size; did you mean quantizer.codebook"):
+            load_config(["quantizer.name=chebyshev", "quantizer.codebok_size=8"])
+
+
+def test_a_new_quantizer_trains_and_becomes_a_tokenizer_with_nothing_else_edited(tmp_path):
+    arrays = [picture(16, 24, seed) for seed in range(3)]
+    net = {"name": "vqgan", "width": 8, "multipliers": [1, 2], "res_blocks": 1, "channels": 8, "attention": False}
+    with new_file_in_the_package(tmp_path):
+        config = load_config(["quantizer.name=chebyshev", "quantizer.codebook_size=8", "train.warmup_steps=0"])
+        made = Autoencoder({"modality": "image", "net": net, "quantizer": config.quantizer})
+        before = made.quantizer.embedding.detach().clone()
+        modality = build_modality("image", {})
+        x = modality.batch(arrays, made.factor)
+        assert "codebook" in Trainer(made, modality, config.train, "cpu").update(x, 0).losses
+        assert not torch.equal(made.quantizer.embedding, before)
+        made.quantizer.fit(LatentEncoder(made, {}).latents(arrays).flatten(0, -2))
+        frozen = Tokenizer(made, {})
+        frozen.save_pretrained(tmp_path / "saved")
+        loaded = Tokenizer.from_pretrained(tmp_path / "saved")
+        tokens, sizes = frozen.encode(arrays), [{"height": 16, "width": 24}] * 3
+        assert loaded.id == frozen.id
+        assert all(np.array_equal(a, b) for a, b in zip(loaded.encode(arrays), tokens, strict=True))
+        assert [array.shape for array in loaded.decode(tokens, sizes)] == [(16, 24, 3)] * 3
+
+
+def test_a_file_that_is_gone_leaves_no_trace(tmp_path):
+    names = QUANTIZERS.names()
+    with new_file_in_the_package(tmp_path):
+        build_quantizer({"name": "chebyshev"})
+    assert QUANTIZERS.names() == names
+    with pytest.raises(ValueError, match="unknown quantizer 'chebyshev'"):
+        load_config(["quantizer.name=chebyshev"])
 
 
 def test_a_file_in_the_package_is_found_without_any_other_edit(tmp_path, monkeypatch):
@@ -343,10 +607,24 @@ def test_an_unknown_name_lists_the_names_and_the_nearest():
         build_quantizer({"name": "fsqq"})
 
 
-def test_a_taken_name_is_refused(monkeypatch):
-    monkeypatch.setattr(QUANTIZERS, "_classes", dict(QUANTIZERS._classes))
-    with pytest.raises(ValueError, match="'fsq' is already FSQ"):
-        QUANTIZERS.register("fsq")(Rounding)
+def like(module: str, qualname: str = "Thing") -> type:
+    """A class of that name that says it is from that module."""
+    return type(qualname, (), {"__module__": module})
+
+
+@pytest.mark.parametrize("second", [like("two.module"), like("one.module", "Other")])
+def test_a_taken_name_is_refused_to_another_class_or_the_same_of_another_module(second):
+    registry: Registry[Any] = Registry("thing", "tokenizer.quantizers")
+    registry.register("it")(like("one.module"))
+    with pytest.raises(ValueError, match=r"thing 'it' is already Thing of one\.module"):
+        registry.register("it")(second)
+
+
+def test_a_module_that_is_loaded_again_takes_its_own_name_again():
+    registry: Registry[Any] = Registry("thing", "tokenizer.quantizers")
+    registry.register("it")(like("one.module"))
+    again = like("one.module")
+    assert registry.register("it")(again) is again
 
 
 def test_an_unknown_setting_is_refused():

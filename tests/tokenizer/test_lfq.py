@@ -35,7 +35,7 @@ def entropies(quantizer: LFQ, z: Tensor) -> tuple[float, float]:
     return losses["entropy_per_token"].item(), losses["entropy_of_mean"].item()
 
 
-# -- codes and indices --------------------------------------------------------------------------------------------------
+# -- codes and indices ----------------------------------------------------------------------------------------------
 
 
 def test_codes_are_signs_and_zero_is_minus_one():
@@ -75,7 +75,7 @@ def test_a_bad_temperature_is_named():
         LFQConfig(inverse_temperature=0.0)
 
 
-# -- entropies ----------------------------------------------------------------------------------------------------------
+# -- entropies ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [3, 4])
@@ -164,7 +164,7 @@ def test_binary_entropy_is_right_and_its_gradient_finite(logit):
     assert x.grad.item() == pytest.approx(-logit * (p * (1 - p)).item(), abs=1e-6)
 
 
-# -- the other gradients ------------------------------------------------------------------------------------------------
+# -- the other gradients --------------------------------------------------------------------------------------------
 
 
 def test_straight_through_gradient_is_the_upstream_gradient():

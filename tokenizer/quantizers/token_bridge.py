@@ -17,7 +17,7 @@ CLIP = 3.0  # standard deviations: where the outermost bins end, and latents wit
 MAX_BINS = 512  # with more than 740, the outermost bin would lie beyond CLIP
 MAX_CODES = 2**31  # an index fits int32 in every format that tokens are written to
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # as in latent diffusion's autoencoder
-SMALLEST_STD = 1e-6  # of a dimension, relative to nothing: where all latents are equal there is no spread
+SMALLEST_STD = 1e-6  # of a dimension in which all latents are equal
 
 
 @dataclass

@@ -22,6 +22,7 @@ from tokenizer.table import TableQuantizer, check_table, first_codes
 MOMENTUM = 0.9  # of the alternating step, as in vqtorch's example
 REPLACE_NOISE = 0.01  # of the new code's length
 SMALLEST_LENGTH = 1e-6  # of a latent on its way to the sphere: keeps the gradient finite at 0
+SMALLEST_FACTOR = 1e-2  # that a new code is divided by: an affine scale that passes 0 would make it infinite
 
 
 @dataclass
@@ -129,7 +130,8 @@ class VQVAE(TableQuantizer):
         noise = normalize(torch.randn_like(new), dim=1) * torch.rand_like(new[:, :1])
         new = from_first_rank(new + REPLACE_NOISE * new.norm(dim=1, keepdim=True) * noise)
         if self.config.affine:  # undo what _effective will do to them
-            new = (new - self.config.affine * self.shift) / (1 + self.config.affine * self.scale)
+            factor = 1 + self.config.affine * self.scale
+            new = (new - self.config.affine * self.shift) / factor.abs().clamp(min=SMALLEST_FACTOR).copysign(factor)
         self.embedding[rows] = new
         self.unused_steps[rows] = 0
         if self.config.alternating_lr:
