@@ -107,7 +107,8 @@ class Tokenizer(LatentEncoder):
         if self.codebook_size <= MAX_TABLE:
             state["codebook"] = quantizer.codebook.detach().cpu().contiguous().clone()
         else:
-            quantizer.decode(torch.zeros(1, dtype=torch.int64, device=self.device))  # raises CodebookMissing here
+            one = torch.zeros(1, quantizer.num_quantizers, dtype=torch.int64, device=self.device)
+            quantizer.decode(one)  # raises CodebookMissing here
         return state
 
 

@@ -36,6 +36,24 @@ def vp_vae() -> VPVAE:
     return VPVAE(VPVAEConfig(codebook_size=16, dim=4, update_probability=0.1))
 
 
+VQ_OPTIONS: dict[str, dict[str, Any]] = {
+    "replace": {"replace_after": 2},
+    "replace_l2_affine": {"replace_after": 2, "l2": True, "affine": 10.0},
+    "alternating": {"alternating_lr": 20.0},
+    "alternating_l2_affine": {"alternating_lr": 20.0, "l2": True, "affine": 10.0},
+    "both": {"replace_after": 2, "alternating_lr": 20.0},
+}
+
+
+def vq_steps(settings: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
+    """The state, and the rows replaced at each step, of a VQ-VAE with more codes than latents can keep in use."""
+    quantizer, rows = VQVAE(VQVAEConfig(codebook_size=200, dim=4, **settings)), []
+    for z in batches:
+        quantizer(z)
+        rows.append(quantizer.overwritten_rows().get("embedding", torch.zeros(0, dtype=torch.int64)))
+    return {"state": quantizer.state_dict(), "rows": rows, "codebook": quantizer.codebook}
+
+
 def measure(rank: int) -> dict[str, Any]:
     """All that the tests below ask of one rank."""
     found: dict[str, Any] = {"world_size": world_size(), "rows": gather_rows(batch(rank))}
@@ -53,6 +71,10 @@ def measure(rank: int) -> dict[str, Any]:
     vq = VQVAE(VQVAEConfig(codebook_size=16, dim=4))
     vq(batch(rank))
     found["vq_codes"] = vq.embedding.detach()
+
+    for name, settings in VQ_OPTIONS.items():
+        torch.manual_seed(rank)
+        found[f"vq_{name}"] = vq_steps(settings, [batch(rank, step) for step in range(4)])
 
     vp = vp_vae()
     torch.manual_seed(rank)  # as in training: each rank draws its own noise
@@ -140,6 +162,40 @@ def test_vq_vae_starts_from_the_latents_of_all_ranks(ranks):
     alone = VQVAE(VQVAEConfig(codebook_size=16, dim=4))
     alone(whole())
     torch.testing.assert_close(ranks[0]["vq_codes"], alone.embedding.detach())
+
+
+@pytest.mark.parametrize("name", VQ_OPTIONS)
+def test_vq_vae_codes_set_by_hand_are_the_same_on_every_rank(ranks, name):
+    """The ranks draw different random numbers, and rank 0's decide."""
+    first, second = (found[f"vq_{name}"] for found in ranks)
+    assert all(torch.equal(a, b) for a, b in zip(first["rows"], second["rows"], strict=True))
+    assert all(torch.equal(first["state"][key], second["state"][key]) for key in first["state"])
+
+
+@pytest.mark.parametrize("name", ["alternating", "alternating_l2_affine"])
+def test_vq_vae_alternating_steps_are_those_of_the_whole_batch(ranks, name):
+    alone = vq_steps(VQ_OPTIONS[name], [whole(step) for step in range(4)])
+    for key in ("embedding", "velocity"):
+        torch.testing.assert_close(ranks[0][f"vq_{name}"]["state"][key], alone["state"][key], rtol=1e-4, atol=1e-5)
+    assert alone["state"]["velocity"].any()
+
+
+@pytest.mark.parametrize("name", ["replace", "replace_l2_affine", "both"])
+def test_vq_vae_first_replaces_the_codes_that_the_whole_batch_left_unused(ranks, name):
+    """k-means leaves none unused in the first batch, so that it is in the third. Later, draws decide."""
+    alone = vq_steps(VQ_OPTIONS[name], [whole(step) for step in range(3)])
+    found = ranks[0][f"vq_{name}"]["rows"]
+    assert len(found[2]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, alone["rows"], strict=False))
+
+
+@pytest.mark.parametrize("name", ["replace", "both"])
+def test_vq_vae_new_codes_are_latents_of_either_rank(ranks, name):
+    found = ranks[0][f"vq_{name}"]
+    last = whole(3)
+    distances = torch.cdist(found["codebook"][found["rows"][3]], last) / last.norm(dim=1)
+    assert distances.min(dim=1).values.max() < 0.05
+    assert {int(index) // ROWS for index in distances.argmin(dim=1)} == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["queue.samples", "queue.filled", "queue.head", "queue.waiting", "queue.num_waiting"])

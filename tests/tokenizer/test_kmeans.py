@@ -143,6 +143,12 @@ def test_sums_of_no_points_are_zero():
 # -- empty clusters and few points ----------------------------------------------------------------------------------
 
 
+def sums_of(counts: list[int], sums: list[list[float]], errors: list[float]) -> PartialSums:
+    """Of points that all weigh 1."""
+    number = torch.tensor(counts)
+    return PartialSums(number, number.double(), torch.tensor(sums).double(), torch.tensor(errors).double())
+
+
 def test_an_empty_cluster_takes_half_of_a_large_one():
     points = torch.cat([normals(100, 2), normals(300, 2, seed=1) + 20])
     centroids, _ = run_lloyd(points, torch.tensor([[0.0, 0.0], [20.0, 20.0], [900.0, 900.0]]), 5)
@@ -153,11 +159,7 @@ def test_an_empty_cluster_takes_half_of_a_large_one():
 
 
 def test_an_empty_cluster_lands_just_beside_the_mean_of_the_one_that_errs_most():
-    total = PartialSums(
-        torch.tensor([4, 0, 9]),
-        torch.tensor([[8.0, 0.0], [0.0, 0.0], [45.0, 45.0]]).double(),
-        torch.tensor([2.0, 0.0, 1.0]),
-    )
+    total = sums_of([4, 0, 9], [[8.0, 0.0], [0.0, 0.0], [45.0, 45.0]], [2.0, 0.0, 1.0])
     found = new_centroids(torch.zeros(3, 2), total, generator())
     torch.testing.assert_close(found[0], torch.tensor([2.0, 0.0]), rtol=0, atol=0.02)
     assert 0 < float((found[1] - found[0]).norm()) < 0.04
@@ -165,7 +167,7 @@ def test_an_empty_cluster_lands_just_beside_the_mean_of_the_one_that_errs_most()
 
 
 def test_a_cluster_of_one_point_is_not_split():
-    total = PartialSums(torch.tensor([1, 0]), torch.tensor([[3.0], [0.0]]).double(), torch.tensor([1.0, 0.0]))
+    total = sums_of([1, 0], [[3.0], [0.0]], [1.0, 0.0])
     assert new_centroids(torch.tensor([[3.0], [7.0]]), total, generator()).tolist() == [[3], [7]]
 
 
@@ -173,6 +175,26 @@ def test_an_atom_is_not_split():
     points = torch.cat([normals(50, 4), torch.full((1000, 4), 0.7)])
     errors = kmeans(points, 64).mse
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda z: z,
+        lambda z: z.round(),  # many atoms
+        lambda z: torch.cat([z[:300], 100 + z[300:]]),
+        lambda z: torch.cat([z[:50], z[:1].expand(250, 3)]),
+        lambda z: z * torch.tensor([1.0, 1e-3, 0.0]),
+    ],
+    ids=["normal", "atoms", "far", "silence", "flat"],
+)
+def test_a_split_never_raises_the_error(make, seed):
+    """Every centroid starts twice, so that half of the clusters are empty."""
+    points = make(normals(600, 3, seed=seed))
+    _, errors = run_lloyd(points, points[:32].repeat(2, 1), 30)
+    assert errors[-1] < errors[0]
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
@@ -194,6 +216,14 @@ def test_equal_points_give_that_point_k_times():
 def test_no_points_are_refused():
     with pytest.raises(ValueError, match="at least one point"):
         kmeans(torch.empty(0, 3), 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_latents_that_are_no_numbers_are_refused_by_name(value):
+    points = normals(100, 3)
+    points[17, 1] = value
+    with pytest.raises(ValueError, match="latents that are NaN or infinite; did the training diverge"):
+        kmeans(points, 4)
 
 
 # -- seeding --------------------------------------------------------------------------------------------------------

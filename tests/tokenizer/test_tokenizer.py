@@ -1,6 +1,7 @@
 """The frozen tokenizer: its id is its content, and whatever does not belong together is refused."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,7 @@ from tokenizer.tokenizer import Tokenizer
 
 TINY = {"name": "vqgan", "width": 8, "multipliers": [1, 2], "res_blocks": 1, "channels": 8, "attention": False}
 DEMO = {**TINY, "width": 32, "multipliers": [1, 2, 2], "channels": 64, "patch_size": 2}
-SMALL = {
-    "vp_vae": {"codebook_size": 32, "dim": 4},
-    "vq_vae": {"codebook_size": 32, "dim": 4},
-    "fsq": {"codebook_size": 64},
-    "fsp": {"codebook_size": 64},
-}
+SMALL = {"codebook_size": 32, "dim": 4}  # for each quantizer whose Config has such a field
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,11 +33,13 @@ def _one_thread():
 
 
 def autoencoder(quantizer: str = "vp_vae", net: dict[str, Any] = TINY, seed: int = 0, **settings) -> Autoencoder:
-    """Of random weights, with whatever codebook the method makes of some pictures."""
+    """Of random weights, with whatever codebook the method makes of some pictures in one step of training and fit."""
     torch.manual_seed(seed)
-    settings = {"name": quantizer, **SMALL.get(quantizer, {}), **settings}
+    known = {field.name for field in dataclasses.fields(QUANTIZERS.get(quantizer).Config)}
+    settings = {"name": quantizer, **{key: size for key, size in SMALL.items() if key in known}, **settings}
     made = Autoencoder({"modality": "image", "net": net, "quantizer": settings})
     z = LatentEncoder(made, {}).latents([picture(48, 48, i) for i in range(6)])
+    made.quantizer.train()(z.clone())  # LatentEncoder left it in eval mode, and z in inference mode
     made.quantizer.fit(z.flatten(0, -2))
     return made
 
@@ -64,8 +62,10 @@ def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
 @pytest.mark.parametrize("quantizer", QUANTIZERS.names())
 def test_tokens_are_codes_in_the_shape_of_the_grid(quantizer: str):
     frozen = tokenizer(quantizer)
+    num_quantizers = frozen.autoencoder.quantizer.num_quantizers
+    shape = (12, 20) if num_quantizers == 1 else (num_quantizers, 12, 20)
     for tokens in frozen.encode(pictures(24, 40)):
-        assert (tokens.shape, tokens.dtype) == ((12, 20), np.int64)
+        assert (tokens.shape, tokens.dtype) == (shape, np.int64)
         assert 0 <= tokens.min() <= tokens.max() < frozen.codebook_size
 
 
@@ -172,6 +172,12 @@ def test_latents_that_are_no_numbers_are_a_bad_sample(value: float):
 def test_unknown_preprocessing_is_refused():
     with pytest.raises(TypeError, match="short_sid"):
         tokenizer(preprocessing={"short_sid": 16})
+
+
+def test_a_quantizer_that_was_never_trained_is_not_frozen():
+    untrained = Autoencoder({"modality": "image", "net": TINY, "quantizer": {"name": "vq_vae", "codebook_size": 32}})
+    with pytest.raises(CodebookMissing, match="never trained"):
+        Tokenizer(untrained, {})
 
 
 # -- save and load ------------------------------------------------------------------------------------------------
