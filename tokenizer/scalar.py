@@ -20,7 +20,7 @@ MIN_LEVELS, MAX_LEVELS = 3, 16  # FSQ advises at least 5; 3 is taken where nothi
 
 def levels_for(codebook_size: int) -> list[int]:
     """Levels per dimension whose product is the paper's for its sizes, else as near to codebook_size as about
-    equal levels come: within 6 % below 60 codes, 3 % below 500, 2 % above.
+    equal levels come: within 6 % below 60 codes, 4 % below 500, 2 % above.
 
     Of the equally near, the fewest dimensions, then the most even. Raises ValueError below 3.
     """
