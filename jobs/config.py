@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +180,7 @@ def with_method(config: Config, file: str, settings: dict[str, Any]) -> Config:
 
 
 def _build(parts: list[DictConfig]) -> Config:
-    merged = OmegaConf.create()
+    merged = OmegaConf.create({"train": dataclasses.asdict(TrainConfig())})  # so that ${train.steps} has a value always
     for part in parts:
         merged = _merge(merged, part)
     given = _resolved(merged)
@@ -194,7 +195,12 @@ def checked(section: str) -> Iterator[None]:
     """Settings that name a distance or its weights: what is unknown, missing or not installed becomes a ConfigError."""
     try:
         yield
-    except (TypeError, ValueError, ImportError, OSError) as error:
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise ConfigError(f"{section}.{unknown[1]}: there is no such setting") from error
+    except (ValueError, ImportError, OSError) as error:
         raise ConfigError(f"{section}: {error}") from error
 
 

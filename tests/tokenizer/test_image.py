@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PIL
+from safetensors.torch import save_file
 from scipy.signal import convolve2d
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from tests.corpus import encoded, picture
 from tokenizer.errors import BadSample
 from tokenizer.modalities.image import Image, ImageConfig, to_rgb
+from tokenizer.perceptual import SqueezeDistance
 
 MID = [128, 128, 128]
 
@@ -420,7 +422,17 @@ def test_one_picture_has_one_value_of_each_metric():
 
 def test_losses_solved_by_hand():
     losses = Image(ImageConfig()).losses({})(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5))
-    assert {name: value.item() for name, value in losses.items()} == {"l1": 0.5, "mse": 0.25}
+    found = {name: value.item() for name, value in losses.items()}
+    assert found == {"l1": 0.5, "mse": 0.25, "log_mse": pytest.approx(math.log(0.25))}
+
+
+def test_a_perceptual_distance_is_a_metric_under_its_own_name(tmp_path):
+    save_file(SqueezeDistance().state_dict(), tmp_path / "untrained.safetensors")
+    settings = {"perceptual": "squeeze-ndf", "perceptual_weights": str(tmp_path / "untrained.safetensors")}
+    x = torch.rand(2, 3, 64, 64)
+    found = Image(ImageConfig()).metrics(settings)(x, x)
+    assert list(found) == ["mse", "psnr", "ssim", "squeeze-ndf"]
+    assert found["squeeze-ndf"].tolist() == [0.0, 0.0]
 
 
 def test_every_loss_has_a_default_weight():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from tokenizer.metrics import perplexity, usage
+from tokenizer.metrics import count_codes, digit_usage, perplexity, usage
 
 
 @pytest.mark.parametrize("codebook_size", [1, 2, 1000])
@@ -32,10 +32,37 @@ def test_dead_codes_do_not_change_the_perplexity():
 def test_usage_solved_by_hand():
     found = usage(np.array([4, 4, 0, 0]), target_size=8)
     assert found == {
-        **{"num_tokens": 8, "codebook_size": 4, "target_size": 8},
+        **{"num_tokens": 8, "codebook_size": 4, "num_quantizers": 1, "target_size": 8},
         **{"perplexity": pytest.approx(2), "cvu": pytest.approx(0.5), "cvu_target": pytest.approx(0.25)},
         **{"utilisation": 0.5, "dead_codes": 2},
     }
+
+
+def test_usage_of_several_quantizers_is_the_mean_of_each():
+    found = usage(np.array([[4, 4, 0, 0], [2, 2, 2, 2]]))
+    assert (found["num_quantizers"], found["num_tokens"]) == (2, 16)
+    assert found["perplexity"] == pytest.approx((2 + 4) / 2)
+    assert found["utilisation"] == 0.75
+
+
+def test_usage_per_digit_solved_by_hand():
+    """Indices of two digits, 2 values of the first and 3 of the second: first digit 0 always, second 0 or 2."""
+    counts = np.zeros(6, dtype=np.int64)
+    counts[[0 + 2 * 0, 0 + 2 * 2]] = 5
+    assert digit_usage(counts, (2, 3)) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_an_unclipped_normal_grid_reads_as_full_per_digit_and_not_jointly():
+    """TokenBridge's .9887 (methods.md, 13.1): 4 bins of .2125, .2875, .2875, .2125 in each of 4 dims."""
+    share = np.array([0.2125, 0.2875, 0.2875, 0.2125])
+    joint = np.einsum("a,b,c,d->abcd", *[share] * 4).ravel()
+    assert digit_usage(joint, (4, 4, 4, 4)) == pytest.approx(0.98875, abs=1e-4)
+    assert perplexity(joint) / 256 == pytest.approx(0.956, abs=1e-3)
+
+
+def test_codes_are_counted_for_each_quantizer():
+    tokens = np.array([[[0, 1], [1, 3]], [[2, 2], [2, 0]]])
+    assert count_codes(tokens, 4).tolist() == [[1, 2, 0, 1], [1, 0, 3, 0]]
 
 
 def test_without_a_target_the_target_is_the_codebook():
