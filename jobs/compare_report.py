@@ -18,6 +18,7 @@ from pipeline import storage
 # name in `numbers`, heading, format of a value; those that no trial has are left out
 COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
     ("codebook_size", "codes", "{:.0f}".format),
+    ("num_tokens", "tokens", "{:,.0f}".format),
     ("num_quantizers", "quantizers", "{:.0f}".format),
     ("mse", "MSE e-3", lambda value: f"{1000 * value:.3f}"),
     ("psnr", "PSNR", "{:.3f}".format),
