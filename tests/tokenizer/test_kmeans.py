@@ -259,3 +259,32 @@ def test_good_seeds_beat_random_ones():
     points = (20 * torch.rand(40, 1, 2, generator=generator()) + 0.1 * normals(40, 50, 2)).reshape(-1, 2)
     good, random = plus_plus(points, 40, generator()), points[torch.randperm(2000, generator=generator())[:40]]
     assert partial_sums(points, good).squared_error < 0.5 * partial_sums(points, random).squared_error
+
+
+# -- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_counts_like_that_many_copies():
+    points, centroids = normals(200, 3), normals(8, 3, seed=1)
+    weights = torch.randint(1, 5, (200,), generator=generator())
+    weighted = partial_sums(points, centroids, weights)
+    copies = partial_sums(points.repeat_interleave(weights, dim=0), centroids)
+    assert torch.equal(weighted.mass, copies.counts.double())
+    torch.testing.assert_close(weighted.sums, copies.sums)
+    torch.testing.assert_close(weighted.errors, copies.errors)
+
+
+def test_equal_weights_change_nothing():
+    points = normals(500, 2)
+    plain, weighted = kmeans(points, 10), kmeans(points, 10, weights=torch.full((500,), 4.0))
+    torch.testing.assert_close(plain.centroids, weighted.centroids)
+    assert plain.mse == pytest.approx(weighted.mse)
+
+
+def test_codes_go_where_the_weight_is():
+    """Two equal blobs, one of a hundred times the weight: it gets nearly all of the codes."""
+    points = torch.cat([normals(1000, 2), 50 + normals(1000, 2, seed=1)])
+    weights = torch.cat([torch.ones(1000), torch.full((1000,), 100.0)])
+    plain, weighted = kmeans(points, 32).centroids, kmeans(points, 32, weights=weights).centroids
+    assert 12 <= int((plain[:, 0] > 25).sum()) <= 20
+    assert int((weighted[:, 0] > 25).sum()) > 24

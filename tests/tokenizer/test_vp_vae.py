@@ -7,15 +7,18 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tokenizer.errors import CodebookMissing
 from tokenizer.kmeans import kmeans
+from tokenizer.metrics import usage
 from tokenizer.moments import moment_losses
 from tokenizer.neighbors import build_index, nearest_codeword
-from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig, quantization_error
+from tokenizer.quantizer import build_quantizer
+from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig, balancing_weights, quantization_error
 
 DENSITY_K = 8
 
@@ -409,3 +412,55 @@ def test_encode_is_the_nearest_code():
     quantizer.fit(normals(2000, 4))
     z = normals(100, 4, seed=1)
     assert torch.equal(quantizer.encode(z), nearest_codeword(z, quantizer.codebook))
+
+
+# -- balanced codebooks ---------------------------------------------------------------------------------------------
+
+
+def usage_of(balance: float, z: Tensor, unseen: Tensor) -> tuple[float, float]:
+    """CVU and squared error of latents that the codebook was not made from."""
+    quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "balance": balance})
+    quantizer.fit(z)
+    indices = quantizer.encode(unseen)
+    error = (quantizer.decode(indices) - unseen).square().sum(dim=1).mean()
+    return usage(np.bincount(indices.numpy(), minlength=64))["cvu"], float(error)
+
+
+def cubes_of_normals(*shape: int) -> Tensor:
+    """Heavy tails, and a density without bound on the axes."""
+    return torch.randn(*shape).pow(3)
+
+
+@pytest.mark.parametrize(("make", "expected"), [(torch.randn, 0.97), (cubes_of_normals, 0.9)])
+def test_a_balanced_codebook_is_used_evenly_at_some_cost_in_error(make, expected):
+    z, unseen = make(20_000, 3), make(20_000, 3)
+    plain, half, full = (usage_of(balance, z, unseen) for balance in (0.0, 0.5, 1.0))
+    assert plain[0] < half[0] < full[0]
+    assert full[0] > expected
+    assert plain[1] < half[1] < full[1]
+
+
+def test_half_balance_of_a_normal_costs_little():
+    z, unseen = torch.randn(20_000, 3), torch.randn(20_000, 3)
+    plain, half = (usage_of(balance, z, unseen) for balance in (0.0, 0.5))
+    assert half[0] > plain[0] + 0.04
+    assert half[1] < 1.06 * plain[1]
+
+
+def test_balancing_weights_scale_with_nothing():
+    """Weights are relative: latents in another unit have the same."""
+    z = torch.randn(5000, 3)
+    torch.testing.assert_close(balancing_weights(7 * z, 64, 1.0), balancing_weights(z, 64, 1.0), rtol=1e-3, atol=1e-5)
+
+
+def test_an_atom_of_equal_latents_does_not_take_all_codes():
+    """Half of the latents are silence: one point. The others still get most of the codes."""
+    z = torch.cat([torch.zeros(5000, 3), 1 + torch.randn(5000, 3)])
+    quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "balance": 1.0})
+    quantizer.fit(z)
+    assert len(quantizer.encode(z[5000:]).unique()) > 50
+
+
+def test_a_balance_outside_of_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"quantizer.balance is 1.5; it must lie in 0..1"):
+        build_quantizer({"name": "vp_vae", "balance": 1.5})

@@ -199,5 +199,9 @@ def balancing_weights(latents: Tensor, codebook_size: int, balance: float) -> Te
     some = latents[::stride]
     k = max(1, min(neighbours, round(len(some) / codebook_size)))
     radius = build_index(some).kth_distances(latents, [k])[:, 0]
-    weights = radius.clamp(min=radius.median() / 100).pow(-2 * balance)  # an atom would take all codes
+    positive = radius[radius > 0]
+    if len(positive) == 0:
+        return torch.ones_like(radius)
+    floor = positive.kthvalue(1 + len(positive) // 100).values  # at an atom (silence) the density has no bound
+    weights = radius.clamp(min=floor).pow(-2 * balance)
     return weights / weights.mean()
