@@ -109,7 +109,7 @@ def make_tokenizer(config: Config, folder: Path) -> None:
     crops = [
         picture[:96, :96] for _, _, picture in itertools.islice(pictures(ROOT / "samples/train/photos-000.tar"), 48)
     ]
-    autoencoder.quantizer.fit(encoder.latents(crops).reshape(-1, autoencoder.quantizer.in_dim))
+    autoencoder.quantizer.fit(torch.stack(encoder.latents(crops)).reshape(-1, autoencoder.quantizer.in_dim))
     Tokenizer(autoencoder, config.data.preprocess).save_pretrained(folder)
 
 

@@ -130,8 +130,8 @@ class LatentWorker(cluster.ShardWorker):
         part = LatentPart(Reservoir(self.capacity, self.seed))
         try:
             for batch in decoded_batches(shard.url, self.encoder, self.options, quarantined):
-                z = self.encoder.latents([item.decoded.array for item in batch])
-                rows.append(z.flatten(0, -2).cpu().numpy())
+                for z in self.encoder.latents([item.decoded.array for item in batch]):
+                    rows.append(z.flatten(0, -2).cpu().numpy())
         except ShardError as error:  # what came before the break is as good a sample as any
             part.failure = str(error)
         if rows:

@@ -55,18 +55,19 @@ def run(config: Config) -> int:
     config.require("run", "data.shards", "compare.heldout", "compare.methods", "compare.sizes", "compare.seeds")
     url = storage.normalise(config.run)
     train, heldout = find_shards(config.data.shards), find_shards(config.compare.heldout)
-    planned = plan(config, url, f"{train.id} {heldout.id}")
+    others = {name: find_shards(shards) for name, shards in config.compare.others.items()}
+    planned = plan(config, url, " ".join(manifest.id for manifest in (train, heldout, *others.values())))
     modality = build_modality(config.model.modality, config.data.preprocess)
     with checked("metrics"):
-        modality.metrics(dataclasses.asdict(config.metrics))
+        modality.metrics(config.metrics)
     todo = [one for one in planned if not storage.exists(one.url)]
     print(f"compare: {len(planned)} trials, {len(planned) - len(todo)} of them done already", flush=True)
     failed: dict[str, str] = {}
     if todo:
-        arrays = [_load(manifest, modality, config) for manifest in (train, heldout)]
-        failed = _run_trials(todo, arrays, config)
+        arrays = {"train": train, "heldout": heldout, **{f"others.{name}": shards for name, shards in others.items()}}
+        failed = _run_trials(todo, {name: _load(m, modality, config) for name, m in arrays.items()}, config)
     originals = _load(heldout, modality, config, limit=config.compare.pictures)
-    write_report(url, _results(planned), [modality.to_bytes(array) for array in originals], config)
+    write_report(url, _results(planned), [modality.view(array) for array in originals], config)
     for name, reason in failed.items():
         print(f"compare: failed trial {name}: {reason}")
     return 3 if failed else 0
@@ -108,7 +109,7 @@ def _plan_one(config: Config, label: str, size: int, seed: int, url: str, corpus
         model={**dataclasses.asdict(config.model), "quantizer": config.quantizer},
         recipe=Recipe(**recipe),
         preprocess=config.data.preprocess,
-        metrics=dataclasses.asdict(config.metrics),
+        metrics=config.metrics,
         max_latents=options.max_latents,
         eval_batch_size=options.eval_batch_size,
         pictures=options.pictures,
@@ -150,17 +151,17 @@ def _load(manifest: Manifest, modality: Modality, config: Config, limit: int = 0
 # -- trials ---------------------------------------------------------------------------------------------------------
 
 
-def _run_trials(todo: list[Planned], arrays: list[Any], config: Config) -> dict[str, str]:
+def _run_trials(todo: list[Planned], arrays: dict[str, Any], config: Config) -> dict[str, str]:
     """Runs them and returns what went wrong, by name. Each writes its own result, so that a lost driver loses none."""
     import ray
     from ray.util.queue import Queue
 
     cluster.start()
     news = Queue(actor_options={"num_cpus": 0})
-    shared = [ray.put(part) for part in arrays]
+    shared = {name: ray.put(part) for name, part in arrays.items()}
     cpus, gpus = config.workers.cpus or 1, config.workers.gpus
     task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_trial_task)
-    running = {task.remote(one, *shared, cpus, bool(gpus), news): one for one in todo}
+    running = {task.remote(one, shared, cpus, bool(gpus), news): one for one in todo}
     failed: dict[str, str] = {}
     board = _Board(len(todo))
     while running:
@@ -176,8 +177,9 @@ def _run_trials(todo: list[Planned], arrays: list[Any], config: Config) -> dict[
     return failed
 
 
-def _trial_task(one: Planned, train: Any, heldout: Any, cpus: float, gpu: bool, news: Any) -> str:
+def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: bool, news: Any) -> str:
     """Runs one trial in a Ray worker, writes its result, and returns a line about it."""
+    import ray
     import torch
 
     from tokenizer.trial import run_trial
@@ -189,14 +191,17 @@ def _trial_task(one: Planned, train: Any, heldout: Any, cpus: float, gpu: bool, 
         # not news.put, which waits: Ray gives the CPU of a task that waits to another one
         news.actor.put_nowait.remote({"name": one.name, "steps": one.trial.recipe.steps, **row})
 
+    arrays = dict(zip(shared, ray.get(list(shared.values())), strict=True))  # in shared memory, not copied
+    train, heldout = arrays.pop("train"), arrays.pop("heldout")
+    others = {name.removeprefix("others."): part for name, part in arrays.items()}
     started = time.time()
     result: dict[str, Any] = {"label": one.label, "size": one.size, "seed": one.seed}
     result |= {"settings": dataclasses.asdict(one.trial), "machine": _machine(device, cpus)}
     try:
-        found = run_trial(one.trial, train, heldout, device=device, report=report)
+        found = run_trial(one.trial, train, heldout, others=others, device=device, report=report)
         examples = [base64.b64encode(png).decode() for png in found.examples]
-        result |= {"numbers": found.numbers, "history": found.history, "examples": examples}
-        line = f"psnr {found.numbers.get('psnr', float('nan')):.2f}  cvu {found.numbers['cvu']:.3f}"
+        result |= {"numbers": found.numbers, "others": found.others, "history": found.history, "examples": examples}
+        line = "  ".join(f"{name} {found.numbers[name]:.4g}" for name in (*found.numbers["quality"], "cvu"))
     except FloatingPointError as error:  # a method that diverges under the common recipe is a result
         result |= {"diverged": str(error)}
         line = f"diverged: {error}"

@@ -15,15 +15,18 @@ from jobs.config import Config
 from jobs.report import against_png, gallery_png
 from pipeline import storage
 
-# name in `numbers`, heading, format of a value; those that no trial has are left out
-COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
+Column = tuple[str, str, Callable[[float], str]]  # name in `numbers`, heading, format of a value
+QUALITY: dict[str, Column] = {  # what is not told better than by its own name and four digits
+    "mse": ("mse", "MSE e-3", lambda value: f"{1000 * value:.3f}"),
+    "psnr": ("psnr", "PSNR", "{:.3f}".format),
+    "ssim": ("ssim", "SSIM", "{:.4f}".format),
+}
+SIZES: list[Column] = [
     ("codebook_size", "codes", "{:.0f}".format),
-    ("num_tokens", "tokens", "{:,.0f}".format),
     ("num_quantizers", "quantizers", "{:.0f}".format),
-    ("mse", "MSE e-3", lambda value: f"{1000 * value:.3f}"),
-    ("psnr", "PSNR", "{:.3f}".format),
-    ("ssim", "SSIM", "{:.4f}".format),
-    ("perceptual", "", "{:.4f}".format),  # under the name of the distance that was used
+    ("num_tokens", "tokens", "{:,.0f}".format),
+]
+USAGE: list[Column] = [
     ("cvu", "CVU", "{:.4f}".format),
     ("cvu_target", "CVU of K", "{:.4f}".format),
     ("cvu_per_dim", "CVU per dim", "{:.4f}".format),
@@ -31,6 +34,7 @@ COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
     ("perplexity_per_batch", "per batch", "{:.1f}".format),
     ("utilisation", "used", "{:.4f}".format),
     ("bits_per_pixel", "bits/pixel", "{:.4f}".format),
+    ("kbps", "kbit/s", "{:.3f}".format),
     ("seconds_per_step", "s/step", "{:.3f}".format),
     ("tokens_per_s", "tokens/s", "{:,.0f}".format),
 ]
@@ -41,19 +45,30 @@ def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes]
     if not results:
         print("compare: no trial has a result yet; no report")
         return
-    rows = summarise(results)
-    columns = columns_of(rows, config.metrics.perceptual)
     base = storage.join(url, "reports", "compare")
-    text = markdown(rows, columns) + "\n" + notes(results, config)
-    storage.replace(f"{base}.md", text.encode())
     trials = [{key: value for key, value in one.items() if key not in ("examples", "history")} for one in results]
-    storage.replace(f"{base}.json", (json.dumps({"rows": rows, "trials": trials}, indent=1) + "\n").encode())
-    storage.replace(f"{base}.csv", to_csv(rows, [name for name, _, _ in columns]).encode())
-    for name, png in plots(rows, config.metrics.perceptual).items():
-        storage.replace(f"{base}-{name}.png", png)
+    tables = {}
+    for name in ("", *config.compare.others):
+        shown = [_seen_on(name, one) for one in results] if name else results
+        tables[name or "heldout"] = rows = summarise(shown)
+        place = f"{base}-{name}" if name else base
+        text = markdown(rows, columns_of(rows))
+        about = notes(shown, config, name)
+        storage.replace(f"{place}.md", f"{text}\n{about}".encode())
+        storage.replace(f"{place}.csv", to_csv(rows, [column for column, _, _ in columns_of(rows)]).encode())
+        for kind, png in plots(rows).items():
+            storage.replace(f"{place}-{kind}.png", png)
+        print(f"{name}:\n{text}" if name else text)
+    storage.replace(f"{base}.json", (json.dumps({"tables": tables, "trials": trials}, indent=1) + "\n").encode())
     storage.replace(f"{base}-pictures.png", gallery_png(_gallery(results, originals)))
-    print(markdown(rows, columns))
     print(f"compare: report at {base}.md, .json, .csv; plots at {base}-*.png")
+
+
+def _seen_on(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The trial with the numbers of another corpus; what is of the training stays."""
+    if "numbers" not in result:
+        return result
+    return {**result, "numbers": {**result["numbers"], **result["others"][name]}}
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -65,6 +80,7 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (label, size), trials in groups.items():
         numbers = [trial["numbers"] for trial in trials if "numbers" in trial]
         row: dict[str, Any] = {"method": label, "K": size, "seeds": len(trials), "diverged": len(trials) - len(numbers)}
+        row["quality"] = numbers[0].get("quality", []) if numbers else []
         for name in numbers[0] if numbers else ():
             values = [one[name] for one in numbers if isinstance(one.get(name), int | float)]
             if values:
@@ -74,17 +90,20 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def columns_of(rows: list[dict[str, Any]], perceptual: str) -> list[tuple[str, str, Callable[[float], str]]]:
-    found = []
-    for name, heading, form in COLUMNS:
-        name, heading = (perceptual, perceptual) if name == "perceptual" else (name, heading)
-        values = {row.get(name) for row in rows}
-        if values - {None} and not (name == "num_quantizers" and values == {1.0}):
-            found.append((name, heading, form))
-    return found
+def columns_of(rows: list[dict[str, Any]]) -> list[Column]:
+    """Those that any row has a value in; metrics of quality under their own names, in the modality's order."""
+    quality = [QUALITY.get(name, (name, name, "{:.4f}".format)) for name in _quality(rows)]
+    there = {name for row in rows for name in row}
+    if all(row.get("num_quantizers", 1) == 1 for row in rows):
+        there -= {"num_quantizers"}
+    return [column for column in [*SIZES, *quality, *USAGE] if column[0] in there]
 
 
-def markdown(rows: list[dict[str, Any]], columns: list[tuple[str, str, Callable[[float], str]]]) -> str:
+def _quality(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.get("quality", ())))
+
+
+def markdown(rows: list[dict[str, Any]], columns: list[Column]) -> str:
     """A row for each method and size; mean +- standard deviation where there are several seeds."""
     lines = [["method", "K", *[heading for _, heading, _ in columns]]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
@@ -101,21 +120,22 @@ def _cell(row: dict[str, Any], name: str, form: Callable[[float], str]) -> str:
     return form(row[name]) + (f" ± {form(spread)}" if spread > 0 else "")
 
 
-def notes(results: list[dict[str, Any]], config: Config) -> str:
+def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
     """What one must know to read the table."""
     recipe = asdict(config.train)
     told = ", ".join(f"{key} {recipe[key]}" for key in ("steps", "batch_size", "segment", "lr", "precision"))
     numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})
     seeds = ", ".join(str(seed) for seed in config.compare.seeds)
+    evaluated = config.compare.others[name] if name else config.compare.heldout
     lines = [
-        f"Trained on {config.data.shards}, evaluated on {config.compare.heldout}: "
+        f"Trained on {config.data.shards}, evaluated on {evaluated}: "
         f"{numbers.get('num_samples')} samples, {numbers.get('num_tokens')} tokens.",
         f"Net {config.model.net}; {told}; seeds {seeds}. One seed gives all methods the same nets to start from, "
         "samples, order and crops.",
         "Mean ± standard deviation over the seeds. CVU is by the actual number of codes, `CVU of K` by that asked for.",
         f"`perplexity` is that of all tokens together; `per batch` the mean over batches of "
         f"{numbers.get('tokens_per_batch', 0):.0f} tokens, from the codes' probabilities where a method has them.",
-        f"Perceptual distance: {config.metrics.perceptual or 'none'}. s/step and tokens/s depend on the machine "
+        f"Metrics: {config.metrics or 'the default ones'}. s/step and tokens/s depend on the machine "
         "and on what ran beside it: compare within this table only.",
         f"Machine: {'; '.join(sorted({one['machine'] for one in results}))}. Last trial finished "
         f"{max(one['finished'] for one in results)}.",
@@ -133,10 +153,10 @@ def to_csv(rows: list[dict[str, Any]], names: list[str]) -> str:
     return out.getvalue()
 
 
-def plots(rows: list[dict[str, Any]], perceptual: str) -> dict[str, bytes]:
+def plots(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Quality and usage against K, quality against the bits that are spent."""
     there = {name for row in rows for name in row}
-    quality = [name for name in ("psnr", "ssim", perceptual, "pesq", "stoi") if name in there]
+    quality = [name for name in _quality(rows) if name in there and name != "mse"]
     found = {"sizes": against_png(rows, "K", "codes asked for", [*quality, "cvu", "perplexity"])}
     for name, label in (("bits_per_pixel", "bits per pixel"), ("kbps", "kbit/s")):
         if name in there:
@@ -153,5 +173,6 @@ def _gallery(results: list[dict[str, Any]], originals: list[bytes]) -> list[tupl
     rows = [("original", originals)]
     for label, result in best.items():
         pictures = [base64.b64decode(png) for png in result["examples"]]
-        rows.append((f"{label}\nK={result['size']}  {result['numbers'].get('psnr', math.nan):.2f} dB", pictures))
+        told = [f"{name} {result['numbers'][name]:.4g}" for name in result["numbers"]["quality"] if name != "mse"][:1]
+        rows.append((f"{label}\nK={result['size']}  {' '.join(told)}", pictures))
     return rows

@@ -86,14 +86,6 @@ class CodebookConfig:
 
 
 @dataclass
-class MetricsConfig:
-    """Settings of the modality's metrics. perceptual: the kind of distance, none if empty; see README, Metrics."""
-
-    perceptual: str = ""
-    perceptual_weights: str = ""  # its weights file, where the kind needs one or there is no internet
-
-
-@dataclass
 class CompareConfig:
     """methods: label -> YAML file, or {file, quantizer, train} whose settings go over those of the file.
 
@@ -102,6 +94,7 @@ class CompareConfig:
     """
 
     heldout: Any = ""  # shards to evaluate on
+    others: dict[str, Any] = field(default_factory=dict)  # name -> further shards, e.g. of another domain
     methods: dict[str, Any] = field(default_factory=dict)
     sizes: list[int] = field(default_factory=lambda: [1024])
     dims: dict[int, int] = field(default_factory=dict)
@@ -141,7 +134,7 @@ class Config:
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: dict[str, Any] = field(default_factory=dict)  # settings of the modality's metrics, e.g. perceptual
     compare: CompareConfig = field(default_factory=CompareConfig)
     tokenizer: str = ""  # a frozen tokenizer; the run's only one if empty
     output: str = ""  # of tokenize

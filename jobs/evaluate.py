@@ -4,7 +4,7 @@ Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstruc
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from jobs.config import Config, ConfigError, TokensConfig, checked
 from jobs.frozen import load_tokenizer, tokenizer_url
 from jobs.progress import Progress
 from jobs.reading import Item, decoded_batches
-from jobs.report import latents_png, page, pair, picture, sheet_png, table, usage_png
+from jobs.report import Example, latents_png, page, picture, sheet_png, side_by_side, table, usage_png
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
@@ -28,10 +28,10 @@ PLOTTED_LATENTS = 4000
 
 @dataclass
 class Part:
-    """What one shard adds to the report. examples: (key, original, reconstruction) as files of the modality."""
+    """What one shard adds to the report."""
 
     evaluation: Evaluation
-    examples: list[tuple[str, bytes, bytes]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)
     num_bad: int = 0
     failure: str | None = None
@@ -43,12 +43,12 @@ def run(config: Config) -> int:
     tokenizer = load_tokenizer(url)
     shards = find_shards(config.data.shards).shards
     with checked("metrics"):
-        tokenizer.modality.metrics(asdict(config.metrics))
+        tokenizer.modality.metrics(config.metrics)
     cluster.start()
     settings = {
         "tokenizer_url": url,
         "options": config.tokens,
-        "metrics": asdict(config.metrics),
+        "metrics": config.metrics,
         "pictures": -(-config.limit // len(shards)),
     }
     progress = Progress("evaluate", total=len(shards), unit="shards")
@@ -91,11 +91,13 @@ class EvaluateWorker(cluster.ShardWorker):
         tokenizer = self.tokenizer
         rebuilt = part.evaluation.add(tokenizer, [item.decoded for item in batch], self.quality)
         if sum(map(len, part.latents)) < PLOTTED_LATENTS:
-            z = tokenizer.latents([item.decoded.array for item in batch])
-            part.latents.append(z.flatten(0, -2).cpu().numpy())
+            latents = tokenizer.latents([item.decoded.array for item in batch])
+            part.latents += [z.flatten(0, -2).cpu().numpy() for z in latents]
         for item, array in list(zip(batch, rebuilt, strict=True))[: self.pictures - len(part.examples)]:
-            to_bytes = tokenizer.modality.to_bytes
-            part.examples.append((item.sample.key, to_bytes(item.decoded.array), to_bytes(array)))
+            pair = (item.decoded.array, array)
+            views = tuple(map(tokenizer.modality.view, pair))
+            files = tuple(map(tokenizer.modality.to_bytes, pair))
+            part.examples.append(Example(item.sample.key, tokenizer.modality.mime, views, files))
 
 
 def _summarise(parts: list[Part], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def _summarise(parts: list[Part], tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part], quantizer: Quantizer) -> None:
     name = url.rsplit("/", 1)[1]
+    rate = ("bits_per_pixel", "kbps")
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
     examples = [example for part in parts for example in part.examples][: config.limit]
     z = np.concatenate([rows for part in parts for rows in part.latents])[:PLOTTED_LATENTS, : quantizer.dim]
@@ -118,15 +121,15 @@ def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part],
     sections = [
         table(numbers),
         "<h2>Original and reconstruction</h2>",
-        *[pair(original, rebuilt, key) for key, original, rebuilt in examples],
+        *map(side_by_side, examples),
         "<h2>Codes</h2>",
         picture(usage_png(counts)),
         picture(latents_png(z, codebook)),
     ]
     storage.replace(f"{base}.json", (json.dumps(numbers, indent=1) + "\n").encode())
     storage.replace(f"{base}.html", page(f"Evaluation of {name}", sections))
-    storage.replace(f"{base}.png", sheet_png([(original, rebuilt) for _, original, rebuilt in examples]))
-    kind = config.metrics.perceptual
-    shown = ("num_samples", "psnr", "ssim", kind, "cvu", "cvu_target", "perplexity", "perplexity_per_batch")
+    storage.replace(f"{base}.png", sheet_png([example.views for example in examples]))
+    quality = list(dict.fromkeys(name for part in parts for name in part.evaluation.metrics))
+    shown = ("num_samples", *quality, "cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation", *rate)
     print("evaluate: " + "  ".join(f"{key} {numbers[key]:.4g}" for key in shown if key in numbers))
     print(f"evaluate: report at {base}.html, pictures at {base}.png")

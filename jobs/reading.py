@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from jobs.config import TokensConfig
-from pipeline.batches import bucket_by_shape, map_in_threads, prefetch
+from pipeline.batches import in_buckets, map_in_threads, prefetch
 from pipeline.samples import Sample, read_samples
 from pipeline.tokens.output import Quarantined
 from tokenizer.errors import BadSample
@@ -38,7 +38,7 @@ def decoded_batches(
             else:
                 yield outcome
 
-    batches = bucket_by_shape(sound(), lambda item: item.decoded.array, options.batch_budget)
+    batches = in_buckets(sound(), lambda item: item.decoded.array, encoder.modality.bucket, options.batch_budget)
     yield from prefetch(batches)
 
 
@@ -51,7 +51,7 @@ def decode_sample(sample: Sample, modality: Modality) -> Item | Quarantined:
         if len(found) != 1:
             have = ", ".join(sample.members) or "nothing"
             raise BadSample(f"needs one member of {', '.join(modality.extensions)}; it has {have}")
-        return Item(sample, modality.read(sample.members[found[0]]))
+        return Item(sample, modality.read(sample.members[found[0]], found[0].rsplit(".", 1)[-1]))
     except BadSample as error:
         return Quarantined(sample.key, sample.index, "decode", type(error.__cause__ or error).__name__, str(error))
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -13,6 +14,16 @@ matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
 CURVES = ("loss", "psnr", "perplexity", "accepted", "energy_ratio", "norm_mean", "norm_var", "lr")
+
+
+@dataclass
+class Example:
+    """An original and its reconstruction: what they look like (PNGs), and themselves as files of type mime."""
+
+    key: str
+    mime: str
+    views: tuple[bytes, ...]
+    files: tuple[bytes, ...]
 
 
 def curves_png(history: list[dict[str, Any]]) -> bytes:
@@ -65,7 +76,7 @@ def line_png(values: list[float], title: str, xlabel: str) -> bytes:
     return _png(figure)
 
 
-def sheet_png(pairs: list[tuple[bytes, bytes]], per_row: int = 4) -> bytes:
+def sheet_png(pairs: list[tuple[bytes, ...]], per_row: int = 4) -> bytes:
     """Originals (left) beside reconstructions (right), several pairs a row. Files are PNGs."""
     rows = -(-len(pairs) // per_row)
     figure = Figure(figsize=(3.6 * per_row, 1.9 * rows), layout="constrained")
@@ -129,6 +140,7 @@ def page(title: str, sections: list[str]) -> bytes:
         "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
         "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left}figure{display:inline-block;margin:.4em}"
         "figcaption{font-size:.8em;color:#555}.pair img{height:160px;image-rendering:auto}img{max-width:100%}"
+        ".pair span{display:inline-block}audio{width:20em}"
     )
     body = "\n".join(sections)
     return (
@@ -146,10 +158,18 @@ def picture(png: bytes, caption: str = "") -> str:
     return f"<figure><img src='{_data_url(png)}'><figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def pair(original: bytes, reconstruction: bytes, caption: str) -> str:
-    """Original left, reconstruction right."""
-    images = "".join(f"<img src='{_data_url(png)}'> " for png in (original, reconstruction))
-    return f"<figure class=pair>{images}<figcaption>{html.escape(caption)}</figcaption></figure>"
+def side_by_side(example: Example) -> str:
+    """Original left, reconstruction right; with a player below each where that is no picture."""
+    cells = [
+        f"<span><img src='{_data_url(view)}'>{_player(example.mime, data)}</span> "
+        for view, data in zip(example.views, example.files, strict=True)
+    ]
+    return f"<figure class=pair>{''.join(cells)}<figcaption>{html.escape(example.key)}</figcaption></figure>"
+
+
+def _player(mime: str, data: bytes) -> str:
+    kind = mime.split("/")[0]
+    return "" if kind == "image" else f"<br><{kind} controls preload=none src='{_data_url(data, mime)}'></{kind}>"
 
 
 def _two(points: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,8 +181,8 @@ def _short(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _data_url(data: bytes, mime: str = "image/png") -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
 def _png(figure: Figure) -> bytes:

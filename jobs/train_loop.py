@@ -124,7 +124,7 @@ class TrainLoop:
                 continue
             arrays.append(array)
             if len(arrays) == options.batch_size:
-                x = self.modality.batch(arrays, self.autoencoder.factor)
+                x = self.modality.batch(arrays, self.autoencoder.factor).x
                 after = Position(position.epoch, position.sample + 1)
                 yield Batch(x.pin_memory() if self.device.type == "cuda" else x, after, num_bad)
                 arrays, num_bad = [], 0

@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -59,25 +59,44 @@ def prefetch(items: Iterable[A], depth: int = 2) -> Iterator[A]:
         stop.set()
 
 
-def bucket_by_shape(
-    items: Iterable[A], array_of: Callable[[A], Any], budget: int, max_pending: int = 8
+def in_buckets(
+    items: Iterable[A], array_of: Callable[[A], Any], bucket_of: Callable[[Any], Any], budget: int, max_pending: int = 8
 ) -> Iterator[list[A]]:
-    """Batches of items whose arrays have one shape, each of at most `budget` array elements (but at least one item).
+    """Batches of items of one bucket: at most `budget` array elements, all padded to the largest, but one item or more.
 
     At most max_pending budgets are held back in unfinished batches; then the oldest goes out as it is.
     """
-    buckets: dict[tuple[int, ...], list[A]] = {}
+    buckets: dict[Any, _Bucket[A]] = {}
     held = 0
     for item in items:
-        array = array_of(item)
-        bucket = buckets.setdefault(array.shape, [])
-        bucket.append(item)
-        held += array.size
-        if (len(bucket) + 1) * array.size > budget:
-            held -= len(bucket) * array.size
-            yield buckets.pop(array.shape)
+        size, key = array_of(item).size, bucket_of(array_of(item))
+        if key in buckets and not buckets[key].has_room(size, budget):
+            held -= buckets[key].elements
+            yield buckets.pop(key).items
+        bucket = buckets.setdefault(key, _Bucket())
+        bucket.add(item, size)
+        held += size
+        if not bucket.has_room(1, budget):
+            held -= bucket.elements
+            yield buckets.pop(key).items
         while held > max_pending * budget and buckets:
             oldest = buckets.pop(next(iter(buckets)))
-            held -= sum(array_of(item).size for item in oldest)
-            yield oldest
-    yield from buckets.values()
+            held -= oldest.elements
+            yield oldest.items
+    for bucket in buckets.values():
+        yield bucket.items
+
+
+class _Bucket(Generic[A]):
+    """Items that will be one batch, the elements that they have, and the size of the largest."""
+
+    def __init__(self) -> None:
+        self.items: list[A] = []
+        self.elements = self.largest = 0
+
+    def add(self, item: A, size: int) -> None:
+        self.items.append(item)
+        self.elements, self.largest = self.elements + size, max(self.largest, size)
+
+    def has_room(self, size: int, budget: int) -> bool:
+        return (len(self.items) + 1) * max(self.largest, size) <= budget

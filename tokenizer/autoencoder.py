@@ -39,17 +39,18 @@ class Autoencoder(nn.Module):
         return self.net.factor
 
     def forward(self, x: Tensor) -> AutoencoderOutput:
-        z = self.latents(x)
+        """For training; a frozen tokenizer takes `latents` and `reconstruct`."""
+        z = self.project_in(self.net.encode(x).movedim(1, -1))
         quantized = self.quantizer(z)
-        return AutoencoderOutput(self.reconstruct(quantized.z_q), z, quantized)
+        return AutoencoderOutput(self.net.decode(self.project_out(quantized.z_q).movedim(-1, 1)), z, quantized)
 
-    def latents(self, x: Tensor) -> Tensor:
-        """What the quantizer is given: [B, channels, ...] -> [B, ..., in_dim]."""
-        return self.project_in(self.net.encode(x).movedim(1, -1))
+    def latents(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the quantizer is given: [B, channels, ...] -> [B, ..., in_dim]. mask [B, 1, F]: the real frames."""
+        return self.project_in(self.net.encode_frozen(x, mask).movedim(1, -1))
 
-    def reconstruct(self, z_q: Tensor) -> Tensor:
+    def reconstruct(self, z_q: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, ..., dim] -> [B, channels, ...]."""
-        return self.net.decode(self.project_out(z_q).movedim(-1, 1))
+        return self.net.decode_frozen(self.project_out(z_q).movedim(-1, 1), mask)
 
     def save(self, folder: str | Path) -> None:
         """settings and inference state to folder/config.json and folder/model.safetensors."""

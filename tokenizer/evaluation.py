@@ -31,21 +31,22 @@ class Evaluation:
 
     @torch.inference_mode()
     def add(self, tokenizer: Tokenizer, samples: list[Decoded], quality: nn.Module) -> list[np.ndarray]:
-        """Encodes, decodes and compares samples of one shape; returns the reconstructions. Raises BadSample."""
+        """Encodes, decodes and compares samples of one bucket; returns the reconstructions. Raises BadSample."""
         arrays = [sample.array for sample in samples]
-        z = tokenizer.latents(arrays)
-        tokens = tokenizer.quantize(z)
+        latents = tokenizer.latents(arrays)
+        tokens = tokenizer.quantize(latents)
         rebuilt = tokenizer.decode(tokens, [sample.size for sample in samples])
-        # measured on what a user would see: whole pixels, without the padding
+        # measured on what a user would see or hear: whole pixels, without the padding
         x, x_hat = (tokenizer.modality.batch(group, factor=1).to(tokenizer.device) for group in (arrays, rebuilt))
         for name, values in quality(x, x_hat).items():
             self.metrics[name] += values.tolist()
         num_quantizers, codebook_size = self.counts.shape
-        by_quantizer = np.stack(tokens).reshape(len(tokens), num_quantizers, -1).swapaxes(0, 1)
+        by_quantizer = np.concatenate([t.reshape(num_quantizers, -1) for t in tokens], axis=1)
         self.counts += count_codes(by_quantizer, codebook_size)
-        shares = tokenizer.autoencoder.quantizer.code_shares(z).reshape(num_quantizers, -1).double().cpu().numpy()
+        flat = torch.cat([z.flatten(0, -2) for z in latents])
+        shares = tokenizer.autoencoder.quantizer.code_shares(flat).reshape(num_quantizers, -1).double().cpu().numpy()
         self.batch_perplexities.append(float(np.mean([perplexity(row) for row in shares])))
-        self.batch_tokens.append(tokens[0].size // num_quantizers * len(tokens))
+        self.batch_tokens.append(by_quantizer.shape[1])
         self.sizes += [tokenizer.modality.processed_size(sample.size) for sample in samples]
         return rebuilt
 
@@ -68,6 +69,8 @@ class Evaluation:
         for name, values in self.metrics.items():
             defined = [value for value in values if not math.isnan(value)]
             numbers[name] = float(np.mean(defined)) if defined else math.nan
+            if len(defined) < len(values):  # else a mean could hide what has no value, as silence has no PESQ
+                numbers[f"{name}_undefined"] = len(values) - len(defined)
         numbers |= usage(self.counts, quantizer.target_size)
         if quantizer.index_levels:
             numbers["cvu_per_dim"] = digit_usage(self.counts[0], quantizer.index_levels)

@@ -29,12 +29,12 @@ class LatentEncoder:
         return self
 
     @torch.inference_mode()
-    def latents(self, arrays: list[np.ndarray]) -> Tensor:
-        """What the quantizer is given for arrays of one shape: [B, ..., in_dim] float32. Raises BadSample on NaN."""
-        x = self.modality.batch(arrays, self.autoencoder.factor)
-        if self.device.type == "cuda":
-            x = x.pin_memory().to(self.device, non_blocking=True)
-        z = self.autoencoder.latents(x)
+    def latents(self, arrays: list[np.ndarray]) -> list[Tensor]:
+        """What the quantizer is given for each array of one bucket: [..., in_dim] float32. Raises BadSample on NaN."""
+        batch = self.modality.batch(arrays, self.autoencoder.factor)
+        x = batch.x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch.x
+        mask = None if batch.mask is None else batch.mask.to(self.device)
+        z = self.autoencoder.latents(x, mask)
         if not torch.isfinite(z).all():
             raise BadSample("the encoder gave NaN or infinite latents")
-        return z
+        return list(z) if mask is None else [part[real[0]] for part, real in zip(z, mask, strict=True)]

@@ -4,12 +4,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tokenizer.errors import BadSample
 from tokenizer.registry import Registry
 
 MODALITIES: Registry["Modality"] = Registry("modality", "tokenizer.modalities")
+
+
+@dataclass
+class Batch:
+    """x as the model takes it, and which of its frames are real, [B, 1, F]: None where all are."""
+
+    x: Tensor
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.x.to(device), None if self.mask is None else self.mask.to(device))
 
 
 @dataclass
@@ -27,31 +39,43 @@ class Modality:
     Config: ClassVar[type]
     extensions: ClassVar[tuple[str, ...]]  # members of a WebDataset sample that it can read, without the dot
     written_as: ClassVar[str]  # extension of what `to_bytes` makes
+    mime: ClassVar[str]  # its media type
     size_columns: ClassVar[tuple[str, ...]]  # of the token shard: the original's size
     default_loss_weights: ClassVar[dict[str, float]]  # names every loss that `losses` can give
 
-    def read(self, data: bytes) -> Decoded:
-        """A sample's bytes to an array, preprocessed. Raises BadSample with the reason, whatever was wrong."""
+    def read(self, data: bytes, extension: str = "") -> Decoded:
+        """A sample's bytes to an array, preprocessed. Raises BadSample with the reason, whatever was wrong.
+
+        extension: of the member, without the dot, for formats that have no mark of their own.
+        """
         try:
-            return self.from_bytes(data)
+            return self.from_bytes(data, extension)
         except BadSample:
             raise
         except Exception as error:  # decoders raise nearly anything on broken bytes
             raise BadSample(f"{type(error).__name__}: {error}") from error
 
-    def from_bytes(self, data: bytes) -> Decoded:
+    def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         """What `read` does, with errors of any kind."""
         raise AssertionError
 
     def to_bytes(self, array: np.ndarray) -> bytes:
         raise AssertionError
 
+    def view(self, array: np.ndarray) -> bytes:
+        """What a sample looks like: a PNG."""
+        raise AssertionError
+
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """A random piece of fixed size, for training."""
         raise AssertionError
 
-    def batch(self, arrays: list[np.ndarray], factor: int) -> Tensor:
-        """Arrays of one shape to the model's input, padded to multiples of factor."""
+    def bucket(self, array: np.ndarray) -> tuple[int, ...]:
+        """Arrays of one bucket may be in one batch."""
+        raise AssertionError
+
+    def batch(self, arrays: list[np.ndarray], factor: int) -> Batch:
+        """Arrays of one bucket to the model's input, padded to multiples of factor."""
         raise AssertionError
 
     def unbatch(self, x: Tensor, sizes: list[dict[str, int]]) -> list[np.ndarray]:
@@ -71,7 +95,7 @@ class Modality:
         raise AssertionError
 
     def metrics(self, settings: dict[str, Any]) -> nn.Module:
-        """A module that maps (x, x_hat) to the quality of each reconstruction: name -> [B]; NaN where not defined."""
+        """A module that maps two Batches, x and x_hat, to the quality of each: name -> [B]; NaN where not defined."""
         raise AssertionError
 
     def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:

@@ -6,13 +6,14 @@ codebook.safetensors (the quantizer's state and, up to 2^20 codes, the table of 
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.errors import TokenizerMismatch
@@ -38,28 +39,34 @@ class Tokenizer(LatentEncoder):
 
     @torch.inference_mode()
     def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """Tokens of arrays of one shape: int64, in the shape of the token grid. Raises BadSample on NaN latents."""
+        """Tokens of arrays of one bucket: int64, in the shape of the token grid. Raises BadSample on NaN latents."""
         return self.quantize(self.latents(arrays))
 
-    def quantize(self, z: Tensor) -> list[np.ndarray]:
-        """Tokens of latents: [B, ..., in_dim] -> B arrays int64, with a leading axis of quantizers if several."""
-        indices = self.autoencoder.quantizer.encode(z)
-        if self.autoencoder.quantizer.num_quantizers > 1:
-            indices = indices.movedim(-1, 1)
-        return list(indices.cpu().numpy())
+    def quantize(self, latents: list[Tensor]) -> list[np.ndarray]:
+        """Tokens of each sample's latents [..., in_dim]: int64, with a leading axis of quantizers if several."""
+        indices = self.autoencoder.quantizer.encode(torch.cat([z.flatten(0, -2) for z in latents])).cpu()
+        grids = [z.shape[:-1] for z in latents]
+        parts = indices.split([math.prod(grid) for grid in grids])
+        tokens = [part.reshape(*grid, *part.shape[1:]) for part, grid in zip(parts, grids, strict=True)]
+        return [(t.movedim(-1, 0) if self.autoencoder.quantizer.num_quantizers > 1 else t).numpy() for t in tokens]
 
     @torch.inference_mode()
     def decode(self, tokens: list[np.ndarray], sizes: list[dict[str, int]]) -> list[np.ndarray]:
-        """Arrays of the sizes that `read` gave, from tokens of one shape. Raises ValueError on a token >= K."""
-        indices = torch.from_numpy(np.stack(tokens).astype(np.int64)).to(self.device)
+        """Arrays of the sizes that `read` gave, from tokens of one bucket. Raises ValueError on a token >= K."""
+        z_q, mask = _stacked([self._codes(t) for t in tokens])
+        x = self.autoencoder.reconstruct(z_q, mask)
+        return self.modality.unbatch(x, [self.modality.processed_size(size) for size in sizes])
+
+    def _codes(self, tokens: np.ndarray) -> Tensor:
+        """[..., dim] on the device."""
+        indices = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
             raise ValueError(
                 f"tokens lie in {int(indices.min())}..{int(indices.max())}, not 0..{self.codebook_size - 1}"
             )
         if self.autoencoder.quantizer.num_quantizers > 1:
-            indices = indices.movedim(1, -1)
-        x = self.autoencoder.reconstruct(self.autoencoder.quantizer.decode(indices))
-        return self.modality.unbatch(x, [self.modality.processed_size(size) for size in sizes])
+            indices = indices.movedim(0, -1)
+        return self.autoencoder.quantizer.decode(indices)
 
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -110,6 +117,15 @@ class Tokenizer(LatentEncoder):
             one = torch.zeros(1, quantizer.num_quantizers, dtype=torch.int64, device=self.device)
             quantizer.decode(one)  # raises CodebookMissing here
         return state
+
+
+def _stacked(codes: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """[B, ..., dim]; sequences [F, dim] of several lengths are padded, with the mask [B, 1, F] of what is real."""
+    if len({part.shape for part in codes}) == 1:
+        return torch.stack(codes), None
+    lengths = torch.tensor([len(part) for part in codes], device=codes[0].device)
+    padded = nn.utils.rnn.pad_sequence(codes, batch_first=True)
+    return padded, (torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None])[:, None]
 
 
 def _hash(settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:

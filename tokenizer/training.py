@@ -16,7 +16,8 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass
 class Recipe:
-    """How to train. batch_size: samples per worker and step. segment: side of the random crops, in pixels."""
+    """How to train. batch_size: samples per worker and step. segment: of the random pieces
+    that are trained on: their side in pixels, or their length in samples."""
 
     steps: int = 10_000
     batch_size: int = 32
@@ -71,7 +72,8 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.recipe)
-        x = x.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        layout = torch.channels_last if x.ndim == 4 else torch.preserve_format  # faster for pictures on CPU and GPU alike
+        x = x.to(self.device, non_blocking=True, memory_format=layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             out: AutoencoderOutput = self.model(x)
         losses = {**self.losses(x, out.x_hat.float()), **out.quantized.losses}

@@ -4,7 +4,7 @@ result = run_trial(Trial(model=..., recipe=Recipe(steps=500)), train_arrays, hel
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +37,10 @@ class Trial:
 
 @dataclass
 class TrialResult:
-    """numbers: one value each; history: rows of the training log; examples: reconstructions as files."""
+    """numbers: one value each; others: those of further corpora; history: rows of the training log; examples: PNGs."""
 
     numbers: dict[str, Any]
+    others: dict[str, dict[str, Any]]
     history: list[dict[str, float]]
     examples: list[bytes]
 
@@ -49,10 +50,11 @@ def run_trial(
     train: Sequence[np.ndarray],
     heldout: Sequence[np.ndarray],
     *,
+    others: Mapping[str, Sequence[np.ndarray]] | None = None,
     device: str = "cpu",
     report: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> TrialResult:
-    """train, heldout: samples as the modality reads them, preprocessed. report is called with each row of the log.
+    """train, heldout, and others to evaluate on: samples as the modality reads them. report gets each row of the log.
 
     Two trials that differ in the quantizer alone see the same samples in the same order, the same crops, and nets
     that start from the same weights. Raises FloatingPointError if training diverges.
@@ -66,10 +68,12 @@ def run_trial(
     curve = _fit(trial, autoencoder, train, device)
     fit_s = time.perf_counter() - started
     tokenizer = Tokenizer(autoencoder, trial.preprocess).to(device)
-    numbers, examples = _evaluate(trial, tokenizer, heldout)  # type: ignore[arg-type]
+    assert isinstance(tokenizer, Tokenizer)
+    numbers, examples = _evaluate(trial, tokenizer, heldout)
+    further = {name: _evaluate(trial, tokenizer, arrays)[0] for name, arrays in (others or {}).items()}
     numbers |= {"seconds_per_step": float(np.median(seconds)), "fit_s": fit_s, "fit_iterations": len(curve)}
     numbers |= {"num_parameters": sum(p.numel() for p in autoencoder.parameters()), "steps": trial.recipe.steps}
-    return TrialResult(numbers, history, examples)
+    return TrialResult(numbers, further, history, examples)
 
 
 def training_batches(
@@ -80,7 +84,7 @@ def training_batches(
     for step in range(recipe.steps):
         rng = np.random.default_rng([recipe.seed, 1, step])
         crops = [modality.segment(arrays[next(places)], recipe.segment, rng) for _ in range(recipe.batch_size)]
-        yield step, modality.batch(crops, factor)
+        yield step, modality.batch(crops, factor).x
 
 
 def _endless_order(count: int, seed: int) -> Iterator[int]:
@@ -112,11 +116,13 @@ def _fit(trial: Trial, autoencoder: Autoencoder, arrays: Sequence[np.ndarray], d
     """The codebook, from the latents of whole training samples, drawn at random until there are enough."""
     encoder = LatentEncoder(autoencoder, trial.preprocess).to(device)
     rng = np.random.default_rng([trial.recipe.seed, 2])
-    chosen, found, total = rng.permutation(len(arrays)), [], 0
+    chosen, total = rng.permutation(len(arrays)), 0
+    found: list[Tensor] = []
     for start in range(0, len(chosen), trial.eval_batch_size):
-        for group in _same_shape([arrays[i] for i in chosen[start : start + trial.eval_batch_size]], len(arrays)):
-            found.append(encoder.latents(group).flatten(0, -2).cpu())
-            total += len(found[-1])
+        some = [arrays[i] for i in chosen[start : start + trial.eval_batch_size]]
+        for group in _same_bucket(encoder.modality, some, len(some)):
+            found += [z.flatten(0, -2).cpu() for z in encoder.latents(group)]
+        total = sum(map(len, found))
         if total >= trial.max_latents:
             break
     latents = torch.cat(found)[: trial.max_latents].to(device)
@@ -129,23 +135,23 @@ def _evaluate(trial: Trial, tokenizer: Tokenizer, arrays: Sequence[np.ndarray]) 
     evaluation = Evaluation.empty(tokenizer)
     examples: list[bytes] = []
     rates: list[float] = []
-    for group in _same_shape(arrays, trial.eval_batch_size):
+    for group in _same_bucket(modality, arrays, trial.eval_batch_size):
         samples = [Decoded(array, modality.size_of(array)) for array in group]
         started = time.perf_counter()
         tokens = tokenizer.encode(group)
         rates.append(sum(t.size for t in tokens) / (time.perf_counter() - started))
         rebuilt = evaluation.add(tokenizer, samples, quality)
-        examples += [modality.to_bytes(array) for array in rebuilt[: trial.pictures - len(examples)]]
-    numbers = evaluation.summary(tokenizer)
+        examples += [modality.view(array) for array in rebuilt[: trial.pictures - len(examples)]]
+    numbers = evaluation.summary(tokenizer) | {"quality": list(evaluation.metrics)}
     numbers |= {"tokens_per_s": float(np.median(rates)), "tokenizer_id": tokenizer.id}
     return numbers, examples
 
 
-def _same_shape(arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
-    """Neighbours of one shape, in order, at most batch_size together."""
+def _same_bucket(modality: Modality, arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
+    """Neighbours of one bucket, in order, at most batch_size together."""
     group: list[np.ndarray] = []
     for array in arrays:
-        if group and (len(group) == batch_size or array.shape != group[0].shape):
+        if group and (len(group) == batch_size or modality.bucket(array) != modality.bucket(group[0])):
             yield group
             group = []
         group.append(array)

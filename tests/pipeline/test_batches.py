@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pipeline.batches import bucket_by_shape, map_in_threads, prefetch
+from pipeline.batches import in_buckets, map_in_threads, prefetch
 
 
 def arrays(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -17,7 +17,7 @@ def arrays(count: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def buckets(items: list[np.ndarray], budget: int, max_pending: int = 8) -> list[list[np.ndarray]]:
-    return list(bucket_by_shape(items, lambda array: array, budget, max_pending))
+    return list(in_buckets(items, lambda array: array, np.shape, budget, max_pending))
 
 
 @pytest.mark.parametrize("budget", [1, 7, 16, 1000])
@@ -62,7 +62,7 @@ def test_little_is_held_back():
             yield np.zeros(i)  # every shape is another: no batch ever fills
 
     given = 0
-    for batch in bucket_by_shape(counted(), lambda array: array, budget=100, max_pending=2):
+    for batch in in_buckets(counted(), lambda array: array, np.shape, budget=100, max_pending=2):
         given += len(batch)
         assert taken - given <= 20
     assert given == 99
@@ -153,3 +153,10 @@ def test_prefetch_stops_its_thread_when_the_consumer_leaves():
     assert until(lambda: threading.active_count() == before)
     del items
     assert closed.wait(5)
+
+
+def test_the_budget_counts_arrays_as_padded_to_the_largest_of_their_batch():
+    """3 + 3 fit into 10, but not with a third of 5: 3 * 5. Then 5 + 5 fill it."""
+    sizes = [3, 3, 5, 5, 1]
+    batches = in_buckets([np.zeros(n) for n in sizes], lambda array: array, lambda array: "one", budget=10)
+    assert [[len(array) for array in batch] for batch in batches] == [[3, 3], [5, 5], [1]]

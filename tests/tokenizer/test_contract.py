@@ -567,10 +567,10 @@ def test_a_new_quantizer_trains_and_becomes_a_tokenizer_with_nothing_else_edited
         made = Autoencoder({"modality": "image", "net": net, "quantizer": config.quantizer})
         before = made.quantizer.embedding.detach().clone()
         modality = build_modality("image", {})
-        x = modality.batch(arrays, made.factor)
+        x = modality.batch(arrays, made.factor).x
         assert "codebook" in Trainer(made, modality, config.train, "cpu").update(x, 0).losses
         assert not torch.equal(made.quantizer.embedding, before)
-        made.quantizer.fit(LatentEncoder(made, {}).latents(arrays).flatten(0, -2))
+        made.quantizer.fit(torch.stack(LatentEncoder(made, {}).latents(arrays)).flatten(0, -2))
         frozen = Tokenizer(made, {})
         frozen.save_pretrained(tmp_path / "saved")
         loaded = Tokenizer.from_pretrained(tmp_path / "saved")

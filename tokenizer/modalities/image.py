@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from tokenizer.errors import BadSample
-from tokenizer.modality import MODALITIES, Decoded, Modality
+from tokenizer.modality import MODALITIES, Batch, Decoded, Modality
 from tokenizer.perceptual import load_perceptual
 
 # named, since Pillow would open any it knows, EPS by running Ghostscript; JPEG opens the MPO of phones too
@@ -41,13 +41,14 @@ class Image(Modality):
     Config = ImageConfig
     extensions = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
     written_as = "png"
+    mime = "image/png"
     size_columns = ("height", "width")
     default_loss_weights = {"l1": 1.0, "mse": 0.0, "log_mse": 0.0, "perceptual": 1.0}
 
     def __init__(self, config: ImageConfig):
         self.config = config
 
-    def from_bytes(self, data: bytes) -> Decoded:
+    def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         picture = ImageOps.exif_transpose(self._open(data))
         size = {"height": picture.height, "width": picture.width}
         return Decoded(self._preprocess(to_rgb(picture)), size)
@@ -108,6 +109,9 @@ class Image(Modality):
         PIL.fromarray(array).save(out, format="PNG")
         return out.getvalue()
 
+    def view(self, array: np.ndarray) -> bytes:
+        return self.to_bytes(array)
+
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """A random size x size crop; a smaller picture is enlarged to it first. Half of them mirrored."""
         height, width = array.shape[:2]
@@ -119,13 +123,16 @@ class Image(Modality):
         crop = array[top : top + size, left : left + size]
         return crop[:, ::-1] if rng.random() < 0.5 else crop
 
-    def batch(self, arrays: list[np.ndarray], factor: int) -> Tensor:
+    def bucket(self, array: np.ndarray) -> tuple[int, ...]:
+        return array.shape
+
+    def batch(self, arrays: list[np.ndarray], factor: int) -> Batch:
         stacked = np.stack(arrays)
         right, bottom = -stacked.shape[2] % factor, -stacked.shape[1] % factor
         if right or bottom:
             stacked = np.pad(stacked, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
         x = torch.from_numpy(np.ascontiguousarray(stacked)).permute(0, 3, 1, 2)  # channels_last in memory
-        return x.float() / 255
+        return Batch(x.float() / 255)
 
     def unbatch(self, x: Tensor, sizes: list[dict[str, int]]) -> list[np.ndarray]:
         pixels = (x.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -160,14 +167,15 @@ class ImageLosses(nn.Module):
 
 
 class ImageMetrics(nn.Module):
-    """(x, x_hat) -> {"mse", "psnr", "ssim", and a perceptual distance under its own name}, each [B]."""
+    """Batches x, x_hat -> {"mse", "psnr", "ssim", and a perceptual distance under its own name}, each [B]."""
 
     def __init__(self, perceptual: str = "", perceptual_weights: str = ""):
         super().__init__()
         self.perceptual = load_perceptual(perceptual, perceptual_weights or None) if perceptual else None
 
     @torch.no_grad()
-    def forward(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+    def forward(self, original: Batch, rebuilt: Batch) -> dict[str, Tensor]:
+        x, x_hat = original.x, rebuilt.x
         mse = (x - x_hat).square().mean(dim=(1, 2, 3))
         found = {"mse": mse, "psnr": -10 * mse.clamp(min=SMALLEST_MSE).log10(), "ssim": _ssim(x, x_hat)}
         if self.perceptual is not None:
