@@ -13,7 +13,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-CURVES = ("loss", "psnr", "perplexity", "accepted", "energy_ratio", "norm_mean", "norm_var", "lr")
+UNINTERESTING = ("step", "samples_per_s", "seconds_per_step", "bad_samples")
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Example:
 
 def curves_png(history: list[dict[str, Any]]) -> bytes:
     """Training curves, one panel for each number that was logged."""
-    names = [name for name in CURVES if any(name in row for row in history)]
+    names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in UNINTERESTING]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")

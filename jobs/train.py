@@ -139,7 +139,16 @@ def _watch(news: Any, steps: int) -> None:
 
 def _line(row: dict[str, Any], steps: int) -> str:
     left = (steps - row["step"]) * row["seconds_per_step"]
-    shown = ("loss", "psnr", "perplexity", "accepted", "energy_ratio", "queue_filled")
+    shown = (
+        "loss",
+        "psnr",
+        "perplexity",
+        "soft_perplexity",
+        "accepted",
+        "energy_ratio",
+        "queue_filled",
+        "posterior_std",
+    )
     told = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
     bad = f"  {row['bad_samples']} bad samples" if row["bad_samples"] else ""
     return f"step {row['step']}/{steps}  {told}  {row['samples_per_s']:.0f} samples/s{bad}  {clock(left)} left"

@@ -34,7 +34,7 @@ class VPVAEConfig:
 
     codebook_size: int = 1024
     dim: int = 4
-    eta: float | str = "auto"
+    eta: int | float | str = "auto"
     mh_steps: int = 1  # Metropolis-Hastings steps per token
     density_k: int = 8  # neighbours of the density estimate; `k4nn` in the official code
     latents_per_code: int = 0  # M; 0 takes 16 per dimension, as the official code does
