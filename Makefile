@@ -5,11 +5,12 @@ SAMPLES := samples/train
 # torch first, and pinned: an unpinned torch, or a package that asks for a newer one, pulls gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench clean install
+.PHONY: demo demo-audio test check bench clean install
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, codebook, tokenize, verify, evaluate, decode on the photos in samples/ (minutes, CPU)"
+	@echo "make demo-audio   the same on the speech in samples/speech"
 	@echo "make test    all tests          make check   format, lint, types"
 	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
 
@@ -17,7 +18,7 @@ help:
 	@echo "installing into .venv (about 2 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) torch
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e '.[dev,audio]'
 	@touch $@
 
 .venv/installed-readers: .venv/installed
@@ -28,6 +29,9 @@ install: .venv/installed
 
 demo: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+
+demo-audio: .venv/installed
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo_audio.sh
 
 test: .venv/installed-readers
 	$(BIN)/python -m pytest

@@ -72,7 +72,9 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.recipe)
-        layout = torch.channels_last if x.ndim == 4 else torch.preserve_format  # faster for pictures on CPU and GPU alike
+        layout = (
+            torch.channels_last if x.ndim == 4 else torch.preserve_format
+        )  # faster for pictures on CPU and GPU alike
         x = x.to(self.device, non_blocking=True, memory_format=layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             out: AutoencoderOutput = self.model(x)

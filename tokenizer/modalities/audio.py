@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tokenizer.audio_losses import AudioLosses
 from tokenizer.audio_metrics import AudioMetrics
 from tokenizer.modality import MODALITIES, Batch, Decoded, Modality
-from tokenizer.spectrogram import spectrogram_png
 from tokenizer.waveform import read_waveform, require_packages, resampled_length, to_wav
 
 
@@ -55,6 +54,8 @@ class Audio(Modality):
         return to_wav(array, self.config.sample_rate)
 
     def view(self, array: np.ndarray) -> bytes:
+        from tokenizer.spectrogram import spectrogram_png  # matplotlib, which no worker needs
+
         return spectrogram_png(array[:, 0], self.config.sample_rate)
 
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
