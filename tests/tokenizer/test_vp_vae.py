@@ -176,7 +176,7 @@ def test_queue_holds_16_latents_per_code_and_dimension_by_default():
 
 
 def test_v8_codebook_usage_is_that_of_the_best_quantizer_of_normals():
-    quantizer = VPVAE(VPVAEConfig(codebook_size=256, dim=3))
+    quantizer = VPVAE(VPVAEConfig(codebook_size=256, dim=3, balance=0.0))
     quantizer.fit(normals(256 * 48, 3), seed=0)
     counts = torch.bincount(quantizer.eval().encode(normals(100_000, 3, seed=1)), minlength=256).double()
     usage = float(torch.special.entr(counts / counts.sum()).sum().exp()) / 256
@@ -257,7 +257,7 @@ def test_gradient_to_z_is_the_upstream_gradient_bitwise():
 
 
 def test_queue_with_waiting_latents_survives_a_state_dict():
-    quantizer, loaded = (VPVAE(VPVAEConfig(codebook_size=64, dim=4)) for _ in range(2))
+    quantizer, loaded = (VPVAE(VPVAEConfig(codebook_size=64, dim=4, eta="auto")) for _ in range(2))
     for step in range(6):
         quantizer(normals(1000, 4, seed=step))
     loaded.load_state_dict(quantizer.state_dict())
@@ -301,7 +301,7 @@ def test_tokens_beside_an_atom_still_move():
 
 
 def test_an_atom_leaves_eta_where_it_is():
-    quantizer = with_queue(torch.full((64 * 64, 4), 0.5), 64)
+    quantizer = with_queue(torch.full((64 * 64, 4), 0.5), 64, eta="auto")
     for _ in range(5):
         quantizer(torch.full((100, 4), 0.5))
     assert float(quantizer.log_eta) == 0
@@ -337,7 +337,7 @@ def test_quantization_error_is_zadors_law(dim):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_auto_eta_matches_the_energy_of_the_perturbation_to_real_quantization(steps):
     samples = normals(256 * 64, 4)
-    quantizer = with_queue(samples, 256, mh_steps=steps)
+    quantizer = with_queue(samples, 256, mh_steps=steps, eta="auto")
     energies = [energy(quantizer, normals(256, 4, seed=step)) for step in range(1, 161 // steps)]
     assert sum(energies[-40:]) / 40 == pytest.approx(kmeans(samples, 256, tolerance=1e-3).mse[-1], rel=0.1)
 

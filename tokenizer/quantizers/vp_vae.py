@@ -14,7 +14,7 @@ from tokenizer.distributed import gather_rows, mean_across_ranks
 from tokenizer.gradients import straight_through
 from tokenizer.kmeans import kmeans
 from tokenizer.moments import moment_losses
-from tokenizer.neighbors import BACKENDS, NeighborIndex, build_index
+from tokenizer.neighbors import BACKENDS, NeighborIndex, build_index, nearest_codeword
 from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.queue import LatentQueue
 from tokenizer.table import TableQuantizer, check_table
@@ -27,19 +27,20 @@ ETA_GAIN = 0.05  # of the log ratio per step: settles within some 50 steps, and 
 @dataclass
 class VPVAEConfig:
     """eta: radius of the perturbation in units of D_M, or "auto", which matches the energy of the perturbation,
-    all tokens counted, to the error that quantization to K codes will make (the official default is 1).
+    all tokens counted, to the error that quantization to K codes will make: about twice that of 1, the default.
 
     balance: 0 makes the codebook of least squared error, 1 one whose codes are all used about as often.
+    Defaults by results/e3: auto was never better than 1, and 0.5 lifts CVU from .86 to .96 for .03 dB.
     """
 
     codebook_size: int = 1024
     dim: int = 4
-    eta: int | float | str = "auto"
+    eta: int | float | str = 1.0
     mh_steps: int = 1  # Metropolis-Hastings steps per token
     density_k: int = 8  # neighbours of the density estimate; `k4nn` in the official code
     latents_per_code: int = 0  # M; 0 takes 16 per dimension, as the official code does
     update_probability: float = 0.01  # share of a batch's latents that enter the queue, once it is full
-    balance: float = 0.0
+    balance: float = 0.5
     backend: str = "auto"  # of the neighbour search: auto, kdtree, gemm, subsample
 
     def __post_init__(self) -> None:
@@ -198,7 +199,7 @@ def balancing_weights(latents: Tensor, codebook_size: int, balance: float) -> Te
     stride = max(1, len(latents) // (codebook_size * neighbours))
     some = latents[::stride]
     k = max(1, min(neighbours, round(len(some) / codebook_size)))
-    radius = build_index(some).kth_distances(latents, [k])[:, 0]
+    radius = build_index(some).kth_distances(some, [k])[:, 0][nearest_codeword(latents, some)]
     positive = radius[radius > 0]
     if len(positive) == 0:
         return torch.ones_like(radius)
