@@ -33,7 +33,7 @@ def whole(step: int = 0) -> Tensor:
 
 def vp_vae() -> VPVAE:
     # a queue of 1,024; 2 * 30 latents a step wait until 5 are there
-    return VPVAE(VPVAEConfig(codebook_size=16, dim=4, update_probability=0.1))
+    return VPVAE(VPVAEConfig(codebook_size=16, dim=4, eta="auto", update_probability=0.1))
 
 
 VQ_OPTIONS: dict[str, dict[str, Any]] = {

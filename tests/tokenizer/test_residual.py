@@ -144,7 +144,7 @@ def test_before_fit_vp_vae_hands_latents_through():
 
 
 def test_fit_gives_any_size_where_the_base_does():
-    quantizer = trained("vp_vae")
+    quantizer = trained("vp_vae", balance=0.0)  # else the curve is of weighted errors
     curve = quantizer.fit(normals(quantizer, 2000), codebook_size=16)
     assert quantizer.codebook_size == 16
     assert quantizer.codebook.shape == (4, 16, 4)

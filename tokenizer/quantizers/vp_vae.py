@@ -152,7 +152,7 @@ class VPVAE(TableQuantizer):
 
     @torch.no_grad()
     def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
-        """k-means over the latents; any codebook_size, since training fixed none."""
+        """k-means over the latents; any codebook_size, since training fixed none. Errors are weighted by `balance`."""
         self.codebook_size = codebook_size or self.codebook_size
         weights = balancing_weights(latents, self.codebook_size, self.config.balance) if self.config.balance else None
         found = kmeans(latents, self.codebook_size, weights=weights, seed=seed)
