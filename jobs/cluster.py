@@ -46,6 +46,15 @@ def _room(workers: WorkersConfig, cpus: float) -> int:
     return max(1, room)
 
 
+def device_for(num_gpus: float) -> str:
+    """cuda or cpu, as asked for: a GPU that torch cannot use must not pass for a slow job."""
+    import torch
+
+    if num_gpus and not torch.cuda.is_available():
+        raise RuntimeError(f"workers.gpus is {num_gpus:g}, but torch {torch.__version__} sees no GPU on this node")
+    return "cuda" if num_gpus else "cpu"
+
+
 class ShardWorker:
     """One actor: `process` is called with one shard after the other. Subclasses hold a model."""
 
@@ -53,7 +62,7 @@ class ShardWorker:
         import torch
 
         torch.set_num_threads(max(1, int(num_cpus)))  # Ray would leave one thread per process
-        self.device = "cuda" if num_gpus and torch.cuda.is_available() else "cpu"
+        self.device = device_for(num_gpus)
 
     def process(self, shard: Shard) -> Any:
         raise AssertionError

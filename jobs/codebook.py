@@ -16,7 +16,7 @@ import torch
 from jobs import cluster
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.progress import Progress
-from jobs.reading import decoded_batches
+from jobs.reading import Item, decoded_batches
 from jobs.report import latents_png, line_png, page, picture, table, usage_png
 from pipeline import storage
 from pipeline.errors import ShardError
@@ -24,6 +24,7 @@ from pipeline.manifest import Shard, find_shards
 from pipeline.reservoir import Reservoir
 from pipeline.tokens.output import Quarantined
 from tokenizer.autoencoder import Autoencoder
+from tokenizer.errors import BadSample
 from tokenizer.latents import LatentEncoder
 from tokenizer.metrics import count_codes, digit_usage, usage
 from tokenizer.tokenizer import Tokenizer
@@ -130,8 +131,7 @@ class LatentWorker(cluster.ShardWorker):
         part = LatentPart(Reservoir(self.capacity, self.seed))
         try:
             for batch in decoded_batches(shard.url, self.encoder, self.options, quarantined):
-                for z in self.encoder.latents([item.decoded.array for item in batch]):
-                    rows.append(z.flatten(0, -2).cpu().numpy())
+                rows += self._latents(batch, quarantined)
         except ShardError as error:  # what came before the break is as good a sample as any
             part.failure = str(error)
         if rows:
@@ -140,6 +140,18 @@ class LatentWorker(cluster.ShardWorker):
             part.num_latents = len(latents)
         part.num_bad = len(quarantined)
         return part
+
+    def _latents(self, batch: list[Item], bad: list[Quarantined]) -> list[np.ndarray]:
+        """[N, in_dim] of each sample; one whose latents are NaN counts as bad, and its neighbours do not."""
+        try:
+            found = self.encoder.latents([item.decoded.array for item in batch])
+            return [z.flatten(0, -2).cpu().numpy() for z in found]
+        except BadSample as error:
+            if len(batch) > 1:
+                return [rows for item in batch for rows in self._latents([item], bad)]
+            sample = batch[0].sample
+            bad.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
+            return []
 
 
 def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, config: Config, run_url: str) -> None:
@@ -183,5 +195,5 @@ def _page(
     codes = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
     pictures = [usage_png(counts), latents_png(latents[:PLOTTED_LATENTS, : quantizer.dim].numpy(), codes)]
     if curve:
-        pictures.insert(0, line_png(curve, "squared error per latent", "Lloyd iteration"))
+        pictures.insert(0, line_png(curve, "error per latent (weighted, if balanced)", "Lloyd iteration"))
     return page(f"Codebook of {tokenizer.codebook_size} codes", [table(numbers), *map(picture, pictures)])

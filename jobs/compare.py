@@ -28,6 +28,7 @@ from pipeline.batches import map_in_threads
 from pipeline.errors import ShardError
 from pipeline.manifest import Manifest, find_shards
 from pipeline.samples import read_samples
+from tokenizer.errors import BadSample
 from tokenizer.modality import Modality, build_modality
 from tokenizer.quantizer import QUANTIZERS
 from tokenizer.training import Recipe
@@ -56,7 +57,8 @@ def run(config: Config) -> int:
     url = storage.normalise(config.run)
     train, heldout = find_shards(config.data.shards), find_shards(config.compare.heldout)
     others = {name: find_shards(shards) for name, shards in config.compare.others.items()}
-    planned = plan(config, url, " ".join(manifest.id for manifest in (train, heldout, *others.values())))
+    corpora = {"train": train, "heldout": heldout, **{f"others.{name}": shards for name, shards in others.items()}}
+    planned = plan(config, url, json.dumps({name: manifest.id for name, manifest in corpora.items()}))
     modality = build_modality(config.model.modality, config.data.preprocess)
     with checked("metrics"):
         modality.metrics(config.metrics)
@@ -64,9 +66,8 @@ def run(config: Config) -> int:
     print(f"compare: {len(planned)} trials, {len(planned) - len(todo)} of them done already", flush=True)
     failed: dict[str, str] = {}
     if todo:
-        arrays = {"train": train, "heldout": heldout, **{f"others.{name}": shards for name, shards in others.items()}}
-        failed = _run_trials(todo, {name: _load(m, modality, config) for name, m in arrays.items()}, config)
-    originals = _load(heldout, modality, config, limit=config.compare.pictures)
+        failed = _run_trials(todo, {name: _load(m, modality, config) for name, m in corpora.items()}, config)
+    originals = _load(heldout, modality, config, config.compare.pictures) if config.compare.pictures else []
     write_report(url, _results(planned), [modality.view(array) for array in originals], config)
     for name, reason in failed.items():
         print(f"compare: failed trial {name}: {reason}")
@@ -161,7 +162,7 @@ def _run_trials(todo: list[Planned], arrays: dict[str, Any], config: Config) -> 
     shared = {name: ray.put(part) for name, part in arrays.items()}
     cpus, gpus = config.workers.cpus or 1, config.workers.gpus
     task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_trial_task)
-    running = {task.remote(one, shared, cpus, bool(gpus), news): one for one in todo}
+    running = {task.remote(one, shared, cpus, gpus, news): one for one in todo}
     failed: dict[str, str] = {}
     board = _Board(len(todo))
     while running:
@@ -177,7 +178,7 @@ def _run_trials(todo: list[Planned], arrays: dict[str, Any], config: Config) -> 
     return failed
 
 
-def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: bool, news: Any) -> str:
+def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: float, news: Any) -> str:
     """Runs one trial in a Ray worker, writes its result, and returns a line about it."""
     import ray
     import torch
@@ -185,7 +186,7 @@ def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: bool, ne
     from tokenizer.trial import run_trial
 
     torch.set_num_threads(max(1, int(cpus)))  # Ray would leave one thread per process
-    device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+    device = cluster.device_for(gpu)
 
     def report(row: dict[str, float]) -> None:
         # not news.put, which waits: Ray gives the CPU of a task that waits to another one
@@ -202,7 +203,7 @@ def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: bool, ne
         examples = [base64.b64encode(png).decode() for png in found.examples]
         result |= {"numbers": found.numbers, "others": found.others, "history": found.history, "examples": examples}
         line = "  ".join(f"{name} {found.numbers[name]:.4g}" for name in (*found.numbers["quality"], "cvu"))
-    except FloatingPointError as error:  # a method that diverges under the common recipe is a result
+    except (FloatingPointError, BadSample) as error:  # a method that diverges under the common recipe is a result
         result |= {"diverged": str(error)}
         line = f"diverged: {error}"
     result |= {"finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "took_s": time.time() - started}
@@ -233,9 +234,15 @@ class _Board:
     def hear(self, news: Any) -> None:
         for row in news.get_nowait_batch(news.qsize()):
             self.rows[row["name"]] = row
-        if time.monotonic() - self.last < TELL_EVERY_S or not self.rows:
+        if time.monotonic() - self.last < TELL_EVERY_S:
             return
         self.last = time.monotonic()
+        if not self.rows:
+            print(
+                f"compare: {self.done}/{self.total} done, waiting for CPUs or GPUs (workers.cpus, workers.gpus)",
+                flush=True,
+            )
+            return
         told = [f"{name} {row['step']}/{row['steps']} loss {row['loss']:.4g}" for name, row in self.rows.items()]
         print(f"compare: {self.done}/{self.total} done, running {'; '.join(told)}", flush=True)
 
@@ -251,4 +258,5 @@ class _Board:
 
 
 def _results(planned: list[Planned]) -> list[dict[str, Any]]:
-    return [json.loads(storage.read(one.url)) for one in planned if storage.exists(one.url)]
+    there = [(one, json.loads(storage.read(one.url))) for one in planned if storage.exists(one.url)]
+    return [{**result, "label": one.label} for one, result in there]

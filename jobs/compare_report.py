@@ -60,7 +60,8 @@ def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes]
             storage.replace(f"{place}-{kind}.png", png)
         print(f"{name}:\n{text}" if name else text)
     storage.replace(f"{base}.json", (json.dumps({"tables": tables, "trials": trials}, indent=1) + "\n").encode())
-    storage.replace(f"{base}-pictures.png", gallery_png(_gallery(results, originals)))
+    if originals:
+        storage.replace(f"{base}-pictures.png", gallery_png(_gallery(results, originals)))
     print(f"compare: report at {base}.md, .json, .csv; plots at {base}-*.png")
 
 

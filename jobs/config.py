@@ -153,7 +153,7 @@ class Config:
             value: Any = self
             for part in key.split("."):
                 value = getattr(value, part)
-            if value in ("", None, []):
+            if value in ("", None, [], {}):
                 raise ConfigError(f"{key} is not set; give {key}=... on the command line or in the YAML file")
 
 
@@ -178,6 +178,8 @@ def _build(parts: list[DictConfig]) -> Config:
         merged = _merge(merged, part)
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
+    for section, key in ((given, "metrics"), (given["train"], "losses")):
+        section[key] = _plain(section.get(key, {}))  # no type reads these: an override is text so far
     config = _typed(Config, given, "")
     _check_named(config)
     return config
@@ -299,10 +301,20 @@ def _check_named(config: Config) -> None:
         raise ConfigError(f"data.shards is {shards!r}; it must be a path, a glob, braces, or a list of them")
 
 
+def _plain(value: Any) -> Any:
+    """Text that YAML reads as a number or a truth value becomes that, at any depth."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if not isinstance(value, str):
+        return value
+    read = yaml.safe_load(value) if value else value
+    return read if isinstance(read, bool | int | float) else value
+
+
 def _named(registry: Any, given: dict[str, Any], prefix: str) -> dict[str, Any]:
     if "name" not in given:
         raise ConfigError(f"{prefix}name is not set; there are: {', '.join(registry.names())}")
     cls = registry.get(given["name"])
-    fields = {key: value for key, value in given.items() if key != "name"}
+    fields = {key: _plain(value) if isinstance(value, dict) else value for key, value in given.items() if key != "name"}
     _refuse_unknown(fields, cls.Config, prefix)
     return {"name": given["name"], **dataclasses.asdict(_typed(cls.Config, fields, prefix))}

@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens.output import Quarantined
+from tokenizer.errors import BadSample
 from tokenizer.evaluation import Evaluation
 from tokenizer.quantizer import Quantizer
 from tokenizer.tokenizer import Tokenizer
@@ -81,11 +82,22 @@ class EvaluateWorker(cluster.ShardWorker):
         quarantined: list[Quarantined] = []
         try:
             for batch in decoded_batches(shard.url, self.tokenizer, self.options, quarantined):
-                self._add(batch, part)
+                self._add_or_leave_out(batch, part, quarantined)
         except ShardError as error:
             part.failure = str(error)
         part.num_bad = len(quarantined)
         return shard.url, part
+
+    def _add_or_leave_out(self, batch: list[Item], part: Part, bad: list[Quarantined]) -> None:
+        """A sample whose latents are NaN counts as bad, and its neighbours do not."""
+        try:
+            self._add(batch, part)
+        except BadSample as error:
+            for item in batch if len(batch) > 1 else []:
+                self._add_or_leave_out([item], part, bad)
+            if len(batch) == 1:
+                sample = batch[0].sample
+                bad.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
 
     def _add(self, batch: list[Item], part: Part) -> None:
         tokenizer = self.tokenizer
@@ -128,8 +140,10 @@ def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part],
     ]
     storage.replace(f"{base}.json", (json.dumps(numbers, indent=1) + "\n").encode())
     storage.replace(f"{base}.html", page(f"Evaluation of {name}", sections))
-    storage.replace(f"{base}.png", sheet_png([example.views for example in examples]))
+    if examples:
+        storage.replace(f"{base}.png", sheet_png([example.views for example in examples]))
     quality = list(dict.fromkeys(name for part in parts for name in part.evaluation.metrics))
     shown = ("num_samples", *quality, "cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation", *rate)
-    print("evaluate: " + "  ".join(f"{key} {numbers[key]:.4g}" for key in shown if key in numbers))
+    told = [f"{key} {numbers[key]:{'' if isinstance(numbers[key], int) else '.4g'}}" for key in shown if key in numbers]
+    print(f"evaluate: {'  '.join(told)}")
     print(f"evaluate: report at {base}.html, pictures at {base}.png")

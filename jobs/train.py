@@ -41,10 +41,10 @@ def run(config: Config) -> int:
 
 def check(config: Config) -> None:
     """What can be known to be wrong before Ray starts."""
-    modality = build_modality(config.model.modality, config.data.preprocess)
     try:
+        modality = build_modality(config.model.modality, config.data.preprocess)
         autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
-    except ValueError as error:
+    except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual's base
         raise ConfigError(str(error)) from error
     known, factor = known_losses(autoencoder, modality), autoencoder.factor
     for name in config.train.loss_weights:

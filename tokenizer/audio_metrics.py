@@ -134,4 +134,6 @@ def _require_slow() -> None:
         import soxr  # noqa: F401
     except ImportError as error:
         needs = f"PESQ and STOI need the packages pesq, pystoi and soxr ({error})"
-        raise ImportError(f"{needs}; pip install tokenmill[audio], or leave both out with slow=False") from error
+        raise ImportError(
+            f"{needs}; pip install -e '.[audio]' in Tokenmill's folder, or leave both out with slow=False"
+        ) from error

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokenizer.distributed import gather_rows
+from tokenizer.distributed import from_first_rank, gather_rows
 from tokenizer.errors import CodebookMissing
 from tokenizer.kmeans import kmeans
 from tokenizer.neighbors import nearest_codeword
@@ -65,7 +65,8 @@ class TableQuantizer(Quantizer):
 def first_codes(z: Tensor, codebook_size: int) -> Tensor:
     """Codes to start from: k-means over the first batch of all ranks, the same codes on each. z [N, D] -> [K, D]."""
     tokens = gather_rows(z)[: INIT_TOKENS_PER_CODE * codebook_size]
-    return kmeans(tokens, codebook_size, max_iterations=INIT_ITERATIONS).centroids
+    # sent around although every rank computes it: sums on a GPU need not come out in the same order
+    return from_first_rank(kmeans(tokens, codebook_size, max_iterations=INIT_ITERATIONS).centroids)
 
 
 def check_table(codebook_size: int, dim: int) -> None:

@@ -255,4 +255,4 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"sound needs the package {name}: pip install tokenmill[audio]") from error
+        raise ImportError(f"sound needs the package {name}: pip install -e '.[audio]' in Tokenmill's folder") from error

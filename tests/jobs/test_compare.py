@@ -113,6 +113,16 @@ def test_a_mistake_in_a_method_is_told_before_ray_starts(tmp_path, capsys, metho
     assert not (tmp_path / "run").exists()
 
 
+def test_a_comparison_without_methods_is_a_mistake(tmp_path, capsys):
+    assert main(["compare", config(tmp_path, {})]) == 2
+    assert "compare.methods is not set" in capsys.readouterr().err
+
+
+def test_whole_numbers_do_for_eta(tmp_path):
+    methods = {"VP-VAE": {"quantizer": {"name": "vp_vae", "eta": 1}}}
+    assert planned(tmp_path, methods)[0].trial.model["quantizer"]["eta"] == 1.0
+
+
 # -- the table ------------------------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,18 @@ def test_ill_typed_value_is_named_by_its_key(given: str):
     assert str(raised.value).startswith(given.split("=")[0])
 
 
+def test_text_of_free_settings_becomes_what_it_says():
+    """No type reads these: "false" would be true."""
+    config = load_config(["metrics.slow=false", "metrics.perceptual_weights=w.safetensors", "train.losses.scale=2"])
+    assert config.metrics == {"slow": False, "perceptual_weights": "w.safetensors"}
+    assert config.train.losses == {"scale": 2}
+
+
+def test_text_of_a_residuals_base_becomes_what_it_says():
+    given = ["quantizer.name=residual", "quantizer.base.name=vq_vae", "quantizer.base.codebook_size=32"]
+    assert load_config(given).quantizer["base"] == {"name": "vq_vae", "codebook_size": 32}
+
+
 @pytest.mark.parametrize("given", ["train.betas=[1,2,3]", "train.betas=[a,b]"])
 def test_ill_typed_element_of_a_tuple_is_named_by_its_key(given: str):
     with pytest.raises(ConfigError, match=r"train\.betas"):

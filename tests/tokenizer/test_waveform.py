@@ -491,4 +491,4 @@ def test_what_decodes_is_imported_when_needed_only():
 def test_a_missing_package_is_named_with_the_command_that_helps():
     code = "import sys; sys.modules['soxr'] = None; import tokenizer.waveform as w; w.require_packages()"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: sound needs the package soxr: pip install tokenmill[audio]" in found.stderr
+    assert "ImportError: sound needs the package soxr: pip install -e '.[audio]'" in found.stderr

@@ -196,8 +196,9 @@ def balancing_weights(latents: Tensor, codebook_size: int, balance: float) -> Te
     holds a fixed number of them, up to a factor. Differs: not in the paper, whose k-means has no weights.
     """
     neighbours = 16 * latents.shape[1]
-    stride = max(1, len(latents) // (codebook_size * neighbours))
-    some = latents[::stride]
+    # drawn, not every n-th: latents come row by row of a picture, and a stride would see some of its columns only
+    drawn = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[: codebook_size * neighbours]
+    some = latents[drawn.to(latents.device)]
     k = max(1, min(neighbours, round(len(some) / codebook_size)))
     radius = build_index(some).kth_distances(some, [k])[:, 0][nearest_codeword(latents, some)]
     positive = radius[radius > 0]
