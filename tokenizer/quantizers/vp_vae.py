@@ -195,6 +195,8 @@ def balancing_weights(latents: Tensor, codebook_size: int, balance: float) -> Te
     w = f^(2/d) that is f itself, so that each code has the same share of the latents; f^(-1/d) is the radius that
     holds a fixed number of them, up to a factor. Differs: not in the paper, whose k-means has no weights.
     """
+    if len(latents) == 0:
+        return latents.new_ones(0)  # k-means says what is wrong
     neighbours = 16 * latents.shape[1]
     # drawn, not every n-th: latents come row by row of a picture, and a stride would see some of its columns only
     drawn = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[: codebook_size * neighbours]
