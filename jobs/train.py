@@ -6,6 +6,7 @@ from the last checkpoint.
 
 import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -32,11 +33,20 @@ def run(config: Config) -> int:
     if storage.exists(storage.join(url, "model", "model.safetensors")):
         print(f"train: {url}/model is there already; choose another `run` to train anew")
         return 0
+    config.train.losses = _absolute(config.train.losses)
     cluster.start()
     result = _fit(url, {"config": config, "shards": shards}, config)
     print(f"train: done, {result}")
     print(f"train: model at {url}/model, curves at {url}/reports/train.png")
     return 0
+
+
+def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """Files by their whole path: Ray Train's workers run in another folder than the driver."""
+    return {
+        key: str(Path(value).resolve()) if isinstance(value, str) and Path(value).is_file() else value
+        for key, value in settings.items()
+    }
 
 
 def check(config: Config) -> None:

