@@ -100,12 +100,15 @@ def test_lossless_files_give_their_very_samples(kind: str, subtype: str, seconds
     assert size(data) == {"sample_rate": sample_rate, "num_samples": len(x)}
 
 
-@pytest.mark.parametrize("sample_rate", [8000, 16000, 24000, 44100, 48000])
+# Opus has no 44.1 kHz
+LOSSY_AT = [
+    (*lossy, r) for lossy in LOSSY for r in (8000, 16000, 24000, 44100, 48000) if (lossy[1], r) != ("OPUS", 44100)
+]
+
+
 @pytest.mark.parametrize("seconds", [0.02, 1.37])
-@pytest.mark.parametrize(("kind", "subtype"), LOSSY)
+@pytest.mark.parametrize(("kind", "subtype", "sample_rate"), LOSSY_AT)
 def test_lossy_files_give_as_many_samples_and_about_their_values(kind, subtype, seconds: float, sample_rate: int):
-    if subtype == "OPUS" and sample_rate == 44100:
-        pytest.skip("Opus has no such rate")
     x = sweep(sample_rate, seconds)
     data = by_soundfile(x, sample_rate, kind, subtype)
     found = read(data, sample_rate)
