@@ -1,13 +1,9 @@
-"""Ray, started quietly on a laptop or joined on a cluster; and work that is dealt out shard by shard."""
+"""Ray, started quietly on a laptop or joined on a cluster, and what there is room for on it."""
 
 import logging
 import os
-import pickle
-from collections.abc import Iterator
-from typing import Any
 
 from jobs.config import WorkersConfig
-from pipeline.manifest import Shard
 
 
 def start() -> None:
@@ -35,15 +31,15 @@ def cpus_per_rank(workers: WorkersConfig) -> float:
     return workers.cpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // (workers.count or 1))
 
 
-def _room(workers: WorkersConfig, cpus: float) -> int:
-    """How many actors the cluster has CPUs and GPUs for, at least 1."""
+def room(workers: WorkersConfig) -> int:
+    """How many actors the cluster has CPUs and GPUs for now, at least 1."""
     import ray
 
     resources = ray.cluster_resources()
-    room = int(resources.get("CPU", 1) // cpus)
+    count = int(resources.get("CPU", 1) // (workers.cpus or 1))
     if workers.gpus:
-        room = min(room, int(resources.get("GPU", 0) // workers.gpus))
-    return max(1, room)
+        count = min(count, int(resources.get("GPU", 0) // workers.gpus))
+    return max(1, count)
 
 
 def device_for(num_gpus: float) -> str:
@@ -53,47 +49,3 @@ def device_for(num_gpus: float) -> str:
     if num_gpus and not torch.cuda.is_available():
         raise RuntimeError(f"workers.gpus is {num_gpus:g}, but torch {torch.__version__} sees no GPU on this node")
     return "cuda" if num_gpus else "cpu"
-
-
-class ShardWorker:
-    """One actor: `process` is called with one shard after the other. Subclasses hold a model."""
-
-    def __init__(self, num_cpus: float, num_gpus: float):
-        import torch
-
-        torch.set_num_threads(max(1, int(num_cpus)))  # Ray would leave one thread per process
-        self.device = device_for(num_gpus)
-
-    def process(self, shard: Shard) -> Any:
-        raise AssertionError
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [pickle.dumps(self.process(pickle.loads(shard))) for shard in batch["shard"]]}
-
-
-def map_shards(
-    shards: list[Shard], worker: type[ShardWorker], settings: dict[str, Any], workers: WorkersConfig
-) -> Iterator[Any]:
-    """What `worker(**settings).process` makes of each shard, in the order in which they are done.
-
-    Only descriptors and results pass through Ray. A worker that dies is started again with the shard it had.
-    """
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # after the import, which sets it to INFO
-    context = ray.data.DataContext.get_current()
-    context.print_on_execution_start = False
-    context.enable_progress_bars = False
-    cpus = workers.cpus or 1
-    count = min(workers.count or _room(workers, cpus), len(shards))
-    items = [{"shard": pickle.dumps(shard)} for shard in shards]
-    done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        worker,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=count),
-        fn_constructor_kwargs={**settings, "num_cpus": cpus, "num_gpus": workers.gpus},
-        num_cpus=cpus,
-        num_gpus=workers.gpus or None,
-    )
-    for row in done.iter_rows():
-        yield pickle.loads(row["result"])

@@ -18,6 +18,7 @@ from jobs.config import Config, ConfigError, TokensConfig
 from jobs.progress import Progress
 from jobs.reading import Item, decoded_batches
 from jobs.report import latents_png, line_png, page, picture, table, usage_png
+from jobs.shard_pool import ShardWorker, map_shards
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
@@ -87,7 +88,7 @@ def _gather_latents(config: Config, run_url: str) -> torch.Tensor:
     }
     progress = Progress("codebook", total=len(shards), unit="shards")
     everything = Reservoir(config.codebook.max_latents, config.codebook.seed)
-    for part in cluster.map_shards(shards, LatentWorker, settings, config.workers):
+    for part in map_shards(shards, LatentWorker, settings, config.workers):
         everything.merge(part.sample)
         if part.failure:
             print(f"codebook: failed shard: {part.failure}")
@@ -108,7 +109,7 @@ class LatentPart:
     failure: str | None = None
 
 
-class LatentWorker(cluster.ShardWorker):
+class LatentWorker(ShardWorker):
     """Holds the encoder and turns shards into latents."""
 
     def __init__(
@@ -132,6 +133,7 @@ class LatentWorker(cluster.ShardWorker):
         try:
             for batch in decoded_batches(shard.url, self.encoder, self.options, quarantined):
                 rows += self._latents(batch, quarantined)
+                self.tick(shard)
         except ShardError as error:  # what came before the break is as good a sample as any
             part.failure = str(error)
         if rows:
@@ -140,6 +142,10 @@ class LatentWorker(cluster.ShardWorker):
             part.num_latents = len(latents)
         part.num_bad = len(quarantined)
         return part
+
+    @staticmethod
+    def failed(shard: Shard, reason: str) -> LatentPart:
+        return LatentPart(Reservoir(0, 0), failure=f"{shard.url}: {reason}")
 
     def _latents(self, batch: list[Item], bad: list[Quarantined]) -> list[np.ndarray]:
         """[N, in_dim] of each sample; one whose latents are NaN counts as bad, and its neighbours do not."""

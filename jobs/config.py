@@ -64,13 +64,17 @@ class WorkersConfig:
 
     cpus: per worker, and its torch threads. 0 gives ranks an even share of the machine, and actors one each: not
     their share, since the last bit of a sum depends on the threads, and tokens must not depend on the workers.
+    stall_timeout_s: an actor whose shard does not get on for so long is killed, and its shard given to another.
     """
 
     count: int = 0
     cpus: float = 0
     gpus: float = 0
+    stall_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        if self.stall_timeout_s <= 0:
+            raise ValueError(f"workers.stall_timeout_s is {self.stall_timeout_s}; it must be above 0 seconds")
         for name in ("count", "cpus", "gpus"):
             if getattr(self, name) < 0:
                 raise ValueError(f"workers.{name} is {getattr(self, name)}; it must be 0 or more")

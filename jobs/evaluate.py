@@ -15,6 +15,7 @@ from jobs.frozen import load_tokenizer, tokenizer_url
 from jobs.progress import Progress
 from jobs.reading import Item, decoded_batches
 from jobs.report import Example, latents_png, page, picture, sheet_png, side_by_side, table, usage_png
+from jobs.shard_pool import ShardWorker, map_shards
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
@@ -29,9 +30,9 @@ PLOTTED_LATENTS = 4000
 
 @dataclass
 class Part:
-    """What one shard adds to the report."""
+    """What one shard adds to the report; evaluation is None where its workers died."""
 
-    evaluation: Evaluation
+    evaluation: Evaluation | None
     examples: list[Example] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)
     num_bad: int = 0
@@ -54,19 +55,21 @@ def run(config: Config) -> int:
     }
     progress = Progress("evaluate", total=len(shards), unit="shards")
     parts: dict[str, Part] = {}
-    for shard_url, part in cluster.map_shards(shards, EvaluateWorker, settings, config.workers):
+    for shard_url, part in map_shards(shards, EvaluateWorker, settings, config.workers):
         parts[shard_url] = part
-        progress.advance(samples=len(part.evaluation.sizes), bad_samples=part.num_bad)
+        progress.advance(samples=len(part.evaluation.sizes) if part.evaluation else 0, bad_samples=part.num_bad)
     progress.close()
     ordered = [parts[shard.url] for shard in shards]  # so that the report does not depend on who was first
-    numbers = _summarise(ordered, tokenizer)
-    _write(url, config, numbers, ordered, tokenizer.autoencoder.quantizer)
+    whole = _merged(ordered, tokenizer)
+    num_bad = sum(part.num_bad for part in ordered)
+    numbers = {"tokenizer_id": tokenizer.id, "num_bad": num_bad, **whole.summary(tokenizer)}
+    _write(url, config, numbers, whole, ordered, tokenizer.autoencoder.quantizer)
     for failure in (part.failure for part in ordered if part.failure):
         print(f"evaluate: failed shard: {failure}")
     return 3 if any(part.failure for part in ordered) else 0
 
 
-class EvaluateWorker(cluster.ShardWorker):
+class EvaluateWorker(ShardWorker):
     """Holds the tokenizer; encodes, decodes and compares."""
 
     def __init__(
@@ -83,10 +86,15 @@ class EvaluateWorker(cluster.ShardWorker):
         try:
             for batch in decoded_batches(shard.url, self.tokenizer, self.options, quarantined):
                 self._add_or_leave_out(batch, part, quarantined)
+                self.tick(shard)
         except ShardError as error:
             part.failure = str(error)
         part.num_bad = len(quarantined)
         return shard.url, part
+
+    @staticmethod
+    def failed(shard: Shard, reason: str) -> tuple[str, Part]:
+        return shard.url, Part(None, failure=f"{shard.url}: {reason}")
 
     def _add_or_leave_out(self, batch: list[Item], part: Part, bad: list[Quarantined]) -> None:
         """A sample whose latents are NaN counts as bad, and its neighbours do not."""
@@ -101,6 +109,7 @@ class EvaluateWorker(cluster.ShardWorker):
 
     def _add(self, batch: list[Item], part: Part) -> None:
         tokenizer = self.tokenizer
+        assert part.evaluation is not None
         rebuilt = part.evaluation.add(tokenizer, [item.decoded for item in batch], self.quality)
         if sum(map(len, part.latents)) < PLOTTED_LATENTS:
             latents = tokenizer.latents([item.decoded.array for item in batch])
@@ -112,38 +121,38 @@ class EvaluateWorker(cluster.ShardWorker):
             part.examples.append(Example(item.sample.key, tokenizer.modality.mime, views, files))
 
 
-def _summarise(parts: list[Part], tokenizer: Tokenizer) -> dict[str, Any]:
+def _merged(parts: list[Part], tokenizer: Tokenizer) -> Evaluation:
     whole = Evaluation.empty(tokenizer)
     for part in parts:
-        whole.merge(part.evaluation)
+        if part.evaluation is not None:
+            whole.merge(part.evaluation)
     if not whole.sizes:
         raise ConfigError("no sample could be evaluated: every shard failed or is empty")
-    num_bad = sum(part.num_bad for part in parts)
-    return {"tokenizer_id": tokenizer.id, "num_bad": num_bad, **whole.summary(tokenizer)}
+    return whole
 
 
-def _write(url: str, config: Config, numbers: dict[str, Any], parts: list[Part], quantizer: Quantizer) -> None:
+def _write(
+    url: str, config: Config, numbers: dict[str, Any], whole: Evaluation, parts: list[Part], quantizer: Quantizer
+) -> None:
     name = url.rsplit("/", 1)[1]
-    rate = ("bits_per_pixel", "kbps")
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
     examples = [example for part in parts for example in part.examples][: config.limit]
     z = np.concatenate([rows for part in parts for rows in part.latents])[:PLOTTED_LATENTS, : quantizer.dim]
     codebook = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
-    counts = np.sum([part.evaluation.counts for part in parts], axis=(0, 1))
     sections = [
         table(numbers),
         "<h2>Original and reconstruction</h2>",
         *map(side_by_side, examples),
         "<h2>Codes</h2>",
-        picture(usage_png(counts)),
+        picture(usage_png(whole.counts.sum(axis=0))),
         picture(latents_png(z, codebook)),
     ]
     storage.replace(f"{base}.json", (json.dumps(numbers, indent=1) + "\n").encode())
     storage.replace(f"{base}.html", page(f"Evaluation of {name}", sections))
     if examples:
         storage.replace(f"{base}.png", sheet_png([example.views for example in examples]))
-    quality = list(dict.fromkeys(name for part in parts for name in part.evaluation.metrics))
-    shown = ("num_samples", *quality, "cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation", *rate)
+    used = ("cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation")
+    shown = ("num_samples", *whole.metrics, *used, "bits_per_pixel", "kbps")
     told = [f"{key} {numbers[key]:{'' if isinstance(numbers[key], int) else '.4g'}}" for key in shown if key in numbers]
     print(f"evaluate: {'  '.join(told)}")
     print(f"evaluate: report at {base}.html, pictures at {base}.png")

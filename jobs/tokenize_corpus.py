@@ -4,10 +4,14 @@ todo = shards without a manifest entry -> an actor per device reads a shard, dec
 encodes, writes tokens and quarantine, and commits -> one small row of counts comes back.
 """
 
+import contextlib
 import json
 import time
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from jobs import cluster
@@ -15,6 +19,7 @@ from jobs.config import Config, ConfigError, TokensConfig
 from jobs.frozen import load_tokenizer, tokenizer_url
 from jobs.progress import Progress
 from jobs.reading import Item, Stopwatch, decoded_batches
+from jobs.shard_pool import ShardWorker, map_shards
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens import Layout, Output, Quarantined, TokenRow
@@ -25,12 +30,13 @@ from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
 @dataclass
 class ShardResult:
-    """What comes back from a worker. failure is None where the shard was committed."""
+    """What comes back from a worker. failure is None where the shard was committed; lost: the shard that killed it."""
 
     num_rows: int = 0
     num_quarantined: int = 0
     num_tokens: int = 0
     failure: str | None = None
+    lost: Shard | None = None
 
 
 def run(config: Config) -> int:
@@ -56,9 +62,11 @@ def _tokenize(todo: list[Shard], url: str, output: Output, config: Config) -> li
     settings = {"tokenizer_url": url, "output_url": output.url, "options": config.tokens}
     progress = Progress("tokenize", total=len(todo), unit="shards")
     failures = []
-    for result in cluster.map_shards(todo, TokenizeWorker, settings, config.workers):
+    for result in map_shards(todo, TokenizeWorker, settings, config.workers):
         if result.failure:
             failures.append(result.failure)
+        if result.lost:
+            output.note_failure(result.lost, result.failure, now=time.time())
         progress.advance(samples=result.num_rows, tokens=result.num_tokens, quarantined=result.num_quarantined)
     progress.close()
     return failures
@@ -97,8 +105,10 @@ def layout_of(tokenizer: Tokenizer, options: TokensConfig) -> Layout:
     )
 
 
-class TokenizeWorker(cluster.ShardWorker):
-    """Holds the tokenizer on its device and takes one shard after the other from bytes to commit."""
+class TokenizeWorker(ShardWorker):
+    """Holds the tokenizer on its device and takes shards from bytes to commit."""
+
+    in_flight = 2  # one is read, decoded and written while the other's batches are on the device
 
     def __init__(self, tokenizer_url: str, output_url: str, options: TokensConfig, **resources: Any):
         super().__init__(**resources)
@@ -116,23 +126,38 @@ class TokenizeWorker(cluster.ShardWorker):
         self.output.note_failure(shard, failure, now=time.time())
         return ShardResult(failure=failure)
 
+    @staticmethod
+    def failed(shard: Shard, reason: str) -> ShardResult:
+        return ShardResult(failure=f"{shard.url}: {reason}", lost=shard)
+
     def _commit(self, shard: Shard) -> ShardResult:
-        rows, quarantined, seconds = tokenize_shard(shard, self.tokenizer, self.options)
+        tick = partial(self.tick, shard)
+        rows, quarantined, seconds = tokenize_shard(shard, self.tokenizer, self.options, self.device_lock, tick)
         entry = self.output.commit(shard, rows, quarantined, seconds, now=time.time())
         return ShardResult(entry.num_rows, entry.num_quarantined, entry.num_tokens)
 
 
 def tokenize_shard(
-    shard: Shard, tokenizer: Tokenizer, options: TokensConfig
+    shard: Shard,
+    tokenizer: Tokenizer,
+    options: TokensConfig,
+    device_lock: AbstractContextManager[Any] = contextlib.nullcontext(),  # noqa: B008
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[list[TokenRow], list[Quarantined], dict[str, float]]:
-    """All rows of a shard in its order, what went to quarantine, and seconds waited for data and spent encoding."""
+    """All rows of a shard in its order, what went to quarantine, and seconds waited for data and spent encoding.
+
+    device_lock is held while a batch is encoded; tick is called after each.
+    """
     rows: list[TokenRow] = []
     quarantined: list[Quarantined] = []
     watch = Stopwatch()
     for batch in decoded_batches(shard.url, tokenizer, options, quarantined):
         watch.lap("wait")
-        _encode(batch, tokenizer, options, rows, quarantined)
-        watch.lap("encode")
+        with device_lock:
+            watch.lap("queue")
+            _encode(batch, tokenizer, options, rows, quarantined)
+            watch.lap("encode")
+        tick()
     watch.lap("wait")
     return sorted(rows, key=lambda row: row.source_index), quarantined, watch.seconds
 
