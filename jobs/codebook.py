@@ -4,9 +4,11 @@ Writes RUN/tokenizers/<quantizer>-K<size> and a report of error, CVU, dead codes
 whose codes are learned or fixed take the same road: their codebook is frozen as it is, and reported on.
 """
 
+import contextlib
 import copy
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +39,18 @@ def run(config: Config) -> int:
     config.require("run", "data.shards")
     run_url = storage.normalise(config.run)
     autoencoder = _trained(run_url)
-    sizes = _sizes(config.codebook.size)
-    todo = [size for size in sizes if not storage.exists(_place(run_url, autoencoder, size, "tokenizer.json"))]
-    for size in sizes:
+    with _explained():
+        autoencoder.change_fit(config.codebook.settings)
+    places = {size: _place(run_url, autoencoder, size, config) for size in _sizes(config.codebook.size)}
+    todo = [size for size, place in places.items() if not storage.exists(storage.join(place, "tokenizer.json"))]
+    for size, place in places.items():
         if size not in todo:
-            print(f"codebook: {_place(run_url, autoencoder, size)} is there already")
+            print(f"codebook: {place} is there already")
     if not todo:
         return 0
     latents = _gather_latents(config, run_url)
     for size in todo:
-        _make(copy.deepcopy(autoencoder), latents, size, config, run_url)
+        _make(copy.deepcopy(autoencoder), latents, size, config, places[size])
     return 0
 
 
@@ -70,9 +74,19 @@ def _sizes(size: Any) -> list[int | None]:
     return list(sizes)
 
 
-def _place(run_url: str, autoencoder: Autoencoder, size: int | None, *parts: str) -> str:
+def _place(run_url: str, autoencoder: Autoencoder, size: int | None, config: Config) -> str:
     quantizer = autoencoder.quantizer
-    return storage.join(run_url, "tokenizers", f"{quantizer.name}-K{size or quantizer.codebook_size}", *parts)
+    changed = "".join(f"-{name}{value}" for name, value in config.codebook.settings.items())
+    return storage.join(run_url, "tokenizers", f"{quantizer.name}-K{size or quantizer.codebook_size}{changed}")
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """A setting or size that the quantizer refuses is a mistake in the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"codebook: {error}") from error
 
 
 def _gather_latents(config: Config, run_url: str) -> torch.Tensor:
@@ -160,20 +174,16 @@ class LatentWorker(ShardWorker):
             return []
 
 
-def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, config: Config, run_url: str) -> None:
+def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, config: Config, place: str) -> None:
     """Fits one codebook, freezes the tokenizer, and reports."""
-    quantizer = autoencoder.quantizer.eval()
-    try:
-        curve = quantizer.fit(latents, size, seed=config.codebook.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    with _explained():
+        curve = autoencoder.quantizer.eval().fit(latents, size, seed=config.codebook.seed)
     tokenizer = Tokenizer(autoencoder, config.data.preprocess)
     numbers, counts = _measure(tokenizer, latents, curve)
-    place = _place(run_url, autoencoder, size)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         storage.upload(folder, place)
-    name = place.rsplit("/", 1)[1]
+    run_url, _, name = place.rsplit("/", 2)
     reports = storage.join(run_url, "reports")
     storage.replace(storage.join(reports, f"codebook-{name}.json"), json.dumps(numbers, indent=1).encode())
     storage.replace(storage.join(reports, f"codebook-{name}.html"), _page(tokenizer, latents, numbers, counts, curve))

