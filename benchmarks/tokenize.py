@@ -1,4 +1,7 @@
-"""`tokenize` through Ray against a plain loop in one process: same model, same shards, same cores."""
+"""`tokenize` through Ray against a plain loop, and against the bare encoder on tensors that lie in memory.
+
+Same model, same shards, same cores.
+"""
 
 import io
 import itertools
@@ -10,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +26,8 @@ from torch.nn.functional import pad
 from benchmarks.measure import Table, ratio_text, timed
 from jobs import cluster
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
+from jobs.reading import Item, decoded_batches
+from jobs.shard_pool import ShardWorker, map_shards
 from jobs.tokenize_corpus import ShardResult, TokenizeWorker, layout_of
 from pipeline.manifest import Manifest, Shard, find_shards
 from pipeline.tokens import Output
@@ -32,6 +38,7 @@ from tokenizer.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 SHARDS = 24
 ROUNDS = 5
+BARE = "bare encoder, a worker per CPU"
 WORKERS = {
     "1 worker, all CPUs": WorkersConfig(count=1, cpus=os.cpu_count() or 1),
     "a worker per CPU (default)": WorkersConfig(),
@@ -68,19 +75,22 @@ def run() -> Table:
 
 def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
     prove_equal(options, shards[:8], work)
-    runs: dict[str, list[Run]] = {"plain loop": [], **{name: [] for name in WORKERS}}
+    runs: dict[str, list[Run]] = {"plain loop": [], BARE: [], **{name: [] for name in WORKERS}}
     for _ in range(ROUNDS):
         runs["plain loop"].append(plain_run(options, shards, work))
+        runs[BARE].append(bare_run(options, shards, work))
         for name, workers in WORKERS.items():
             runs[name].append(ray_run(options, workers, shards, work)[0])
-    plain = runs["plain loop"]
+    plain, bare = runs["plain loop"], runs[BARE]
     table = Table(
         "tokenize through Ray against a plain loop",
         [
             f"{SHARDS} shards (the 8 of samples/train, three times), model of configs/demo.yaml with random weights, "
             f"K=1024; torch threads on either side: {torch.get_num_threads()} in all.",
             "Plain loop: one process; webdataset reads, PIL decodes, batches by shape, one Parquet file a shard.",
-            f"Ray: `cluster.map_shards`, Ray started before. decode_threads={options.decode_threads}. "
+            "Bare encoder: a worker per CPU, as by default, but all is read, decoded and batched before the clock "
+            "starts, and nothing is written: what the encoder alone can do on these cores.",
+            f"Ray: `map_shards`, Ray started before. decode_threads={options.decode_threads}. "
             "Tokens of the first 8 shards proven equal first, key by key.",
             "Start: from the call until the first shard is begun, with the model loaded (and workers started). "
             "Steady: from then to the end. Whole: both. CPU: of the processes that encode, in the steady part.",
@@ -88,7 +98,7 @@ def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
         ],
         [
             *("side", "start, s", "whole, samples/s", "ratio to plain"),
-            *("steady, samples/s", "ratio to plain", "CPU ms/sample", "ratio to plain"),
+            *("steady, samples/s", "ratio to plain", "CPU ms/sample", "ratio to plain", "steady, ratio to bare"),
         ],
     )
     for name, found in runs.items():
@@ -96,7 +106,8 @@ def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
         for rate in (lambda r: r.whole, lambda r: r.steady, lambda r: r.cpu_s / r.samples * 1e3):
             ours, theirs = [rate(r) for r in found], [rate(r) for r in plain]
             cells += [f"{statistics.median(ours):.4g}", "1" if found is plain else ratio_text(ours, theirs)]
-        table.rows.append(cells)
+        steady = [[run.steady for run in side] for side in (found, bare)]
+        table.rows.append([*cells, "1" if found is bare else ratio_text(*steady)])
     table.raw = {name: [vars(r) for r in found] for name, found in runs.items()}
     return table
 
@@ -172,26 +183,73 @@ def plain_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
 # -- through Ray ----------------------------------------------------------------------------------------------------
 
 
-class TimedWorker(TokenizeWorker):
-    """Tells also when it began a shard, and its CPU time; monotonic time is one for all processes of a machine."""
+@dataclass
+class Timed:
+    """When a worker began and ended a shard, and its process's CPU time then; monotonic time is one for a machine."""
 
-    def process(self, shard: Shard) -> tuple[ShardResult, float, float]:
+    result: ShardResult
+    pid: int
+    began: float
+    ended: float
+    cpu_before: float
+    cpu_after: float
+
+
+class TimedWorker(TokenizeWorker):
+    def process(self, shard: Shard) -> Timed:  # type: ignore[override]
         began, cpu = time.monotonic(), time.process_time()
         result = super().process(shard)
-        return result, began, time.process_time() - cpu
+        return Timed(result, os.getpid(), began, time.monotonic(), cpu, time.process_time())
+
+
+class BareWorker(ShardWorker):
+    """Has the batches of all shards in memory before it begins."""
+
+    def __init__(self, tokenizer_url: str, shards: list[Shard], options: TokensConfig, **resources: float):
+        super().__init__(**resources)
+        self.tokenizer = Tokenizer.from_pretrained(tokenizer_url, self.device)
+        self.batches: dict[str, list[torch.Tensor]] = {}
+        modality = self.tokenizer.modality
+        for shard in shards:
+            arrays = [[item.decoded.array for item in batch] for batch in self._read(shard, options)]
+            factor = self.tokenizer.autoencoder.factor
+            self.batches[shard.name] = [modality.batch(batch, factor).x for batch in arrays]
+
+    def _read(self, shard: Shard, options: TokensConfig) -> Iterator[list[Item]]:
+        return decoded_batches(shard.url, self.tokenizer, options, [])
+
+    @torch.inference_mode()
+    def process(self, shard: Shard) -> Timed:
+        began, cpu = time.monotonic(), time.process_time()
+        count = 0
+        for x in self.batches[shard.name]:
+            model = self.tokenizer.autoencoder
+            count += len(model.quantizer.encode(model.latents(x.to(self.device))).cpu())
+        return Timed(ShardResult(num_rows=count), os.getpid(), began, time.monotonic(), cpu, time.process_time())
 
 
 def ray_run(options: TokensConfig, workers: WorkersConfig, shards: list[Shard], work: Path) -> tuple[Run, Output]:
     layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), options)
     output = Output.create(tempfile.mkdtemp(dir=work, prefix="ray-"), layout, Manifest(shards), {})
     settings = {"tokenizer_url": str(work / "tokenizer"), "output_url": output.url, "options": options}
+    return _timed_run(TimedWorker, settings, workers, shards), output
+
+
+def bare_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
+    settings = {"tokenizer_url": str(work / "tokenizer"), "shards": shards, "options": options}
+    return _timed_run(BareWorker, settings, WorkersConfig(), shards)
+
+
+def _timed_run(worker: type[ShardWorker], settings: dict[str, Any], workers: WorkersConfig, shards: list[Shard]) -> Run:
     called = time.monotonic()
-    results = list(cluster.map_shards(shards, TimedWorker, settings, workers))
-    end = time.monotonic()
-    assert not any(result.failure for result, _, _ in results), results
-    samples = sum(result.num_rows for result, _, _ in results)
-    first = min(began for _, began, _ in results)
-    return Run(samples, first - called, end - first, sum(cpu_s for _, _, cpu_s in results)), output
+    results: list[Timed] = list(map_shards(shards, worker, settings, workers))
+    assert not any(one.result.failure for one in results), results
+    cpu_s = 0.0
+    for pid in {one.pid for one in results}:  # shards overlap within a process
+        mine = [one for one in results if one.pid == pid]
+        cpu_s += max(one.cpu_after for one in mine) - min(one.cpu_before for one in mine)
+    first, last = min(one.began for one in results), max(one.ended for one in results)
+    return Run(sum(one.result.num_rows for one in results), first - called, last - first, cpu_s)
 
 
 def prove_equal(options: TokensConfig, shards: list[Shard], work: Path) -> None:
