@@ -239,6 +239,7 @@ def _actor_class(worker: type[ShardWorker], workers: WorkersConfig) -> Any:
             time.sleep(rest_s)
             return ray.get_runtime_context().get_node_id(), dict(self.worker.ticks)
 
+    Actor.__name__ = Actor.__qualname__ = worker.__name__  # what `ps` and Ray's dashboard show
     decorate: Any = ray.remote  # whose types lack this keyword
     remote = decorate(concurrency_groups={"watch": 1})(Actor)
     return remote.options(max_concurrency=worker.in_flight, num_cpus=workers.cpus or 1, num_gpus=workers.gpus)

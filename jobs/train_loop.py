@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from pipeline import storage
 from pipeline.batches import map_in_threads, prefetch
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard
-from pipeline.samples import Sample
-from pipeline.stream import Position, Share, training_samples
+from pipeline.stream import Drawn, Lanes, Position, training_samples
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modality import build_modality
 from tokenizer.training import Trainer
@@ -30,10 +29,10 @@ from tokenizer.training import Trainer
 
 @dataclass
 class Batch:
-    """x as the model takes it, the position after it, and how many samples were skipped on the way as bad."""
+    """x as the model takes it, where its lanes are after it, and how many samples were skipped on the way as bad."""
 
     x: Tensor
-    after: Position
+    after: dict[int, Position]
     num_bad: int
 
 
@@ -65,7 +64,9 @@ class TrainLoop:
             self.autoencoder, parallel_strategy_kwargs={"broadcast_buffers": False}
         )
         self.step = self.num_bad = 0
-        self.position = Position()
+        options = config.train
+        self.lanes = Lanes.for_ranks(self.world_size, len(shards), options.shuffle_buffer, options.seed)
+        self.positions: dict[int, Position] = {}  # of this rank's lanes
         self.history: list[dict[str, Any]] = []
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -80,7 +81,8 @@ class TrainLoop:
             to_log = (self.step + 1) % options.log_every == 0 or self.step + 1 == options.steps
             row = self.trainer.numbers(result, self.step) if to_log else None
             self.step += 1
-            self.position, self.num_bad = batch.after, self.num_bad + batch.num_bad
+            self.positions.update(batch.after)
+            self.num_bad += batch.num_bad
             if row is not None:
                 now = time.monotonic()
                 self._log(row, seconds_per_step=(now - started) / (self.step - since))
@@ -108,35 +110,35 @@ class TrainLoop:
 
     def _make_batches(self) -> Iterator[Batch]:
         options = self.config.train
-        share = Share(self.rank, self.world_size, options.seed)
         stream = training_samples(
             self.shards,
-            share,
-            shuffle_buffer=options.shuffle_buffer,
-            position=self.position,
+            self.lanes,
+            rank=self.rank,
+            world_size=self.world_size,
+            positions=dict(self.positions),
             on_bad_shard=self._warn,
         )
         arrays: list[np.ndarray] = []
+        after: dict[int, Position] = {}
         num_bad = 0
-        for array, position in map_in_threads(self._segment, stream, options.decode_threads):
+        for array, drawn in map_in_threads(self._segment, stream, options.decode_threads):
+            after[drawn.lane] = drawn.after
             if array is None:
                 num_bad += 1
                 continue
             arrays.append(array)
             if len(arrays) == options.batch_size:
                 x = self.modality.batch(arrays, self.autoencoder.factor).x
-                after = Position(position.epoch, position.sample + 1)
                 yield Batch(x.pin_memory() if self.device.type == "cuda" else x, after, num_bad)
-                arrays, num_bad = [], 0
+                arrays, after, num_bad = [], {}, 0
 
-    def _segment(self, drawn: tuple[Sample, Position]) -> tuple[np.ndarray | None, Position]:
+    def _segment(self, drawn: Drawn) -> tuple[np.ndarray | None, Drawn]:
         """A random piece of the sample, the same in every run; None if the sample is bad."""
-        sample, position = drawn
-        item = decode_sample(sample, self.modality)
+        item = decode_sample(drawn.sample, self.modality)
         if not isinstance(item, Item):
-            return None, position
-        rng = np.random.default_rng([self.config.train.seed, position.epoch, self.rank, position.sample])
-        return self.modality.segment(item.decoded.array, self.config.train.segment, rng), position
+            return None, drawn
+        rng = np.random.default_rng([self.config.train.seed, drawn.before.epoch, drawn.lane, drawn.before.sample])
+        return self.modality.segment(item.decoded.array, self.config.train.segment, rng), drawn
 
     def _warn(self, error: ShardError) -> None:
         self.news.put({"warning": f"skipped the rest of a shard: {error}"})
@@ -150,13 +152,18 @@ class TrainLoop:
             return
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt", map_location=self.device, weights_only=True)
-            mine = Path(folder) / f"rank-{self.rank}-of-{self.world_size}.pt"
-            own = torch.load(mine, weights_only=True) if mine.exists() else None
+            ranks = {file.name: torch.load(file, weights_only=True) for file in Path(folder).glob("rank-*.pt")}
         self.autoencoder.load_state_dict(state["model"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         self.step, self.history = state["step"], state["history"]
-        if own is not None:
-            self.position, self.num_bad = Position(*own["position"]), own["num_bad"]
+        self.lanes = Lanes(**state["lanes"])
+        everywhere = {lane: Position(*at) for own in ranks.values() for lane, at in own["positions"].items()}
+        self.positions = {lane: at for lane, at in everywhere.items() if lane % self.world_size == self.rank}
+        own = ranks.get(self._rank_file())
+        if own is None:  # another number of ranks than before: fresh noise, other than what there was
+            torch.manual_seed(self.config.train.seed * 1000 + self.rank + 1 + 1_000_003 * self.step)
+        else:
+            self.num_bad = own["num_bad"]
             torch.set_rng_state(own["rng"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_rng"])
@@ -165,15 +172,22 @@ class TrainLoop:
 
     def _save_checkpoint(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            own: dict[str, Any] = {"position": [self.position.epoch, self.position.sample], "num_bad": self.num_bad}
-            own["rng"] = torch.get_rng_state()
+            positions = {lane: list(astuple(at)) for lane, at in self.positions.items()}
+            own: dict[str, Any] = {"positions": positions, "num_bad": self.num_bad, "rng": torch.get_rng_state()}
             if self.device.type == "cuda":
                 own["cuda_rng"] = torch.cuda.get_rng_state()
-            torch.save(own, Path(folder) / f"rank-{self.rank}-of-{self.world_size}.pt")
+            torch.save(own, Path(folder) / self._rank_file())
             if self.rank == 0:
-                state = {"model": self.autoencoder.state_dict(), "optimizer": self.trainer.optimizer.state_dict()}
-                torch.save({**state, "step": self.step, "history": self.history}, Path(folder) / "state.pt")
+                state: dict[str, Any] = {
+                    "model": self.autoencoder.state_dict(),
+                    "optimizer": self.trainer.optimizer.state_dict(),
+                }
+                state |= {"step": self.step, "history": self.history, "lanes": asdict(self.lanes)}
+                torch.save(state, Path(folder) / "state.pt")
             ray.train.report({"step": self.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def _rank_file(self) -> str:
+        return f"rank-{self.rank}-of-{self.world_size}.pt"
 
     def _finish(self) -> None:
         """Rank 0 writes the curves, and last the model: that it is there means that training is over."""

@@ -1,6 +1,10 @@
-"""The samples of one training rank, without end, in an order that (seed, rank, world_size) alone decide."""
+"""The samples of training ranks, without end. A run's corpus is cut into lanes, which ranks read in turn.
 
-from collections.abc import Callable, Iterator
+Lanes and the order within each depend on the seed alone, so that a run goes on from where its lanes are, neither
+repeating nor omitting a sample, with another number of ranks than before.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,74 +13,118 @@ from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.samples import Sample, read_samples
 
+LANES_PER_RANK = 8  # shards that a rank reads at a time: samples of that many are mixed
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How a corpus is cut. shuffle_buffer: samples that one lane holds, of which it gives out a random one."""
+
+    count: int
+    shuffle_buffer: int
+    seed: int = 0
+
+    @classmethod
+    def for_ranks(cls, world_size: int, num_shards: int, shuffle_buffer: int, seed: int) -> "Lanes":
+        """shuffle_buffer: samples of a rank. With fewer shards than ranks every lane reads a part of each shard."""
+        per_rank = min(LANES_PER_RANK, max(1, num_shards // world_size))
+        return cls(per_rank * world_size, max(1, shuffle_buffer // per_rank), seed)
+
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stream is: this many samples of this epoch were taken. Going on from it repeats and omits nothing."""
+    """Where a lane is: so many samples of this epoch were taken, and so many in all."""
 
     epoch: int = 0
     sample: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True)
-class Share:
-    """Whose part of the corpus: every shard goes to one rank; with fewer shards than ranks, every w-th sample does."""
+class Drawn:
+    """A sample, the lane that it comes from, and where that lane was before and is after it."""
 
-    rank: int = 0
-    world_size: int = 1
-    seed: int = 0
+    sample: Sample
+    lane: int
+    before: Position
+    after: Position
 
 
 def training_samples(
     shards: list[Shard],
-    share: Share,
+    lanes: Lanes,
     *,
-    shuffle_buffer: int,
-    position: Position,
+    rank: int = 0,
+    world_size: int = 1,
+    positions: Mapping[int, Position],
     on_bad_shard: Callable[[ShardError], None],
-) -> Iterator[tuple[Sample, Position]]:
-    """Each sample with the position before it. Shuffled across shards and within a buffer.
+) -> Iterator[Drawn]:
+    """What a rank draws from its lanes, each of them in turn. positions: of lanes that were read before.
 
-    A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all.
+    A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all, and
+    ValueError if there are fewer lanes than ranks.
     """
-    epoch, resumed = position.epoch, position.sample
+    if lanes.count < world_size:
+        raise ValueError(
+            f"this run's corpus is cut into {lanes.count} lanes, too few for {world_size} workers; "
+            f"set workers.count to {lanes.count} or fewer, or start a new run"
+        )
+    mine = {
+        lane: _read_lane(shards, lanes, lane, positions.get(lane, Position()), on_bad_shard)
+        for lane in range(rank, lanes.count, world_size)
+    }
+    totals = {lane: positions.get(lane, Position()).total for lane in mine}
+    while True:
+        lane = min(totals, key=lambda one: (totals[one], one))  # in turn, and even after the ranks have changed
+        drawn = next(mine[lane])
+        totals[lane] = drawn.after.total
+        yield drawn
+
+
+def _read_lane(
+    shards: list[Shard], lanes: Lanes, lane: int, position: Position, on_bad_shard: Callable[[ShardError], None]
+) -> Iterator[Drawn]:
+    """The samples of one lane, epoch after epoch."""
+    epoch, resumed, total = position.epoch, position.sample, position.total
     fruitless: set[int] = set()  # shards read since the last sample: those of one epoch may all be bad
     while True:
         taken = 0
-        mine = _dealt(len(shards), share, epoch)
-        for sample in _shuffled(_read(shards, mine, share, on_bad_shard), share, epoch, shuffle_buffer):
+        mine = _dealt(len(shards), lanes, lane, epoch)
+        for sample in _shuffled(_read(shards, mine, lanes, lane, on_bad_shard), lanes, lane, epoch):
             taken += 1
             if taken > resumed:
-                yield sample, Position(epoch, taken - 1)
+                before = Position(epoch, taken - 1, total)
+                total += 1
+                yield Drawn(sample, lane, before, Position(epoch, taken, total))
         fruitless = set() if taken else fruitless | set(mine)
         if len(fruitless) == len(shards):
-            raise ShardError(f"rank {share.rank} finds no sample in {len(shards)} shards; is data.shards right?")
+            raise ShardError(f"there is no sample in {len(shards)} shards; is data.shards right?")
         epoch, resumed = epoch + 1, 0
 
 
-def _dealt(num_shards: int, share: Share, epoch: int) -> list[int]:
-    """The shards that this rank reads in this epoch: all of them where there are fewer than ranks."""
-    order = np.random.default_rng([share.seed, epoch]).permutation(num_shards).tolist()
-    return order if num_shards < share.world_size else order[share.rank :: share.world_size]
+def _dealt(num_shards: int, lanes: Lanes, lane: int, epoch: int) -> list[int]:
+    """The shards that this lane reads in this epoch: all of them where there are fewer than lanes."""
+    order = np.random.default_rng([lanes.seed, epoch]).permutation(num_shards).tolist()
+    return order if num_shards < lanes.count else order[lane :: lanes.count]
 
 
 def _read(
-    shards: list[Shard], mine: list[int], share: Share, on_bad_shard: Callable[[ShardError], None]
+    shards: list[Shard], mine: list[int], lanes: Lanes, lane: int, on_bad_shard: Callable[[ShardError], None]
 ) -> Iterator[Sample]:
-    by_sample = len(shards) < share.world_size
+    by_sample = len(shards) < lanes.count
     for index in mine:
         try:
             for sample in read_samples(shards[index].url):
-                if not by_sample or sample.index % share.world_size == share.rank:
+                if not by_sample or sample.index % lanes.count == lane:
                     yield sample
         except ShardError as error:
             on_bad_shard(error)
 
 
-def _shuffled(samples: Iterator[Sample], share: Share, epoch: int, size: int) -> Iterator[Sample]:
-    """Keeps `size` samples and gives out a random one of them for each that comes in."""
-    rng = np.random.default_rng([share.seed, epoch, share.rank])
-    size = max(1, size)  # 0 keeps the order, as 1 does
+def _shuffled(samples: Iterator[Sample], lanes: Lanes, lane: int, epoch: int) -> Iterator[Sample]:
+    """Keeps `shuffle_buffer` samples and gives out a random one of them for each that comes in."""
+    rng = np.random.default_rng([lanes.seed, epoch, lane])
+    size = max(1, lanes.shuffle_buffer)  # 0 keeps the order, as 1 does
     held: list[Sample] = []
     for sample in samples:
         if len(held) < size:

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard
-from pipeline.stream import Position, Share, training_samples
+from pipeline.stream import Drawn, Lanes, Position, training_samples
 from tests.corpus import write_corpus
 
 SIZES = (5, 3, 0, 7, 4)
@@ -18,74 +18,112 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Shard]:
     return write_corpus(tmp_path_factory.mktemp("corpus"), SIZES)
 
 
-def stream(shards: list[Shard], share: Share = Share(), position: Position = Position(), buffer: int = 4, bad=None):  # noqa: B008
-    errors = [] if bad is None else bad
-    return training_samples(shards, share, shuffle_buffer=buffer, position=position, on_bad_shard=errors.append)
+def stream(shards: list[Shard], lanes: Lanes = Lanes(1, 4), rank=0, world_size=1, positions=None, bad=None):  # noqa: B008
+    told = [].append if bad is None else bad.append
+    place = {"rank": rank, "world_size": world_size, "positions": positions or {}}
+    return training_samples(shards, lanes, **place, on_bad_shard=told)
 
 
-def epoch_keys(shards: list[Shard], share: Share, epoch: int = 0, **settings) -> list[str]:
-    samples = stream(shards, share, Position(epoch), **settings)
-    return [sample.key for sample, at in itertools.takewhile(lambda pair: pair[1].epoch == epoch, samples)]
+def epoch_keys(shards: list[Shard], lanes: Lanes = Lanes(1, 4), lane: int = 0, epoch: int = 0, **settings) -> list[str]:  # noqa: B008
+    """The keys of one lane in one epoch."""
+    drawn = stream(shards, lanes, lane, lanes.count, {lane: Position(epoch)}, **settings)
+    return [one.sample.key for one in itertools.takewhile(lambda one: one.before.epoch == epoch, drawn)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+EVERY_KEY = [f"{100 * i + j:04d}" for i, count in enumerate(SIZES) for j in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_ranks_share_an_epoch_without_gap_or_overlap(shards: list[Shard], world_size: int, epoch: int):
-    full = [shard for shard, count in zip(shards, SIZES, strict=True) if count]
-    parts = [epoch_keys(full, Share(rank, world_size), epoch) for rank in range(world_size)]
-    expected = [f"{100 * i + j:04d}" for i, count in enumerate(SIZES) for j in range(count)]
-    assert sorted(itertools.chain(*parts)) == expected
+def test_lanes_share_an_epoch_without_gap_or_overlap(shards: list[Shard], count: int, epoch: int):
+    full = [shard for shard, size in zip(shards, SIZES, strict=True) if size]
+    parts = [epoch_keys(full, Lanes(count, 4), lane, epoch) for lane in range(count)]
+    assert sorted(itertools.chain(*parts)) == EVERY_KEY
 
 
-def test_fewer_shards_than_ranks_are_split_by_sample(shards: list[Shard]):
-    keys = [epoch_keys(shards[3:4], Share(rank, 3)) for rank in range(3)]
+def test_fewer_shards_than_lanes_are_split_by_sample(shards: list[Shard]):
+    keys = [epoch_keys(shards[3:4], Lanes(3, 4), lane) for lane in range(3)]
     assert sorted(itertools.chain(*keys)) == [f"{300 + j:04d}" for j in range(7)]
     assert [len(part) for part in keys] == [3, 2, 2]
 
 
 def test_the_seed_decides_the_order(shards: list[Shard]):
-    first, again, other = (epoch_keys(shards, Share(seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (epoch_keys(shards, Lanes(1, 4, seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert sorted(first) == sorted(other)
 
 
 def test_epochs_differ_in_order(shards: list[Shard]):
-    assert epoch_keys(shards, Share(), 0) != epoch_keys(shards, Share(), 1)
+    assert epoch_keys(shards, epoch=0) != epoch_keys(shards, epoch=1)
 
 
 def test_the_buffer_shuffles_within_shards(shards: list[Shard]):
-    keys = epoch_keys(shards[3:4], Share(), buffer=4)
+    keys = epoch_keys(shards[3:4])
     assert keys != sorted(keys)
 
 
 def test_the_seed_decides_the_order_within_a_shard(shards: list[Shard]):
-    orders = {tuple(epoch_keys(shards[3:4], Share(seed=seed), epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {tuple(epoch_keys(shards[3:4], Lanes(1, 4, seed), epoch=e)) for seed in (0, 1) for e in (0, 1)}
     assert len(orders) == 4
 
 
 def test_no_buffer_keeps_the_order_of_a_shard(shards: list[Shard]):
-    keys = epoch_keys(shards[3:4], Share(), buffer=0)
+    keys = epoch_keys(shards[3:4], Lanes(1, 0))
     assert keys == sorted(keys)
 
 
 def test_positions_count_up_and_begin_anew_each_epoch(shards: list[Shard]):
-    positions = [at for _, at in itertools.islice(stream(shards), sum(SIZES) + 2)]
-    assert positions[:2] == [Position(0, 0), Position(0, 1)]
-    assert positions[-2:] == [Position(1, 0), Position(1, 1)]
+    count = sum(SIZES)
+    drawn = list(itertools.islice(stream(shards), count + 2))
+    assert [one.before for one in drawn[:2]] == [Position(0, 0, 0), Position(0, 1, 1)]
+    assert [one.before for one in drawn[-2:]] == [Position(1, 0, count), Position(1, 1, count + 1)]
 
 
-@pytest.mark.parametrize("share", [Share(), Share(1, 2, seed=5)])
-def test_resuming_anywhere_goes_on_with_the_very_next_sample(shards: list[Shard], share: Share):
-    taken = [(sample.key, at) for sample, at in itertools.islice(stream(shards, share), 2 * sum(SIZES))]
-    for i in range(0, len(taken) - 3, 2):
-        resumed = itertools.islice(stream(shards, share, position=taken[i][1]), 3)
-        assert [(sample.key, at) for sample, at in resumed] == taken[i : i + 3]
+def test_a_rank_draws_from_its_lanes_in_turn(shards: list[Shard]):
+    assert [one.lane for one in itertools.islice(stream(shards, Lanes(4, 2), 1, 2), 6)] == [1, 3, 1, 3, 1, 3]
+
+
+def positions_after(drawn: list[Drawn]) -> dict[int, Position]:
+    return {one.lane: one.after for one in drawn}
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_resuming_anywhere_goes_on_with_the_very_next_sample(shards: list[Shard], rank: int, world_size: int):
+    lanes = Lanes(4, 2, seed=5)
+    taken = list(itertools.islice(stream(shards, lanes, rank, world_size), 2 * sum(SIZES)))
+    for i in range(1, len(taken) - 3, 2):
+        resumed = stream(shards, lanes, rank, world_size, positions_after(taken[:i]))
+        assert list(itertools.islice(resumed, 3)) == taken[i : i + 3]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2), (2, 4)])
+def test_another_number_of_ranks_finishes_the_epoch_without_repeating_or_losing_a_sample(
+    shards: list[Shard], before: int, after: int
+):
+    full = [shard for shard, size in zip(shards, SIZES, strict=True) if size]
+    lanes = Lanes(4, 2)
+    first = [one for rank in range(before) for one in itertools.islice(stream(full, lanes, rank, before), 2 + rank)]
+    rest: list[Drawn] = []
+    for rank in range(after):
+        drawn = itertools.islice(stream(full, lanes, rank, after, positions_after(first)), 3 * sum(SIZES))
+        rest += drawn
+    assert sorted(one.sample.key for one in first + rest if one.before.epoch == 0) == EVERY_KEY
+
+
+def test_more_ranks_than_lanes_is_an_error_that_says_what_to_do(shards: list[Shard]):
+    with pytest.raises(ValueError, match="4 lanes, too few for 5 workers"):
+        next(stream(shards, Lanes(4, 2), 0, 5))
+
+
+def test_lanes_are_as_many_for_each_rank_and_at_most_a_shard_each():
+    assert Lanes.for_ranks(2, 100, 1024, 0) == Lanes(16, 128)
+    assert Lanes.for_ranks(2, 7, 1024, 0) == Lanes(6, 341)
+    assert Lanes.for_ranks(4, 3, 1024, 0) == Lanes(4, 1024)  # each then reads a part of every shard
 
 
 def test_members_come_with_the_samples(shards: list[Shard]):
-    sample, _ = next(stream(shards))
-    assert set(sample.members) == {"png", "txt"}
+    assert set(next(stream(shards)).sample.members) == {"png", "txt"}
 
 
 def broken(shard: Shard, folder: Path) -> Shard:
@@ -98,20 +136,20 @@ def broken(shard: Shard, folder: Path) -> Shard:
 def test_a_bad_shard_is_told_and_the_others_go_on(shards: list[Shard], tmp_path: Path):
     bad: list[ShardError] = []
     mixed = [broken(shards[0], tmp_path), *shards[1:]]
-    keys = epoch_keys(mixed, Share(), bad=bad)
+    keys = epoch_keys(mixed, bad=bad)
     assert set(keys) >= {f"{100 * i + j:04d}" for i, count in enumerate(SIZES) for j in range(count) if i}
     assert {mixed[0].url in str(error) for error in bad} == {True}
 
 
 def test_a_shard_that_breaks_off_gives_what_lies_before(shards: list[Shard], tmp_path: Path):
-    keys = epoch_keys([broken(shards[0], tmp_path), shards[1]], Share())
+    keys = epoch_keys([broken(shards[0], tmp_path), shards[1]])
     assert sorted(keys)[0] == "0000"
     assert len(keys) < SIZES[0] + SIZES[1]
 
 
 def test_nothing_but_bad_shards_is_an_error(tmp_path: Path):
     bad: list[ShardError] = []
-    with pytest.raises(ShardError, match="rank 0 finds no sample in 2 shards"):
+    with pytest.raises(ShardError, match="there is no sample in 2 shards"):
         next(stream([Shard(str(tmp_path / "gone-0.tar"), None), Shard(str(tmp_path / "gone-1.tar"), None)], bad=bad))
     assert len(bad) == 2
 
@@ -120,4 +158,4 @@ def test_nothing_but_bad_shards_is_an_error(tmp_path: Path):
 def test_a_shard_without_samples_does_not_end_a_training_with_a_shard_per_rank(shards: list[Shard], without: str):
     mixed = [shards[0], Shard("/gone.tar", None) if without == "missing" else shards[SIZES.index(0)]]
     for rank in range(2):
-        assert len(list(itertools.islice(stream(mixed, Share(rank, 2)), 30))) == 30
+        assert len(list(itertools.islice(stream(mixed, Lanes(2, 4), rank, 2), 30))) == 30
