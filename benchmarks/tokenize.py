@@ -38,6 +38,7 @@ from tokenizer.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 SHARDS = 24
 ROUNDS = 5
+BATCH_ELEMENTS = 3 * 500_000  # as the job has it by default
 BARE = "bare encoder, a worker per CPU"
 WORKERS = {
     "1 worker, all CPUs": WorkersConfig(count=1, cpus=os.cpu_count() or 1),
@@ -173,7 +174,7 @@ def plain_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
 
     def loop() -> None:
         for shard in shards:
-            plain_shard(model, Path(shard.url), out / f"{shard.name}.parquet", options.batch_budget)
+            plain_shard(model, Path(shard.url), out / f"{shard.name}.parquet", BATCH_ELEMENTS)
 
     spent = timed(loop)
     samples = sum(pq.read_metadata(file).num_rows for file in out.iterdir())

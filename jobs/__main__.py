@@ -14,6 +14,8 @@ COMMANDS = {  # name: (module, what it does); modules are imported when their tu
     "tokenize": ("jobs.tokenize_corpus", "shards to token shards, each sample exactly once"),
     "status": ("jobs.status", "done, left, failed, quarantined and the rate, from the output alone"),
     "verify": ("jobs.verify", "proof that every input sample is written or quarantined, once"),
+    "audit": ("jobs.audit", "tokenizes a random sample of rows again and compares"),
+    "retry": ("jobs.retry", "takes up quarantined samples and failed shards again, each still exactly once"),
     "decode": ("jobs.decode", "token rows back to pictures or sound"),
     "compare": ("jobs.compare", "several methods and sizes under one recipe, one table with seeds and plots"),
     "evaluate": ("jobs.evaluate", "quality and codebook usage on held-out shards, with a picture report"),
@@ -36,13 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tokenmill {command} CONFIG.yaml... [key=value ...]\n\n{job.__doc__}")
         print(f"All keys with their defaults (jobs/config.py explains them):\n\n{defaults_yaml()}")
         return 0
-    from pipeline.errors import BrokenOutput, NoShards, OutputMismatch
+    from pipeline import storage
+    from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnsafeStorage
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
 
+    mistakes = (ConfigError, NoShards, OutputMismatch, BrokenOutput, UnsafeStorage, TokenizerMismatch, CodebookMissing)
     try:
-        return _finish(command, job.run(load_config(rest)))
-    except (ConfigError, NoShards, OutputMismatch, BrokenOutput, TokenizerMismatch, CodebookMissing) as error:
+        config = load_config([_as_setting(argument) for argument in rest])
+        storage.configure(config.storage.options, config.storage.create_only)
+        return _finish(command, job.run(config))
+    except (*mistakes, PermissionError) as error:
         return _finish(command, 2, str(error))
+    except StorageError as error:  # what was committed stays: the same command goes on from there
+        return _finish(command, 3, str(error))
 
 
 def _finish(command: str, code: int, error: str = "") -> int:
@@ -51,6 +59,12 @@ def _finish(command: str, code: int, error: str = "") -> int:
     if code:  # `ray job submit` turns every non-zero exit into 1: the words tell which it was
         print(f"tokenmill {command}: exit {code}: {OUTCOMES[code]}", flush=True)
     return code
+
+
+def _as_setting(argument: str) -> str:
+    """--deep is deep=true."""
+    is_flag = argument.startswith("--") and "=" not in argument
+    return f"{argument.removeprefix('--')}=true" if is_flag else argument
 
 
 def _help() -> str:

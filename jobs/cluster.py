@@ -4,6 +4,7 @@ import logging
 import os
 
 from jobs.config import WorkersConfig
+from pipeline import storage
 
 
 def start() -> None:
@@ -16,12 +17,25 @@ def start() -> None:
     if address == "local":
         # otherwise it would depend on whether a token file happens to lie in the home directory
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports each actor of Ray Data as an error
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports each actor as an error
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # what workers print is Ray's own chatter: results, progress and errors come back as values and exceptions
-    dashboard = None if address != "local" else False
-    ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
+    ray.init(
+        address=address,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        include_dashboard=None if address != "local" else False,
+        runtime_env=_runtime_env(),
+    )
+
+
+def _runtime_env() -> dict[str, dict[str, str]] | None:
+    """Hands the options of storage, which the command has configured, to workers on other machines."""
+    given = {name: value for name, value in os.environ.items() if name.startswith("FSSPEC_")}
+    if os.environ.get(storage.CREATE_ONLY, storage.SERVER) != storage.SERVER:
+        given[storage.CREATE_ONLY] = os.environ[storage.CREATE_ONLY]
+    return {"env_vars": given} if given else None
 
 
 def cpus_per_rank(workers: WorkersConfig) -> float:

@@ -18,7 +18,7 @@ import torch
 from jobs import cluster
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.progress import Progress
-from jobs.reading import Item, decoded_batches
+from jobs.reading import Item, decoded_batches, one_by_one_if_bad
 from jobs.report import latents_png, line_png, page, picture, table, usage_png
 from jobs.shard_pool import ShardWorker, map_shards
 from pipeline import storage
@@ -27,7 +27,6 @@ from pipeline.manifest import Shard, find_shards
 from pipeline.reservoir import Reservoir
 from pipeline.tokens.output import Quarantined
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.errors import BadSample
 from tokenizer.latents import LatentEncoder
 from tokenizer.metrics import count_codes, digit_usage, usage
 from tokenizer.tokenizer import Tokenizer
@@ -146,7 +145,7 @@ class LatentWorker(ShardWorker):
         part = LatentPart(Reservoir(self.capacity, self.seed))
         try:
             for batch in decoded_batches(shard.url, self.encoder, self.options, quarantined):
-                rows += self._latents(batch, quarantined)
+                rows += [latents for _, latents in one_by_one_if_bad(batch, self._latents, quarantined)]
                 self.tick(shard)
         except ShardError as error:  # what came before the break is as good a sample as any
             part.failure = str(error)
@@ -161,17 +160,10 @@ class LatentWorker(ShardWorker):
     def failed(shard: Shard, reason: str) -> LatentPart:
         return LatentPart(Reservoir(0, 0), failure=f"{shard.url}: {reason}")
 
-    def _latents(self, batch: list[Item], bad: list[Quarantined]) -> list[np.ndarray]:
-        """[N, in_dim] of each sample; one whose latents are NaN counts as bad, and its neighbours do not."""
-        try:
-            found = self.encoder.latents([item.decoded.array for item in batch])
-            return [z.flatten(0, -2).cpu().numpy() for z in found]
-        except BadSample as error:
-            if len(batch) > 1:
-                return [rows for item in batch for rows in self._latents([item], bad)]
-            sample = batch[0].sample
-            bad.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
-            return []
+    def _latents(self, items: list[Item]) -> list[np.ndarray]:
+        """[N, in_dim] of each."""
+        found = self.encoder.latents([item.decoded.array for item in items])
+        return [z.flatten(0, -2).cpu().numpy() for z in found]
 
 
 def _make(autoencoder: Autoencoder, latents: torch.Tensor, size: int | None, config: Config, place: str) -> None:

@@ -116,13 +116,15 @@ class CompareConfig:
 
 @dataclass
 class TokensConfig:
-    """encoding: list or packed. passthrough: members of the samples that become columns. batch_budget: in elements
-    of the input arrays (pixels times channels). max_bad_fraction: more quarantined than this ends in exit code 4.
+    """encoding: list or packed. passthrough: members of the samples that become columns.
+
+    batch_budget: megapixels of pictures or seconds of sound in one batch, padding included; 0 is the modality's own.
+    max_bad_fraction: more quarantined than this ends in exit code 4.
     """
 
     encoding: str = "list"
     passthrough: list[str] = field(default_factory=list)
-    batch_budget: int = 3 * 128 * 128 * 32
+    batch_budget: float = 0.0
     decode_threads: int = 2
     max_bad_fraction: float = 0.01
 
@@ -132,10 +134,40 @@ class TokensConfig:
 
 
 @dataclass
+class AuditConfig:
+    """rows: how many committed rows are tokenized again; seed: which ones."""
+
+    rows: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"audit.rows is {self.rows}; it must be 1 or more")
+
+
+@dataclass
+class StorageConfig:
+    """options: what fsspec's file systems are given, by protocol: {s3: {endpoint_url: ..., profile: ...}}. What the
+    usual AWS_* variables say need not stand here, and keys better not; no artifact holds these options.
+
+    create_only: who keeps a shard from being written twice. server: conditional writes, probed before the first one.
+    checked: we look first, for servers that ignore the condition; then one command at a time may write to an output.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    create_only: str = "server"
+
+    def __post_init__(self) -> None:
+        if self.create_only not in ("server", "checked"):
+            raise ValueError(f"storage.create_only is {self.create_only!r}; choose one of: server, checked")
+
+
+@dataclass
 class Config:
     """Every key that a command can be given; each command uses some of them."""
 
     run: str = ""
+    storage: StorageConfig = field(default_factory=StorageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "vp_vae"})
@@ -147,7 +179,9 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     tokenizer: str = ""  # a frozen tokenizer; the run's only one if empty
     output: str = ""  # of tokenize
-    deep: bool = False  # verify: read the input shards again too
+    deep: bool = False  # verify: read every byte of the output, and the input shards again
+    json: bool = False  # status: print JSON
+    audit: AuditConfig = field(default_factory=AuditConfig)
     keys: list[str] = field(default_factory=list)  # decode: these samples; the first `limit` if empty
     limit: int = 16  # decode, and pictures in the report of evaluate
     to: str = ""  # decode: the folder of pictures
@@ -155,6 +189,10 @@ class Config:
     shards: str = ""  # pack: where to, e.g. corpus/photos-%06d.tar
     samples_per_shard: int = 1000
     shuffle_seed: int = -1  # pack: -1 keeps the order of the source
+
+    def to_dict(self) -> dict[str, Any]:
+        """For artifacts: without `storage`, which may hold keys."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
 
     def require(self, *keys: str) -> None:
         """Raises ConfigError that names the first of these keys that is empty."""
@@ -187,7 +225,9 @@ def _build(parts: list[DictConfig]) -> Config:
         merged = _merge(merged, part)
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
-    for section, key in ((given, "metrics"), (given["train"], "losses"), (given.get("codebook", {}), "settings")):
+    for name in ("metrics", "train.losses", "codebook.settings", "storage.options"):
+        *sections, key = name.split(".")
+        section = given.setdefault(sections[0], {}) if sections else given
         section[key] = _plain(section.get(key, {}))  # no type reads these: an override is text so far
     config = _typed(Config, given, "")
     _check_named(config)

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs.config import Config, ConfigError
-from jobs.frozen import load_tokenizer, tokenizer_url
+from jobs.frozen import load_tokenizer, writer_url
 from jobs.status import open_output
 from pipeline import storage
-from pipeline.errors import OutputMismatch
 from pipeline.tokens import TokenDataset
 from pipeline.tokens.layout import SIZE_COLUMNS
 from tokenizer.tokenizer import Tokenizer
@@ -17,12 +16,7 @@ from tokenizer.tokenizer import Tokenizer
 def run(config: Config) -> int:
     config.require("output", "to")
     output = open_output(config.output)
-    tokenizer = load_tokenizer(tokenizer_url(config))
-    if tokenizer.id != output.layout.tokenizer_id:
-        raise OutputMismatch(
-            f"{output.url} was written by tokenizer {output.layout.tokenizer_id}, this one is {tokenizer.id}; "
-            "set tokenizer=... to the one that wrote it"
-        )
+    tokenizer = load_tokenizer(writer_url(output, config))
     written = [_write(row, tokenizer, storage.normalise(config.to)) for row in _chosen(config)]
     missing = set(config.keys) - {key for key, _ in written}
     if missing:

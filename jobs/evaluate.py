@@ -13,14 +13,13 @@ from jobs import cluster
 from jobs.config import Config, ConfigError, TokensConfig, checked
 from jobs.frozen import load_tokenizer, tokenizer_url
 from jobs.progress import Progress
-from jobs.reading import Item, decoded_batches
+from jobs.reading import Item, decoded_batches, one_by_one_if_bad
 from jobs.report import Example, latents_png, page, picture, sheet_png, side_by_side, table, usage_png
 from jobs.shard_pool import ShardWorker, map_shards
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens.output import Quarantined
-from tokenizer.errors import BadSample
 from tokenizer.evaluation import Evaluation
 from tokenizer.quantizer import Quantizer
 from tokenizer.tokenizer import Tokenizer
@@ -85,7 +84,7 @@ class EvaluateWorker(ShardWorker):
         quarantined: list[Quarantined] = []
         try:
             for batch in decoded_batches(shard.url, self.tokenizer, self.options, quarantined):
-                self._add_or_leave_out(batch, part, quarantined)
+                self._add(batch, part, quarantined)
                 self.tick(shard)
         except ShardError as error:
             part.failure = str(error)
@@ -96,26 +95,19 @@ class EvaluateWorker(ShardWorker):
     def failed(shard: Shard, reason: str) -> tuple[str, Part]:
         return shard.url, Part(None, failure=f"{shard.url}: {reason}")
 
-    def _add_or_leave_out(self, batch: list[Item], part: Part, bad: list[Quarantined]) -> None:
-        """A sample whose latents are NaN counts as bad, and its neighbours do not."""
-        try:
-            self._add(batch, part)
-        except BadSample as error:
-            for item in batch if len(batch) > 1 else []:
-                self._add_or_leave_out([item], part, bad)
-            if len(batch) == 1:
-                sample = batch[0].sample
-                bad.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
+    def _add(self, batch: list[Item], part: Part, bad: list[Quarantined]) -> None:
+        evaluation, tokenizer = part.evaluation, self.tokenizer
+        assert evaluation is not None
 
-    def _add(self, batch: list[Item], part: Part) -> None:
-        tokenizer = self.tokenizer
-        assert part.evaluation is not None
-        rebuilt = part.evaluation.add(tokenizer, [item.decoded for item in batch], self.quality)
-        if sum(map(len, part.latents)) < PLOTTED_LATENTS:
-            latents = tokenizer.latents([item.decoded.array for item in batch])
+        def rebuild(items: list[Item]) -> list[np.ndarray]:
+            return evaluation.add(tokenizer, [item.decoded for item in items], self.quality)
+
+        pairs = one_by_one_if_bad(batch, rebuild, bad)
+        if pairs and sum(map(len, part.latents)) < PLOTTED_LATENTS:
+            latents = tokenizer.latents([item.decoded.array for item, _ in pairs])
             part.latents += [z.flatten(0, -2).cpu().numpy() for z in latents]
-        for item, array in list(zip(batch, rebuilt, strict=True))[: self.pictures - len(part.examples)]:
-            pair = (item.decoded.array, array)
+        for item, rebuilt in pairs[: self.pictures - len(part.examples)]:
+            pair = (item.decoded.array, rebuilt)
             views = tuple(map(tokenizer.modality.view, pair))
             files = tuple(map(tokenizer.modality.to_bytes, pair))
             part.examples.append(Example(item.sample.key, tokenizer.modality.mime, views, files))

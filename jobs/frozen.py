@@ -2,6 +2,8 @@
 
 from jobs.config import Config, ConfigError
 from pipeline import storage
+from pipeline.errors import OutputMismatch
+from pipeline.tokens import Output
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -26,3 +28,15 @@ def load_tokenizer(url: str, device: str = "cpu") -> Tokenizer:
             return Tokenizer.from_pretrained(folder, device)
     except FileNotFoundError as error:
         raise ConfigError(f"{url} is no tokenizer ({error}); make one with `tokenmill codebook`") from error
+
+
+def writer_url(output: Output, config: Config) -> str:
+    """URL of the tokenizer, which must be the one that wrote the output. Raises OutputMismatch if it is another."""
+    url = tokenizer_url(config)
+    tokenizer = load_tokenizer(url)
+    if tokenizer.id != output.layout.tokenizer_id:
+        raise OutputMismatch(
+            f"{output.url} was written by tokenizer {output.layout.tokenizer_id}, this one is {tokenizer.id}; "
+            "set tokenizer=... to the one that wrote it"
+        )
+    return url

@@ -1,17 +1,23 @@
-"""A shard to batches of decoded samples, on the road that codebook, tokenize and evaluate share."""
+"""A shard to batches of decoded samples, and those to token rows, on the road that all jobs over shards share."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import TypeVar
+
+import numpy as np
 
 from jobs.config import TokensConfig
 from pipeline.batches import in_buckets, map_in_threads, prefetch
 from pipeline.samples import Sample, read_samples
-from pipeline.tokens.output import Quarantined
+from pipeline.tokens import Quarantined, TokenRow
+from pipeline.tokens.layout import passthrough_value
 from tokenizer.errors import BadSample
 from tokenizer.latents import LatentEncoder
 from tokenizer.modality import Decoded, Modality
+from tokenizer.tokenizer import Tokenizer
+
+R = TypeVar("R")
 
 
 @dataclass
@@ -22,24 +28,64 @@ class Item:
     decoded: Decoded
 
 
+@dataclass
+class Tally:
+    """What reading a shard came to; complete once its last batch was taken.
+
+    num_samples: all that the reader found, skipped and bad ones too. decode_s adds up the seconds of all threads.
+    """
+
+    num_samples: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+
+
 def decoded_batches(
-    url: str, encoder: LatentEncoder, options: TokensConfig, quarantined: list[Quarantined]
+    url: str,
+    encoder: LatentEncoder,
+    options: TokensConfig,
+    quarantined: list[Quarantined],
+    *,
+    version: str | None = None,
+    only: Collection[int] | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[list[Item]]:
     """Batches of one shape each, read and decoded beside the caller's work. Bad samples are added to quarantined.
 
-    Raises ShardError. The batches depend on the shard and the options alone, never on workers or timing.
+    version: of the shard; another one is a ShardError. only: source indices; the other samples are counted, but
+    neither decoded nor quarantined. Raises ShardError. The batches depend on the shard and the options alone, never on
+    workers or timing.
     """
+    tally = Tally() if tally is None else tally
+
+    def decode(sample: Sample) -> tuple[Item | Quarantined, float]:
+        start = time.monotonic()
+        return decode_sample(sample, encoder.modality), time.monotonic() - start
 
     def sound() -> Iterator[Item]:
-        decode = partial(decode_sample, modality=encoder.modality)
-        for outcome in map_in_threads(decode, read_samples(url), options.decode_threads):
+        wanted = (s for s in _tallied(read_samples(url, version), tally) if only is None or s.index in only)
+        for outcome, seconds in map_in_threads(decode, wanted, options.decode_threads):
+            tally.decode_s += seconds
             if isinstance(outcome, Quarantined):
                 quarantined.append(outcome)
             else:
                 yield outcome
 
-    batches = in_buckets(sound(), lambda item: item.decoded.array, encoder.modality.bucket, options.batch_budget)
+    modality = encoder.modality
+    budget = modality.elements(options.batch_budget or modality.default_budget)
+    batches = in_buckets(sound(), lambda item: item.decoded.array, modality.bucket, budget)
     yield from prefetch(batches)
+
+
+def _tallied(samples: Iterator[Sample], tally: Tally) -> Iterator[Sample]:
+    while True:
+        start = time.monotonic()
+        sample = next(samples, None)
+        tally.read_s += time.monotonic() - start
+        if sample is None:
+            return
+        tally.num_samples += 1
+        yield sample
 
 
 def decode_sample(sample: Sample, modality: Modality) -> Item | Quarantined:
@@ -54,6 +100,53 @@ def decode_sample(sample: Sample, modality: Modality) -> Item | Quarantined:
         return Item(sample, modality.read(sample.members[found[0]], found[0].rsplit(".", 1)[-1]))
     except BadSample as error:
         return Quarantined(sample.key, sample.index, "decode", type(error.__cause__ or error).__name__, str(error))
+
+
+def one_by_one_if_bad(
+    batch: list[Item], function: Callable[[list[Item]], Sequence[R]], quarantined: list[Quarantined]
+) -> list[tuple[Item, R]]:
+    """Each item with what the function gives for it, which takes a batch and raises BadSample if one of it is bad.
+
+    The batch is then gone through one by one, so that the bad ones go to quarantine and their neighbours do not.
+    """
+    try:
+        return list(zip(batch, function(batch), strict=True))
+    except BadSample as error:
+        if len(batch) > 1:
+            return [pair for item in batch for pair in one_by_one_if_bad([item], function, quarantined)]
+        sample = batch[0].sample
+        quarantined.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
+        return []
+
+
+def rows_of(
+    batch: list[Item], tokenizer: Tokenizer, passthrough: Sequence[str], quarantined: list[Quarantined]
+) -> list[TokenRow]:
+    """A token row for each sample of the batch that gives one; the others are added to quarantined.
+
+    passthrough: extensions of the members that become columns.
+    """
+    rows = []
+    for item, grid in one_by_one_if_bad(batch, lambda items: _encode(tokenizer, items), quarantined):
+        sample = item.sample
+        kept = {name: sample.members[name] for name in passthrough if name in sample.members}
+        row = TokenRow(sample.key, sample.index, grid, item.decoded.size, kept)
+        try:
+            for name in kept:
+                passthrough_value(name, row)
+        except ValueError as error:
+            quarantined.append(
+                Quarantined(
+                    sample.key, sample.index, "passthrough", type(error.__cause__ or error).__name__, str(error)
+                )
+            )
+            continue
+        rows.append(row)
+    return rows
+
+
+def _encode(tokenizer: Tokenizer, items: list[Item]) -> list[np.ndarray]:
+    return tokenizer.encode([item.decoded.array for item in items])
 
 
 class Stopwatch:

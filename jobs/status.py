@@ -1,31 +1,31 @@
-"""How far a tokenize job is, from its output alone: `output`. Needs no cluster.
+"""How far a tokenize job is, from its output alone: `output`. Needs no cluster. `json=true` for programs.
 
-Shards done, left and failed, samples, quarantined, and the rate over the last commits.
+Shards done, left and failed, samples, what was quarantined and why, the rate over the last commits and the time left,
+seconds by stage, and the share of time in which the encoders had nothing to do.
 """
+
+import collections
+import json
+from typing import Any
 
 from jobs.config import Config, ConfigError
 from jobs.progress import clock
-from pipeline.tokens.output import Commit, Output
+from pipeline.tokens.entry import Commit, histories
+from pipeline.tokens.output import Output
 
 RATE_OVER = 50  # last commits
+TOP_REASONS = 10
+UNTOLD = "reason only in the quarantine file (older entry)"
 
 
 def run(config: Config) -> int:
     config.require("output")
-    output = open_output(config.output)
-    entries = output.commits()
-    done = {entry.name for entry in entries}
-    left = [shard for shard in output.inputs() if shard.name not in done]
-    failed = [note for note in output.failures() if note["name"] not in done]
-    print(f"output       {output.url}")
-    print(f"tokenizer    {output.layout.tokenizer_id}, {output.layout.codebook_size} codes")
-    print(f"shards       {len(done)} done, {len(left)} left, {len(failed)} of them failed last time")
-    rows, bad = sum(e.num_rows for e in entries), sum(e.num_quarantined for e in entries)
-    print(f"samples      {rows} tokenized, {bad} quarantined")
-    print(f"tokens       {sum(e.num_tokens for e in entries)}")
-    print(f"rate         {_rate(entries, len(left))}")
-    for note in failed:
-        print(f"failed       {note['message'].splitlines()[0]}")
+    summary = summarise(open_output(config.output))
+    if config.json:
+        print(json.dumps(summary, indent=1))
+        return 0
+    for name, value in _lines(summary):
+        print(f"{name:<13}{value}")
     return 0
 
 
@@ -37,13 +37,105 @@ def open_output(url: str) -> Output:
         raise ConfigError(str(error)) from error
 
 
-def _rate(entries: list[Commit], left: int) -> str:
+def summarise(output: Output) -> dict[str, Any]:
+    """Everything that `status` tells, as JSON can hold it. Rates and the time left are None if nothing tells them."""
+    shards = histories(output.commits())
+    entries = [entry for shard in shards for entry in shard.entries]
+    done = {shard.first.name for shard in shards}
+    left = [shard for shard in output.inputs() if shard.name not in done]
+    reasons: collections.Counter[str] = collections.Counter()
+    for shard in shards:
+        if shard.num_quarantined:
+            reasons.update(shard.last.reasons or {UNTOLD: shard.num_quarantined})
+    return {
+        "output": output.url,
+        "tokenizer_id": output.layout.tokenizer_id,
+        "codebook_size": output.layout.codebook_size,
+        "shards": {"done": len(done), "left": len(left), "retries": len(entries) - len(shards)},
+        "failed": [note["message"].splitlines()[0] for note in output.failures() if note["name"] not in done],
+        "samples": sum(shard.num_rows for shard in shards),
+        "tokens": sum(shard.num_tokens for shard in shards),
+        "quarantined": sum(shard.num_quarantined for shard in shards),
+        "reasons": dict(reasons.most_common(TOP_REASONS)),
+        "rate": _rate([shard.first for shard in shards], len(left)),
+        "seconds": _seconds(entries),
+        "encoder_idle": encoder_idle(entries),
+    }
+
+
+def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    shards, rate = summary["shards"], summary["rate"]
+    retries = f", {shards['retries']} retries" if shards["retries"] else ""
+    lines = [
+        ("output", summary["output"]),
+        ("tokenizer", f"{summary['tokenizer_id']}, {summary['codebook_size']} codes"),
+        (
+            "shards",
+            f"{shards['done']} done, {shards['left']} left, {len(summary['failed'])} of them failed last time{retries}",
+        ),
+        ("samples", f"{summary['samples']} tokenized, {summary['quarantined']} quarantined"),
+        ("tokens", str(summary["tokens"])),
+        ("rate", _rate_in_words(rate) if rate else "too few commits to tell"),
+    ]
+    if summary["seconds"]:
+        lines.append(("seconds", "  ".join(f"{stage} {spent:.0f}" for stage, spent in summary["seconds"].items())))
+    if summary["encoder_idle"] is not None:
+        lines.append(("encoder", f"idle {summary['encoder_idle']:.0%} of the workers' time"))
+    lines += [("quarantined", f"{count} {reason}") for reason, count in summary["reasons"].items()]
+    return [*lines, *(("failed", message) for message in summary["failed"])]
+
+
+def _rate_in_words(rate: dict[str, float]) -> str:
+    return (
+        f"{rate['samples_per_s']:.0f} samples/s, {rate['tokens_per_s']:.0f} tokens/s over the last "
+        f"{rate['commits']} commits; {clock(rate['left_s'])} left"
+    )
+
+
+def _rate(entries: list[Commit], left: int) -> dict[str, float] | None:
     recent = sorted(entries, key=lambda entry: entry.committed_at)[-RATE_OVER:]
     passed = recent[-1].committed_at - recent[0].committed_at if recent else 0.0
     if passed <= 0:
-        return "too few commits to tell"
+        return None
     samples, tokens = (sum(getattr(e, name) for e in recent[1:]) / passed for name in ("num_rows", "num_tokens"))
-    remaining = left * passed / (len(recent) - 1)
-    return (
-        f"{samples:.0f} samples/s, {tokens:.0f} tokens/s over the last {len(recent)} commits; {clock(remaining)} left"
-    )
+    left_s = left * passed / (len(recent) - 1)
+    return {"samples_per_s": samples, "tokens_per_s": tokens, "left_s": left_s, "commits": len(recent)}
+
+
+def _seconds(entries: list[Commit]) -> dict[str, float]:
+    """Summed over all workers."""
+    spent: collections.Counter[str] = collections.Counter()
+    for entry in entries:
+        spent.update(entry.seconds)
+    return {stage: round(spent[stage], 3) for stage in sorted(spent, key=lambda stage: (stage == "total", stage))}
+
+
+def encoder_idle(entries: list[Commit]) -> float | None:
+    """Share of the time in which a worker had a shard in hand, but was not encoding; None if no entry tells.
+
+    A worker may have several shards in hand at a time: what counts is the time in which it had at least one.
+    """
+    by_worker: dict[tuple[Any, Any], list[Commit]] = {}
+    for entry in entries:
+        if entry.worker and "encode" in entry.seconds:
+            by_worker.setdefault((entry.worker.get("host"), entry.worker.get("pid")), []).append(entry)
+    at_work = sum(_covered([_span(entry) for entry in own]) for own in by_worker.values())
+    encoding = sum(entry.seconds["encode"] for own in by_worker.values() for entry in own)
+    return max(0.0, 1 - encoding / at_work) if at_work > 0 else None
+
+
+def _span(entry: Commit) -> tuple[float, float]:
+    """When the worker had the shard in hand, in seconds since 1970. committed_at is just before it writes."""
+    stages = {stage: spent for stage, spent in entry.seconds.items() if stage != "total"}
+    total = entry.seconds.get("total", sum(stages.values()))
+    end = entry.committed_at + stages.get("write", 0.0)
+    return end - total, end
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union."""
+    covered, end = 0.0, -float("inf")
+    for low, high in sorted(spans):
+        covered += max(0.0, high - max(low, end))
+        end = max(end, high)
+    return covered

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,12 @@ from jobs import cluster
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.frozen import load_tokenizer, tokenizer_url
 from jobs.progress import Progress
-from jobs.reading import Item, Stopwatch, decoded_batches
+from jobs.reading import Stopwatch, Tally, decoded_batches, rows_of
 from jobs.shard_pool import ShardWorker, map_shards
+from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens import Layout, Output, Quarantined, TokenRow
-from pipeline.tokens.layout import passthrough_value
-from tokenizer.errors import BadSample
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
 
@@ -48,15 +47,17 @@ def run(config: Config) -> int:
         layout = layout_of(tokenizer, config.tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    output = Output.create(config.output, layout, inputs, asdict(config))
+    if config.storage.create_only == storage.SERVER:
+        storage.check_create_only(storage.normalise(config.output))
+    output = Output.create(config.output, layout, inputs, config.to_dict())
     done = output.committed_names()
     todo = [shard for shard in inputs.shards if shard.name not in done]
     print(f"tokenize: {len(inputs.shards)} shards, {len(inputs.shards) - len(todo)} done before, {len(todo)} to do")
-    failures = _tokenize(todo, url, output, config) if todo else []
+    failures = tokenize_shards(todo, url, output, config) if todo else []
     return _outcome(output, inputs.shards, failures, config)
 
 
-def _tokenize(todo: list[Shard], url: str, output: Output, config: Config) -> list[str]:
+def tokenize_shards(todo: list[Shard], url: str, output: Output, config: Config) -> list[str]:
     """Runs the workers; returns what failed."""
     cluster.start()
     settings = {"tokenizer_url": url, "output_url": output.url, "options": config.tokens}
@@ -75,9 +76,9 @@ def _tokenize(todo: list[Shard], url: str, output: Output, config: Config) -> li
 def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
     for failure in failures[:10]:
         print(f"tokenize: failed shard: {failure.splitlines()[0]}")
-    entries = {entry.name: entry for entry in output.commits()}
-    mine = [entries[shard.name] for shard in shards if shard.name in entries]
-    rows, bad = sum(e.num_rows for e in mine), sum(e.num_quarantined for e in mine)
+    done = {history.first.name: history for history in output.histories()}
+    mine = [done[shard.name] for shard in shards if shard.name in done]
+    rows, bad = sum(one.num_rows for one in mine), sum(one.num_quarantined for one in mine)
     print(f"tokenize: {rows} samples in {len(mine)} of {len(shards)} shards, {bad} quarantined, at {output.url}")
     if len(mine) < len(shards):
         print(
@@ -131,10 +132,25 @@ class TokenizeWorker(ShardWorker):
         return ShardResult(failure=f"{shard.url}: {reason}", lost=shard)
 
     def _commit(self, shard: Shard) -> ShardResult:
-        tick = partial(self.tick, shard)
-        rows, quarantined, seconds = tokenize_shard(shard, self.tokenizer, self.options, self.device_lock, tick)
-        entry = self.output.commit(shard, rows, quarantined, seconds, now=time.time())
+        found = tokenize_shard(shard, self.tokenizer, self.options, self.device_lock, partial(self.tick, shard))
+        entry = self.output.commit(
+            shard, found.rows, found.quarantined, found.seconds, now=time.time(), num_samples=found.num_samples
+        )
         return ShardResult(entry.num_rows, entry.num_quarantined, entry.num_tokens)
+
+
+@dataclass
+class TokenizedShard:
+    """All rows of a shard in its order, what went to quarantine, and how many samples the reader counted.
+
+    seconds: read and decode add up those of the threads that ran beside the encoder. wait: for data; queue: for the
+    device, which another shard had; encode; total.
+    """
+
+    rows: list[TokenRow]
+    quarantined: list[Quarantined]
+    num_samples: int
+    seconds: dict[str, float]
 
 
 def tokenize_shard(
@@ -143,46 +159,22 @@ def tokenize_shard(
     options: TokensConfig,
     device_lock: AbstractContextManager[Any] = contextlib.nullcontext(),  # noqa: B008
     tick: Callable[[], None] = lambda: None,
-) -> tuple[list[TokenRow], list[Quarantined], dict[str, float]]:
-    """All rows of a shard in its order, what went to quarantine, and seconds waited for data and spent encoding.
+) -> TokenizedShard:
+    """Reads, decodes and encodes a shard. device_lock is held while a batch is encoded; tick is called after each.
 
-    device_lock is held while a batch is encoded; tick is called after each.
+    Raises ShardError if the shard cannot be read to its end.
     """
     rows: list[TokenRow] = []
     quarantined: list[Quarantined] = []
-    watch = Stopwatch()
-    for batch in decoded_batches(shard.url, tokenizer, options, quarantined):
+    tally, watch = Tally(), Stopwatch()
+    batches = decoded_batches(shard.url, tokenizer, options, quarantined, version=shard.version, tally=tally)
+    for batch in batches:
         watch.lap("wait")
         with device_lock:
             watch.lap("queue")
-            _encode(batch, tokenizer, options, rows, quarantined)
+            rows += rows_of(batch, tokenizer, options.passthrough, quarantined)
             watch.lap("encode")
         tick()
     watch.lap("wait")
-    return sorted(rows, key=lambda row: row.source_index), quarantined, watch.seconds
-
-
-def _encode(
-    batch: list[Item], tokenizer: Tokenizer, options: TokensConfig, rows: list[TokenRow], bad: list[Quarantined]
-) -> None:
-    try:
-        tokens = tokenizer.encode([item.decoded.array for item in batch])
-    except BadSample as error:
-        if len(batch) > 1:  # find the one that is to blame
-            for item in batch:
-                _encode([item], tokenizer, options, rows, bad)
-            return
-        sample = batch[0].sample
-        bad.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
-        return
-    for item, grid in zip(batch, tokens, strict=True):
-        sample = item.sample
-        kept = {name: sample.members[name] for name in options.passthrough if name in sample.members}
-        row = TokenRow(sample.key, sample.index, grid, item.decoded.size, kept)
-        try:
-            for name in kept:
-                passthrough_value(name, row)
-        except ValueError as error:
-            bad.append(Quarantined(sample.key, sample.index, "passthrough", "UnicodeDecodeError", str(error)))
-            continue
-        rows.append(row)
+    seconds = {"read": tally.read_s, "decode": tally.decode_s, **watch.seconds, "total": sum(watch.seconds.values())}
+    return TokenizedShard(sorted(rows, key=lambda row: row.source_index), quarantined, tally.num_samples, seconds)

@@ -5,6 +5,18 @@ class ShardError(OSError):
     """A shard cannot be read to its end: missing, forbidden, truncated, no tar. Nothing of it is committed."""
 
 
+class StorageError(OSError):
+    """Storage failed in a way that passes by itself, but did not within the time that we wait."""
+
+
+class ReplacedObject(OSError):
+    """An object is no longer the one that was listed or opened."""
+
+
+class UnsafeStorage(ValueError):
+    """The storage overwrites objects that it is told only to create, so that two writers could undo each other."""
+
+
 class OutputMismatch(ValueError):
     """An output belongs to another tokenizer, corpus or setting than the one at hand."""
 

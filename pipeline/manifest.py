@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -12,13 +13,19 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 from pipeline import storage
 from pipeline.errors import NoShards
 
+LOOKUPS = 32  # at a time, of shards that are named one by one
+
 
 @dataclass(frozen=True)
 class Shard:
-    """One WebDataset tar. num_bytes is None if it is not there, or not ours to read; reading it tells which."""
+    """One WebDataset tar. num_bytes is None if it is not there, or not ours to read; reading it tells which.
+
+    version: the ETag, or a local file's mtime in ns; None where storage has neither, or an older manifest said nothing.
+    """
 
     url: str
     num_bytes: int | None
+    version: str | None = None
 
     @property
     def name(self) -> str:
@@ -35,7 +42,9 @@ class Manifest:
 
     @cached_property
     def id(self) -> str:
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        # without versions: a copy of the corpus with other dates, or a tool's new field, is the same input
+        named = [{"url": shard.url, "num_bytes": shard.num_bytes} for shard in self.shards]
+        return hashlib.sha256(json.dumps(named, indent=1).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         return json.dumps([asdict(shard) for shard in self.shards], indent=1)
@@ -50,26 +59,36 @@ def find_shards(spec: str | list[str]) -> Manifest:
 
     A shard that is named but missing stays in the manifest: the job reports it as failed, rather than not at all.
     """
-    urls: set[str] = set()
+    shards: dict[str, Shard] = {}
     for pattern in [spec] if isinstance(spec, str) else spec:
-        urls.update(_expand(pattern))
-    if not urls:
+        shards.update((shard.url, shard) for shard in _expand(pattern))
+    if not shards:
         raise NoShards("data.shards names no shards; give a path, a glob, braces, or a list of them")
-    return Manifest([Shard(url, storage.num_bytes(url)) for url in sorted(urls)])
+    return Manifest([shards[url] for url in sorted(shards)])
 
 
-def _expand(pattern: str) -> list[str]:
-    found: list[str] = []
+def _expand(pattern: str) -> list[Shard]:
     try:
         urls = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
         raise NoShards(f"data.shards: {error}") from error
-    for url in urls:
-        if not any(wild in url for wild in "*?["):
-            found.append(storage.normalise(url))
-            continue
+    shards = _look_up([storage.normalise(url) for url in urls if not _is_glob(url)])
+    for url in filter(_is_glob, urls):
         matches = storage.glob(url)
         if not matches:
             raise NoShards(f"data.shards: nothing matches {url!r}")
-        found += matches
-    return found
+        shards += [Shard(found.url, found.num_bytes, found.version) for found in matches]
+    return shards
+
+
+def _is_glob(url: str) -> bool:
+    return any(wild in url for wild in "*?[")
+
+
+def _look_up(urls: list[str]) -> list[Shard]:
+    with ThreadPoolExecutor(LOOKUPS) as threads:
+        found = threads.map(storage.find, urls)
+        return [
+            Shard(url, one.num_bytes, one.version) if one else Shard(url, None)
+            for url, one in zip(urls, found, strict=True)
+        ]

@@ -52,14 +52,14 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise ShardError(f"broken header at byte {archive.offset} ({error})") from error
 
 
-def read_samples(url: str) -> Iterator[Sample]:
-    """Samples in the order of the shard, numbered from 0.
+def read_samples(url: str, version: str | None = None) -> Iterator[Sample]:
+    """Samples in the order of the shard, numbered from 0; of that version of it, if one is given.
 
     Raises ShardError (at the first moment that it can be known) if the shard cannot be read to its very end.
     """
     try:
         with (
-            storage.open_stream(url) as stream,
+            storage.open_stream(url, version) as stream,
             _decompressed(stream) as plain,
             tarfile.open(fileobj=plain, mode="r|", tarinfo=_StrictTarInfo, errors="surrogateescape") as archive,
         ):
@@ -68,7 +68,9 @@ def read_samples(url: str) -> Iterator[Sample]:
     except FileNotFoundError as error:
         raise ShardError(f"{url}: there is no such shard") from error
     except PermissionError as error:
-        raise ShardError(f"{url}: no permission to read it; check the credentials or the file's mode") from error
+        raise ShardError(
+            f"{url}: no permission to read it; check the credentials or the file's mode ({error})"
+        ) from error
     except ShardError as error:
         raise ShardError(f"{url}: {error}; write the shard again and rerun") from error
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:

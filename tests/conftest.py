@@ -1,9 +1,11 @@
-"""One local Ray for the whole session: starting one takes 5 to 20 s."""
+"""One local Ray and one S3 server for the whole session: starting Ray takes 5 to 20 s."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
+
+from tests.s3 import S3Server, start_s3
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,10 @@ def ray_cluster() -> Iterator[None]:
     cluster.start()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with an empty bucket; `s3.use(monkeypatch)` makes this process talk to it."""
+    with start_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server

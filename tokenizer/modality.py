@@ -41,6 +41,7 @@ class Modality:
     written_as: ClassVar[str]  # extension of what `to_bytes` makes
     mime: ClassVar[str]  # its media type
     size_columns: ClassVar[tuple[str, ...]]  # of the token shard: the original's size
+    default_budget: ClassVar[float]  # of a batch, in the unit of `elements`
     default_loss_weights: ClassVar[dict[str, float]]  # names every loss that `losses` can give
 
     def read(self, data: bytes, extension: str = "") -> Decoded:
@@ -68,6 +69,10 @@ class Modality:
 
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """A random piece of fixed size, for training."""
+        raise AssertionError
+
+    def elements(self, budget: float) -> int:
+        """Array elements of a budget in the unit that users of this modality count in: megapixels, seconds."""
         raise AssertionError
 
     def bucket(self, array: np.ndarray) -> tuple[int, ...]:

@@ -1,9 +1,11 @@
 """Token shards: how they are laid out, committed, proven and read."""
 
+from pipeline.tokens.entry import Commit, History
 from pipeline.tokens.layout import Layout, TokenRow
-from pipeline.tokens.output import Commit, Output, Quarantined
+from pipeline.tokens.output import Output
+from pipeline.tokens.quarantine import Quarantined
 
-__all__ = ["Commit", "Layout", "Output", "Quarantined", "TokenDataset", "TokenRow"]
+__all__ = ["Commit", "History", "Layout", "Output", "Quarantined", "TokenDataset", "TokenRow"]
 
 
 def __getattr__(name: str):

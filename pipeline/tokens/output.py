@@ -1,68 +1,38 @@
 """One output of `tokenize`: what it is, and the commit of a shard into it.
 
 OUT/dataset.json, OUT/inputs/<id>.json, OUT/tokens/<name>.parquet, OUT/quarantine/<name>.parquet,
-OUT/manifest/<name>.json. A shard is done when its manifest entry exists; nothing else is a ledger.
+OUT/manifest/<name>.json. A shard is done when its manifest entry exists; nothing else is a ledger. What a retry
+recovered of it lies beside that as <name>+1, with an entry like any other.
 OUT/failed/<name>.json tells why a shard could not be done the last time; it proves nothing.
 """
 
+import collections
 import contextlib
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+import os
+import socket
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.batches import map_in_threads
 from pipeline.errors import BrokenOutput, OutputMismatch
 from pipeline.manifest import Manifest, Shard
-from pipeline.tokens.layout import Layout, TokenRow, to_parquet
+from pipeline.tokens.entry import Commit, History, histories, in_order, parse_commit, retry_name, what_changed
+from pipeline.tokens.layout import Layout, TokenRow
+from pipeline.tokens.placing import place, same_samples, some_of
+from pipeline.tokens.quarantine import Quarantined, parse_quarantine, quarantine_table
 
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("source_shard", pa.string(), nullable=False),
-        pa.field("source_index", pa.int32(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("error", pa.string(), nullable=False),
-        pa.field("message", pa.string(), nullable=False),
-    ]
-)
 READERS = 16  # threads that read small objects
-
-
-@dataclass
-class Quarantined:
-    """A sample that could not be tokenized. stage: read, decode, encode or passthrough."""
-
-    key: str
-    source_index: int
-    stage: str
-    error: str
-    message: str
-
-
-@dataclass
-class Commit:
-    """A manifest entry: what is proven of one shard."""
-
-    name: str
-    source_shard: str
-    source_num_bytes: int | None  # None where the storage did not tell
-    num_samples: int
-    num_rows: int
-    num_quarantined: int
-    num_tokens: int
-    tokens_sha256: str
-    quarantine_sha256: str | None
-    tokenizer_id: str
-    codebook_id: str
-    committed_at: float = 0.0  # seconds since 1970
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Output:
@@ -81,9 +51,7 @@ class Output:
             existing = cls.open(url)
             _refuse_other(existing.url, existing.layout.to_dict(), layout.to_dict())
         output = cls(url, layout)
-        output._refuse_replaced(inputs)
-        with contextlib.suppress(FileExistsError):  # the same list as before, by its id
-            storage.write_once(output._at("inputs", f"{inputs.id}.json"), inputs.to_json().encode())
+        output.take_inputs(inputs)
         return output
 
     @classmethod
@@ -100,68 +68,132 @@ class Output:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
+    def take_inputs(self, inputs: Manifest) -> None:
+        """Notes that these shards belong here. Raises OutputMismatch if one was replaced after its commit."""
+        self.refuse_replaced(inputs.shards)
+        with contextlib.suppress(FileExistsError):  # the same list as before, by its id
+            storage.write_once(self._at("inputs", f"{inputs.id}.json"), inputs.to_json().encode())
+
     def commit(
-        self, shard: Shard, rows: list[TokenRow], quarantined: list[Quarantined], seconds: dict[str, float], now: float
+        self,
+        shard: Shard,
+        rows: list[TokenRow],
+        quarantined: list[Quarantined],
+        seconds: dict[str, float],
+        now: float,
+        *,
+        num_samples: int | None = None,
     ) -> Commit:
         """Writes tokens, quarantine, and last the manifest entry. A second commit of a shard changes nothing.
 
-        Returns the entry that stands, which is another worker's if that one was first.
+        num_samples: as the reader of the shard counted them; None where none did. seconds: by stage, and "total"
+        until now; writing is added. Returns the entry that stands, which is another worker's if that one was first.
+        Raises ValueError, and writes nothing, if samples 0..num_samples - 1 are not each there once.
         """
         if (stands := self._committed(shard.name)) is not None:
             return stands
-        tokens = self.layout.to_table(rows, shard.url)
-        # so that a file which another run left of a shard that was replaced since is not taken for this one's
-        tokens = tokens.replace_schema_metadata(
-            {**tokens.schema.metadata, b"source_num_bytes": str(shard.num_bytes).encode()}
+        expected = range(len(rows) + len(quarantined) if num_samples is None else num_samples)
+        _refuse_lost(shard, rows, quarantined, expected)
+        start, table = time.monotonic(), self._tokens_table(shard, rows)
+        tokens = self._place("tokens", shard.name, table, partial(same_samples, table=table))
+        entry = self._entry(shard, 0, tokens, quarantined, now)
+        entry.seconds = _with_writing(seconds, time.monotonic() - start)
+        stands = self._write_entry(entry)
+        if stands is entry:
+            storage.remove(self._at("failed", f"{shard.name}.json"))
+        return stands
+
+    def commit_retry(
+        self,
+        shard: Shard,
+        history: History,
+        rows: list[TokenRow],
+        quarantined: list[Quarantined],
+        seconds: dict[str, float],
+        now: float,
+    ) -> Commit | None:
+        """Adds the rows that a retry made of quarantined samples, and the quarantine that is left, under a new name.
+
+        history: what the retry set out from; rows and quarantined are what stood in quarantine then. None if another
+        retry was first, whose result stands while this one's is dropped; or if there are no rows: then nothing is
+        written. Raises ValueError like commit.
+        """
+        before = self.quarantined(history.last)
+        taken_up = [sample.source_index for sample in before]
+        _refuse_lost(shard, rows, quarantined, taken_up)
+        if not rows:
+            return None
+        start, retry, table = time.monotonic(), history.last.retry + 1, self._tokens_table(shard, rows)
+        # Another retry may have recovered other samples and died, or be at work. Removing its file could leave its
+        # entry without one; so its rows are taken over, and what else this retry recovered stays for the next one.
+        tokens = self._place(
+            "tokens", retry_name(shard.name, retry), table, partial(some_of, table=table, indices=taken_up)
         )
-        tokens_sha256 = self._place("tokens", shard.name, tokens)
-        quarantine_sha256 = None
+        settled = set(_source_indices(tokens))
+        reasons = {sample.source_index: sample for sample in [*before, *quarantined]}
+        still = [sample for index, sample in reasons.items() if index not in settled]
+        entry = self._entry(shard, retry, tokens, still, now)
+        entry.seconds = _with_writing(seconds, time.monotonic() - start)
+        return entry if self._write_entry(entry) is entry else None
+
+    def _tokens_table(self, shard: Shard, rows: list[TokenRow]) -> pa.Table:
+        table = self.layout.to_table(rows, shard.url)
+        about = {
+            # so that a file which another run left of a shard that was replaced since is not taken for this one's
+            "source_num_bytes": str(shard.num_bytes),
+            "source_version": str(shard.version),
+            "num_tokens": str(sum(row.tokens.size for row in rows)),
+        }
+        return table.replace_schema_metadata({**table.schema.metadata, **about})
+
+    def _place(self, folder: str, name: str, table: pa.Table, fits: Callable[[pa.Table], bool]) -> bytes:
+        url = self._at(folder, f"{name}.parquet")
+        return place(url, table, fits, is_committed=lambda: self._committed(name) is not None)
+
+    def _entry(self, shard: Shard, retry: int, tokens: bytes, quarantined: list[Quarantined], now: float) -> Commit:
+        """Places the quarantine; returns the entry of that and of the tokens, which lie there already."""
+        name, quarantine_sha256 = retry_name(shard.name, retry), None
         if quarantined:
-            quarantine_sha256 = self._place("quarantine", shard.name, _quarantine_table(shard.url, quarantined))
-        entry = Commit(
-            name=shard.name,
+            table = quarantine_table(shard.url, quarantined)
+            placed = self._place("quarantine", name, table, partial(same_samples, table=table))
+            quarantine_sha256 = _sha256(placed)
+        indices = _source_indices(tokens)
+        return Commit(
+            name=name,
             source_shard=shard.url,
             source_num_bytes=shard.num_bytes,
-            num_samples=len(rows) + len(quarantined),
-            num_rows=len(rows),
+            source_version=shard.version,
+            num_samples=len(indices) + len(quarantined),
+            num_rows=len(indices),
             num_quarantined=len(quarantined),
-            num_tokens=sum(row.tokens.size for row in rows),
-            tokens_sha256=tokens_sha256,
+            num_tokens=int(pq.read_schema(io.BytesIO(tokens)).metadata[b"num_tokens"]),
+            tokens_sha256=_sha256(tokens),
+            tokens_num_bytes=len(tokens),
             quarantine_sha256=quarantine_sha256,
             tokenizer_id=self.layout.tokenizer_id,
             codebook_id=self.layout.codebook_id,
             committed_at=now,
-            seconds=seconds,
+            worker={"host": socket.gethostname(), "pid": os.getpid()},
+            reasons=dict(collections.Counter(f"{sample.stage} {sample.error}" for sample in quarantined)),
+            retry=retry,
+            settled=indices if retry else [],
         )
+
+    def _write_entry(self, entry: Commit) -> Commit:
+        """Commits: returns the entry that stands, which is another writer's if that one was first."""
         try:
-            storage.write_once(self._at("manifest", f"{shard.name}.json"), _json(asdict(entry)))
+            storage.write_once(self._at("manifest", f"{entry.name}.json"), _json(asdict(entry)))
         except FileExistsError:
-            stands = self._committed(shard.name)
+            stands = self._committed(entry.name)
             assert stands is not None
             return stands
-        storage.remove(self._at("failed", f"{shard.name}.json"))
         return entry
 
     def _committed(self, name: str) -> Commit | None:
-        url = self._at("manifest", f"{name}.json")
-        return _parse_commit(url, storage.read(url)) if storage.exists(url) else None
-
-    def _place(self, folder: str, name: str, table: pa.Table) -> str:
-        """Creates the file and returns its SHA-256.
-
-        A file of a run that died before its manifest entry is taken over if it holds the same samples, so that two
-        drivers that race end up describing one file; a torn one, which no manifest names, is written anew.
-        """
-        url, data = self._at(folder, f"{name}.parquet"), to_parquet(table)
-        while True:  # again where another driver has just replaced the same torn file
-            try:
-                storage.write_once(url, data)
-                return _sha256(data)
-            except FileExistsError:
-                there = storage.read(url)
-            if _same_samples(there, table) or self._committed(name):  # never remove what an entry names
-                return _sha256(there)
-            storage.remove(url)
+        try:
+            return parse_commit(name, storage.read(self._at("manifest", f"{name}.json")))
+        except FileNotFoundError:
+            return None
 
     def note_failure(self, shard: Shard, message: str, now: float) -> None:
         """Leaves word for `status` of why a shard could not be done. A later success removes it."""
@@ -174,7 +206,7 @@ class Output:
         return {_stem(url) for url in storage.list_files(self._at("manifest"))}
 
     def commits(self) -> list[Commit]:
-        """All manifest entries, by name. Raises BrokenOutput that names an entry that is not one."""
+        """All manifest entries by name, retries after their first commit. Raises BrokenOutput that names a bad one."""
         entries, problems = self.commits_and_problems()
         if problems:
             raise BrokenOutput(f"{self.url}: {problems[0]}; `tokenmill verify` tells more")
@@ -185,40 +217,63 @@ class Output:
         entries, problems = [], []
         for url, text in _read_all(storage.list_files(self._at("manifest"))):
             try:
-                entries.append(_parse_commit(url, text))
+                entries.append(parse_commit(_stem(url), text))
             except BrokenOutput as error:
                 problems.append(str(error))
-        return entries, problems
+        return sorted(entries, key=in_order), problems
+
+    def histories(self) -> list[History]:
+        """The entries by shard. Raises BrokenOutput like commits."""
+        return histories(self.commits())
+
+    def history(self, name: str) -> History | None:
+        """What is committed of the shard of that name now; None if nothing is."""
+        first = self._committed(name)
+        if first is None:
+            return None
+        retries = (self._committed(retry_name(name, number)) for number in itertools.count(1))
+        return History([first, *itertools.takewhile(lambda entry: entry is not None, retries)])  # type: ignore[list-item]
 
     def failures(self) -> list[dict[str, Any]]:
         return [json.loads(text) for _, text in _read_all(storage.list_files(self._at("failed")))]
 
     def inputs(self) -> list[Shard]:
         """Every shard that any run was given, by URL."""
-        shards: dict[str, Shard] = {}
-        for _, text in _read_all(storage.list_files(self._at("inputs"))):
-            shards.update({shard.url: shard for shard in Manifest.from_json(text).shards})
-        return [shards[url] for url in sorted(shards)]
+        return list({shard.url: shard for shard in self.input_versions()}.values())
+
+    def input_versions(self) -> list[Shard]:
+        """As inputs; and a shard that was replaced between two runs comes once for each of them."""
+        lists = [Manifest.from_json(text).shards for _, text in _read_all(storage.list_files(self._at("inputs")))]
+        return sorted(
+            {shard for shards in lists for shard in shards}, key=lambda s: (s.url, str(s.num_bytes), str(s.version))
+        )
 
     def read_tokens(self, name: str) -> bytes:
-        return storage.read(self._at("tokens", f"{name}.parquet"))
+        return storage.read(self.tokens_url(name))
 
     def read_quarantine(self, name: str) -> bytes:
-        return storage.read(self._at("quarantine", f"{name}.parquet"))
+        return storage.read(self.quarantine_url(name))
+
+    def quarantined(self, entry: Commit) -> list[Quarantined]:
+        """The samples of a shard that its entry left in quarantine."""
+        return parse_quarantine(self.read_quarantine(entry.name)) if entry.quarantine_sha256 else []
 
     def tokens_url(self, name: str) -> str:
         return self._at("tokens", f"{name}.parquet")
 
-    def _refuse_replaced(self, inputs: Manifest) -> None:
+    def quarantine_url(self, name: str) -> str:
+        return self._at("quarantine", f"{name}.parquet")
+
+    def refuse_replaced(self, shards: Iterable[Shard]) -> None:
+        """Raises OutputMismatch if a shard is not the one that was committed under its URL."""
         committed = self.committed_names()
-        if not committed.intersection(shard.name for shard in inputs.shards):
-            return
-        sizes = {entry.name: entry.source_num_bytes for entry in self.commits()}
-        for shard in inputs.shards:
-            if None not in (shard.num_bytes, sizes.get(shard.name)) and sizes[shard.name] != shard.num_bytes:
+        suspects = [shard for shard in shards if shard.name in committed]
+        urls = [self._at("manifest", f"{shard.name}.json") for shard in suspects]
+        for shard, (_, text) in zip(suspects, _read_all(urls), strict=True):
+            if changed := what_changed(parse_commit(shard.name, text), shard):
                 raise OutputMismatch(
-                    f"{shard.url} has {shard.num_bytes} bytes now, and had {sizes[shard.name]} when {self.url} "
-                    "tokenized it: it was replaced. Give the new shard another name, or choose another output"
+                    f"{shard.url} {changed} when {self.url} tokenized it: it was replaced. "
+                    "Put the old one back, give the new one another name, or choose another output"
                 )
 
     def _at(self, *parts: str) -> str:
@@ -233,38 +288,37 @@ def _refuse_other(url: str, there: dict[str, Any], here: dict[str, Any]) -> None
     raise OutputMismatch(f"{url} holds another dataset: {what}. Choose another output")
 
 
-def _same_samples(parquet: bytes, table: pa.Table) -> bool:
-    try:
-        there = pq.read_table(io.BytesIO(parquet))
-    except (pa.ArrowInvalid, OSError):
-        return False
-    # the footers apart: check_metadata would also compare the names of list items, which Parquet changes
-    return (
-        there.schema.equals(table.schema)
-        and there.schema.metadata == table.schema.metadata
-        and all(there[name].equals(table[name]) for name in ("key", "source_index"))
-    )
+def _refuse_lost(shard: Shard, rows: list[TokenRow], quarantined: list[Quarantined], expected: Collection[int]) -> None:
+    """Every sample must be in one place before anything is written: later it could only be found missing."""
+    places: list[TokenRow | Quarantined] = [*rows, *quarantined]
+    found = collections.Counter(sample.source_index for sample in places)
+    lost = [index for index in expected if index not in found]
+    doubled = [index for index, times in found.items() if times > 1]
+    unknown = sorted(found.keys() - set(expected))
+    if lost or doubled or unknown:
+        raise ValueError(
+            f"{shard.url}: {len(rows)} rows and {len(quarantined)} quarantined are not its {len(expected)} samples "
+            f"(source_index lost: {_few(lost)}; twice: {_few(doubled)}; unknown: {_few(unknown)}). Nothing was "
+            "committed; this is a mistake in tokenmill, or the shard changed while it was read"
+        )
 
 
-def _quarantine_table(source_shard: str, quarantined: list[Quarantined]) -> pa.Table:
-    ordered = sorted(quarantined, key=lambda sample: sample.source_index)
-    rows = [{**asdict(sample), "source_shard": source_shard} for sample in ordered]
-    return pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
+def _few(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:5])) or "none"
+    return f"{shown} and {len(indices) - 5} more" if len(indices) > 5 else shown
 
 
-def _parse_commit(url: str, text: bytes) -> Commit:
-    try:
-        entry = Commit(**json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise BrokenOutput(f"manifest/{_stem(url)}.json is no manifest entry: {error}") from error
-    if entry.name != _stem(url):
-        raise BrokenOutput(f"manifest/{_stem(url)}.json is the entry of {entry.name}: readers would get its rows twice")
-    return entry
+def _with_writing(seconds: dict[str, float], writing: float) -> dict[str, float]:
+    total = {"total": seconds["total"] + writing} if "total" in seconds else {}
+    return {stage: round(spent, 4) for stage, spent in {**seconds, "write": writing, **total}.items()}
 
 
-def _read_all(urls: list[str]) -> Iterable[tuple[str, bytes]]:
-    with ThreadPoolExecutor(READERS) as pool:
-        return list(zip(urls, pool.map(storage.read, urls), strict=True))
+def _source_indices(tokens: bytes) -> list[int]:
+    return pq.read_table(io.BytesIO(tokens), columns=["source_index"])["source_index"].to_pylist()
+
+
+def _read_all(urls: list[str]) -> Iterator[tuple[str, bytes]]:
+    return zip(urls, map_in_threads(storage.read, urls, READERS), strict=True)
 
 
 def _stem(url: str) -> str:

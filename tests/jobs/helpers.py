@@ -61,7 +61,7 @@ def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
     layout = layout_of(tokenizer, TokensConfig())
     tables = []
     for shard in find_shards(shards).shards:
-        rows, _, _ = tokenize_shard(shard, tokenizer, TokensConfig())
+        rows = tokenize_shard(shard, tokenizer, TokensConfig()).rows
         tables.append(layout.to_table(rows, shard.url).select(list(ROWS)).replace_schema_metadata(None))
     return pa.concat_tables(tables).combine_chunks()
 

@@ -1,5 +1,7 @@
 """Which shards a job reads: data.shards to a list with an id."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,26 @@ def test_id_changes_with_size_and_list(shards: Path):
 def test_manifest_survives_json(shards: Path):
     manifest = find_shards([f"{shards}/train-*.tar", f"{shards}/gone.tar"])
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_shard_replaced_by_one_of_its_size_has_another_version_and_the_manifest_the_same_id(shards: Path):
+    before = find_shards(f"{shards}/train-*.tar")
+    (shards / "train-001.tar").write_bytes(b"other content"[:13])
+    os.utime(shards / "train-001.tar", ns=(1, 1))
+    after = find_shards(f"{shards}/train-*.tar")
+    assert [a == b for a, b in zip(before.shards, after.shards, strict=True)] == [True, False, True]
+    assert (before.id, after.shards[1].version) == (after.id, "1")
+
+
+def test_manifests_from_before_versions_keep_their_id():
+    text = '[\n {\n  "url": "/a.tar",\n  "num_bytes": 3\n }\n]'  # as it was written then
+    assert Manifest.from_json(text).shards == [Shard("/a.tar", 3)]
+    assert Manifest.from_json(text).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_many_named_shards_are_looked_up_and_the_missing_stay(shards: Path):
+    found = find_shards(f"{shards}/train-{{000..499}}.tar").shards
+    assert [(shard.num_bytes, bool(shard.version)) for shard in found] == [(13, True)] * 3 + [(None, False)] * 497
 
 
 def test_same_stem_in_other_folders_has_another_name(shards: Path):

@@ -3,19 +3,22 @@
 import hashlib
 import io
 import json
+import os
 import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.errors import OutputMismatch
+from pipeline.errors import BrokenOutput, OutputMismatch
 from pipeline.manifest import Manifest, Shard
-from pipeline.tokens import Commit, Output
+from pipeline.tokens import Commit, History, Output
 from pipeline.tokens.layout import to_parquet
 from pipeline.tokens.verify import verify
-from tests.corpus import layout, quarantined, token_row, token_rows, write_corpus, write_tokens
+from tests.corpus import layout, quarantined, token_row, token_rows, write_corpus
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def test_a_shard_without_bad_samples_has_no_quarantine_file(output: Output, inpu
 
 def test_quarantine_names_key_stage_and_reason(output: Output, inputs: list[Shard]):
     bad = [quarantined(inputs[0], i) for i in (2, 0)]
-    commit(output, inputs[0], [], bad)
+    commit(output, inputs[0], [token_row("0001", 1)], bad)
     table = pq.read_table(io.BytesIO(output.read_quarantine(inputs[0].name)))
     assert table.to_pylist()[0] == {
         **{"key": "0000", "source_shard": inputs[0].url, "source_index": 0},
@@ -149,6 +152,164 @@ def test_a_refused_token_leaves_nothing_behind(output: Output, inputs: list[Shar
     assert files(output) == before
 
 
+# -- what may be committed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "bad", "what"),
+    [
+        ([0, 1, 3], [], "lost: 2; twice: none; unknown: none"),
+        ([0, 1, 3], [1, 2], "lost: none; twice: 1; unknown: none"),
+        ([0, 1, 2, 2, 3], [], "lost: none; twice: 2"),
+        ([0, 1, 2, 3], [4], "lost: none; twice: none; unknown: 4"),
+        ([], [], "lost: 0, 1, 2, 3"),
+    ],
+)
+def test_a_lost_or_doubled_sample_is_refused_and_nothing_written(
+    output: Output, inputs: list[Shard], rows: list[int], bad: list[int], what: str
+):
+    before = files(output)
+    made = [token_row(f"{i:04d}", i) for i in rows]
+    broken = [quarantined(inputs[0], i) for i in bad]
+    with pytest.raises(ValueError, match=f"4 samples .*{what}"):
+        output.commit(inputs[0], made, broken, seconds={}, now=0.0, num_samples=4)
+    assert files(output) == before
+
+
+def test_an_entry_tells_who_made_it_from_what_and_how_long_it_took(output: Output, inputs: list[Shard]):
+    seconds = {"read": 1.0, "encode": 2.0, "total": 3.0}
+    bad = [quarantined(inputs[0], 3)]
+    entry = output.commit(inputs[0], token_rows(inputs[0], 3), bad, seconds, now=1.0, num_samples=4)
+    assert (entry.source_num_bytes, entry.source_version) == (inputs[0].num_bytes, inputs[0].version)
+    assert entry.tokens_num_bytes == len(output.read_tokens(entry.name))
+    assert entry.worker == {"host": socket.gethostname(), "pid": os.getpid()}
+    assert entry.seconds["total"] == pytest.approx(3.0 + entry.seconds["write"], abs=1e-3)
+    assert entry.reasons == {"decode BadSample": 1}
+
+
+def test_entries_of_older_versions_load(output: Output, inputs: list[Shard]):
+    entry = commit(output, inputs[0], token_rows(inputs[0], 4))
+    path = Path(output.url) / "manifest" / f"{entry.name}.json"
+    newer = ("source_version", "tokens_num_bytes", "worker", "reasons", "retry", "settled")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in newer}))
+    [old] = output.commits()
+    assert (old.num_rows, old.source_version, old.retry) == (4, None, 0)
+
+
+@pytest.mark.parametrize("value", [-1, "4", 4.0, None])
+def test_an_entry_whose_count_is_none_is_named(output: Output, inputs: list[Shard], value: object):
+    entry = commit(output, inputs[0], token_rows(inputs[0], 4))
+    path = Path(output.url) / "manifest" / f"{entry.name}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_rows": value}))
+    with pytest.raises(BrokenOutput, match=r"num_rows is .*, not a count"):
+        output.commits()
+
+
+# -- retries ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_bad(output: Output, inputs: list[Shard]) -> History:
+    """Samples 1, 2 and 3 of 4 are in quarantine."""
+    commit(output, inputs[0], token_rows(inputs[0], 1), [quarantined(inputs[0], i) for i in (1, 2, 3)])
+    commit(output, inputs[1], token_rows(inputs[1], 3))
+    history = output.history(inputs[0].name)
+    assert history is not None
+    return history
+
+
+def retry(output: Output, history: History, shard: Shard, recovered: list[int], now: float = 2.0) -> Commit | None:
+    """A retry that recovers these of the samples that are in quarantine."""
+    rows = [row for row in token_rows(shard, 4) if row.source_index in recovered]
+    bad = [quarantined(shard, q.source_index) for q in output.quarantined(history.last)]
+    still = [sample for sample in bad if sample.source_index not in recovered]
+    return output.commit_retry(shard, history, rows, still, seconds={}, now=now)
+
+
+def in_quarantine(output: Output, name: str) -> list[int]:
+    history = output.history(name)
+    assert history is not None
+    return [sample.source_index for sample in output.quarantined(history.last)]
+
+
+def test_a_retry_adds_an_entry_and_changes_nothing(output: Output, inputs: list[Shard], with_bad: History):
+    before = files(output)
+    entry = retry(output, with_bad, inputs[0], [1, 3])
+    assert entry is not None
+    name = f"{inputs[0].name}+1"
+    assert files(output).items() >= before.items()
+    assert files(output).keys() - before.keys() == {
+        *(f"tokens/{name}.parquet", f"quarantine/{name}.parquet", f"manifest/{name}.json")
+    }
+    assert (entry.name, entry.retry, entry.settled) == (name, 1, [1, 3])
+    assert (entry.num_samples, entry.num_rows, entry.num_quarantined) == (3, 2, 1)
+    assert in_quarantine(output, inputs[0].name) == [2]
+
+
+def test_retries_follow_one_another(output: Output, inputs: list[Shard], with_bad: History):
+    retry(output, with_bad, inputs[0], [3])
+    second = output.history(inputs[0].name)
+    assert second is not None
+    retry(output, second, inputs[0], [1, 2])
+    assert in_quarantine(output, inputs[0].name) == []
+    [shard] = [one for one in output.histories() if one.first.name == inputs[0].name]
+    assert [(entry.retry, entry.settled) for entry in shard.entries] == [(0, []), (1, [3]), (2, [1, 2])]
+    assert (shard.num_rows, shard.num_quarantined) == (4, 0)
+    assert verify(output, deep=True).problems == []
+
+
+def test_a_retry_that_recovers_nothing_writes_nothing(output: Output, inputs: list[Shard], with_bad: History):
+    before = files(output)
+    assert retry(output, with_bad, inputs[0], []) is None
+    assert files(output) == before
+
+
+def test_of_two_retries_the_first_stands(output: Output, inputs: list[Shard], with_bad: History):
+    retry(output, with_bad, inputs[0], [1])
+    before = files(output)
+    assert retry(output, with_bad, inputs[0], [2, 3]) is None
+    assert files(output) == before
+    assert verify(output, deep=True).problems == []
+
+
+def test_rows_that_a_dying_retry_left_are_taken_over(output: Output, inputs: list[Shard], with_bad: History):
+    """Or one that is at work: its file must stay, for its entry may come at any moment."""
+    retry(output, with_bad, inputs[0], [1])
+    kept = output.read_tokens(f"{inputs[0].name}+1")
+    storage.remove(f"{output.url}/manifest/{inputs[0].name}+1.json")
+    entry = retry(output, with_bad, inputs[0], [2, 3])
+    assert output.read_tokens(f"{inputs[0].name}+1") == kept
+    assert entry is not None
+    assert (entry.settled, in_quarantine(output, inputs[0].name)) == ([1], [2, 3])
+    assert verify(output, deep=True).problems == []
+
+
+def test_a_torn_file_of_a_dying_retry_is_replaced(output: Output, inputs: list[Shard], with_bad: History):
+    storage.write_once(output.tokens_url(f"{inputs[0].name}+1"), b"PAR1 and nothing")
+    entry = retry(output, with_bad, inputs[0], [2, 3])
+    assert entry is not None
+    assert entry.settled == [2, 3]
+    assert verify(output, deep=True).problems == []
+
+
+def test_many_retries_at_the_same_moment_keep_every_sample_once(output: Output, inputs: list[Shard], with_bad: History):
+    subsets = [[1], [2], [3], [1, 2], [1, 3], [2, 3], [1, 2, 3], [3]]
+    with ThreadPoolExecutor(len(subsets)) as pool:
+        results = list(pool.map(lambda recovered: retry(output, with_bad, inputs[0], recovered), subsets))
+    assert len([entry for entry in results if entry]) == 1
+    assert verify(output, deep=True).problems == []
+
+
+@pytest.mark.parametrize("recovered", [[0], [1, 1]])
+def test_a_retry_of_what_is_not_in_quarantine_is_refused(
+    output: Output, inputs: list[Shard], with_bad: History, recovered: list[int]
+):
+    rows = [token_row(f"{i:04d}", i) for i in recovered]
+    bad = [quarantined(inputs[0], i) for i in (1, 2, 3) if i not in recovered]
+    with pytest.raises(ValueError, match="Nothing was committed"):
+        output.commit_retry(inputs[0], with_bad, rows, bad, seconds={}, now=0.0)
+
+
 # -- failure notes ------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +366,13 @@ def test_a_committed_shard_that_was_replaced_is_refused(output: Output, inputs: 
         Output.create(output.url, layout(), Manifest([replaced, inputs[1]]), config={})
 
 
+def test_a_committed_shard_of_the_same_size_but_another_version_is_refused(output: Output, inputs: list[Shard]):
+    commit(output, inputs[0], token_rows(inputs[0], 4))
+    replaced = Shard(inputs[0].url, inputs[0].num_bytes, version="etag-2")
+    with pytest.raises(OutputMismatch, match=f"is version etag-2 now, and was {inputs[0].version}.*another output"):
+        Output.create(output.url, layout(), Manifest([replaced, inputs[1]]), config={})
+
+
 def test_a_shard_that_changed_before_its_commit_is_welcome(output: Output, inputs: list[Shard]):
     replaced = Shard(inputs[0].url, (inputs[0].num_bytes or 0) + 512)
     Output.create(output.url, layout(), Manifest([replaced, inputs[1]]), config={})
@@ -231,7 +399,7 @@ def test_everything_works_on_another_file_system(tmp_path: Path):
     output = Output.create("memory://an-output", layout(), Manifest(inputs), config={})
     first = commit(output, inputs[0], token_rows(inputs[0], 2))
     assert commit(output, inputs[0], token_rows(inputs[0], 2), now=9.0) == first
-    assert verify(Output.open("memory://an-output"), against_input=True)[0] == []
+    assert verify(Output.open("memory://an-output"), deep=True).problems == []
 
 
 def test_dataset_json_says_what_made_the_output(output: Output, inputs: list[Shard]):
@@ -242,9 +410,10 @@ def test_dataset_json_says_what_made_the_output(output: Output, inputs: list[Sha
     assert about["config"] == {"a": 1}
 
 
-def test_bytes_of_a_token_shard_do_not_depend_on_the_run_that_wrote_it(tmp_path: Path):
-    kept = {name: data for name, data in files(write_tokens(tmp_path)).items() if name.startswith("tokens/")}
-    shutil.rmtree(tmp_path / "out")
-    again = {name: data for name, data in files(write_tokens(tmp_path)).items() if name.startswith("tokens/")}
-    assert len(kept) == 4
-    assert again == kept
+def test_bytes_of_a_token_shard_do_not_depend_on_the_run_that_wrote_it(output: Output, inputs: list[Shard]):
+    commit(output, inputs[0], token_rows(inputs[0], 4), now=1.0)
+    kept = output.read_tokens(inputs[0].name)
+    shutil.rmtree(output.url)
+    again = Output.create(output.url, layout(), Manifest(inputs), config={"another": "machine"})
+    commit(again, inputs[0], token_rows(inputs[0], 4), now=2.0)
+    assert again.read_tokens(inputs[0].name) == kept

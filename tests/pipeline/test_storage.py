@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
+from pipeline.errors import ReplacedObject
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -107,13 +108,15 @@ def test_glob_gives_urls_that_can_be_read(root: str):
     for name in ("t-1.tar", "t-0.tar", "other.txt"):
         storage.write_once(storage.join(root, name), name.encode())
     found = storage.glob(f"{root}/t-?.tar")
-    assert found == [f"{root}/t-0.tar", f"{root}/t-1.tar"]
-    assert [storage.read(url) for url in found] == [b"t-0.tar", b"t-1.tar"]
+    assert [one.url for one in found] == [f"{root}/t-0.tar", f"{root}/t-1.tar"]
+    assert [storage.read(one.url) for one in found] == [b"t-0.tar", b"t-1.tar"]
 
 
 def test_size_of_what_is_missing_is_none(root: str):
     storage.write_once(f"{root}/x", b"12345")
-    assert (storage.num_bytes(f"{root}/x"), storage.num_bytes(f"{root}/y")) == (5, None)
+    found = storage.find(f"{root}/x")
+    assert found
+    assert (found.url, found.num_bytes, storage.find(f"{root}/y")) == (f"{root}/x", 5, None)
     assert (storage.exists(f"{root}/x"), storage.exists(f"{root}/y")) == (True, False)
 
 
@@ -127,31 +130,6 @@ def test_removing_twice_is_no_error(root: str):
 def test_reading_what_is_missing_fails_at_once(root: str):
     with pytest.raises(FileNotFoundError):
         storage.read(f"{root}/gone")
-
-
-def test_a_passing_error_is_tried_again(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0)
-    errors = [OSError("reset"), TimeoutError("slow")]
-
-    def call() -> str:
-        if errors:
-            raise errors.pop()
-        return "there"
-
-    assert storage._retry(call) == "there"
-
-
-def test_an_error_that_stays_comes_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0)
-    calls: list[int] = []
-
-    def call() -> None:
-        calls.append(1)
-        raise OSError("reset")
-
-    with pytest.raises(OSError, match="reset"):
-        storage._retry(call)
-    assert len(calls) == storage.TRIES
 
 
 def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -173,3 +151,71 @@ def test_a_folder_travels_by_upload_and_download(root: str, tmp_path: Path):
 def test_downloading_nothing_is_an_error(root: str):
     with pytest.raises(FileNotFoundError, match="gone"), storage.downloaded(f"{root}/gone"):
         pass
+
+
+def test_part_of_an_object_is_read(root: str):
+    storage.write_once(f"{root}/x", b"0123456789")
+    assert storage.read(f"{root}/x", 3, 6) == b"345"
+    assert storage.read(f"{root}/x", 7) == b"789"
+
+
+def test_a_glob_tells_size_and_version_as_a_look_at_each_does(root: str):
+    for name in ("b.tar", "a.tar", "a.txt", "deeper/c.tar"):
+        storage.write_once(storage.join(root, name), name.encode())
+    found = storage.glob(f"{root}/**/*.tar")
+    assert [one.url for one in found] == [f"{root}/a.tar", f"{root}/b.tar", f"{root}/deeper/c.tar"]
+    assert found == [storage.find(one.url) for one in found]
+
+
+def test_a_link_is_listed_as_the_file_that_it_leads_to(tmp_path: Path):
+    (tmp_path / "real").write_bytes(b"12345")
+    os.utime(tmp_path / "real", ns=(1, 123_456_789))
+    (tmp_path / "link.tar").symlink_to(tmp_path / "real")
+    (tmp_path / "broken.tar").symlink_to(tmp_path / "gone")
+    broken, link = storage.glob(f"{tmp_path}/*.tar")
+    assert (link.num_bytes, link.version, broken.num_bytes) == (5, "123456789", None)
+
+
+def test_a_local_file_of_another_version_is_refused(tmp_path: Path):
+    (tmp_path / "x").write_bytes(b"1")
+    found = storage.find(str(tmp_path / "x"))
+    assert found
+    storage.open_stream(found.url, found.version).close()
+    os.utime(found.url, ns=(1, 1))
+    with pytest.raises(ReplacedObject, match=f"version 1 is there instead of {found.version}"):
+        storage.open_stream(found.url, found.version)
+
+
+def test_the_probe_passes_and_leaves_nothing(root: str):
+    storage.check_create_only(root)
+    assert storage.list_files(root) == []
+    assert not Path(root).exists() or os.listdir(root) == []
+
+
+def test_a_disk_that_may_not_be_written_to_is_refused_by_the_probe(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        storage.check_create_only(str(tmp_path / "file"))
+
+
+def test_options_travel_in_the_environment():
+    given = storage.environment({"s3": {"endpoint_url": "http://here", "profile": "lab"}}, create_only="checked")
+    assert given == {
+        "FSSPEC_S3": '{"endpoint_url": "http://here", "profile": "lab"}',
+        "TOKENMILL_CREATE_ONLY": "checked",
+    }
+
+
+@pytest.mark.parametrize(("options", "how"), [({"s3": {"key": b"x"}}, "server"), ({}, "no")])
+def test_options_that_cannot_travel_are_refused(options: dict, how: str):
+    with pytest.raises(ValueError, match=r"storage options|choose 'server' or 'checked'"):
+        storage.environment(options, create_only=how)
+
+
+def test_where_the_server_does_not_check_we_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(storage.CREATE_ONLY, storage.CHECKED)
+    url = f"memory://{uuid.uuid4().hex}/x"
+    storage.write_once(url, b"first")
+    with pytest.raises(FileExistsError, match="x is already there"):
+        storage.write_once(url, b"second")
+    assert storage.read(url) == b"first"

@@ -10,11 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import storage
 from pipeline.manifest import Manifest, Shard, find_shards
 from pipeline.tokens import Output
+from pipeline.tokens.files import TAIL, footer
 from pipeline.tokens.layout import to_parquet
 from pipeline.tokens.verify import verify
 from tests.corpus import layout, quarantined, samples_of, token_rows, write_corpus, write_tar, write_tokens
+from tests.s3 import S3Server
 
 SIZES = (5, 0, 4)
 
@@ -43,13 +46,21 @@ def forge_tokens(output: Output, change: Callable[[pa.Table], pa.Table], **entry
     path = file(output, "tokens")
     data = to_parquet(change(pq.read_table(path)))
     path.write_bytes(data)
-    forge_entry(output, tokens_sha256=hashlib.sha256(data).hexdigest(), **entry)
+    forge_entry(output, tokens_sha256=hashlib.sha256(data).hexdigest(), tokens_num_bytes=len(data), **entry)
 
 
-def problems(output: Output, **settings) -> str:
-    """What verify finds, of which there must be something."""
-    found, _ = verify(output, **settings)
+def problems(output: Output) -> str:
+    """What the deep proof finds, of which there must be something."""
+    found = verify(output, deep=True).problems
     assert found
+    return "\n".join(found)
+
+
+def shallow_problems(output: Output) -> str:
+    """What footers and listings give away, which must be something; the deep proof must find it too."""
+    found = verify(output).problems
+    assert found
+    problems(output)
     return "\n".join(found)
 
 
@@ -63,9 +74,9 @@ def with_column(table: pa.Table, name: str, values: list) -> pa.Table:
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_sound_output_passes(output: Output, deep: bool):
-    found, entries = verify(output, against_input=deep)
-    assert found == []
-    assert sorted(entry.num_rows for entry in entries) == sorted(SIZES)
+    proof = verify(output, deep=deep)
+    assert (proof.problems, proof.num_leftovers, proof.num_without_ranges) == ([], 0, 0)
+    assert sorted(entry.num_rows for entry in proof.entries) == sorted(SIZES)
 
 
 @pytest.fixture
@@ -80,14 +91,14 @@ def with_bad(tmp_path: Path) -> Output:
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_quarantined_samples_count(with_bad: Output, deep: bool):
-    assert verify(with_bad, against_input=deep)[0] == []
+    assert verify(with_bad, deep=deep).problems == []
 
 
 def test_a_shard_that_is_quarantined_to_the_last_sample_is_sound(tmp_path: Path):
     [only] = write_corpus(tmp_path / "in", (2,))
     output = Output.create(str(tmp_path / "out"), layout(), Manifest([only]), config={})
     output.commit(only, [], [quarantined(only, 0), quarantined(only, 1)], seconds={}, now=0.0)
-    assert verify(output, against_input=True)[0] == []
+    assert verify(output, deep=True).problems == []
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -95,7 +106,7 @@ def test_a_shard_that_is_quarantined_to_the_last_sample_is_sound(tmp_path: Path)
 
 def test_a_deleted_token_file_is_named(output: Output):
     file(output, "tokens").unlink()
-    assert f"tokens/{shard(output).name}.parquet" in problems(output)
+    assert f"tokens/{shard(output).name}.parquet" in shallow_problems(output)
 
 
 @pytest.mark.parametrize("at", [0, 100, -1])
@@ -112,11 +123,12 @@ def test_swapped_token_files_are_noticed(output: Output):
     first.write_bytes(third.read_bytes())
     third.write_bytes(data)
     assert problems(output).count("checksum differs") == 2
+    assert shallow_problems(output).count("footer says source_shard") == 2
 
 
 def test_a_removed_quarantine_file_is_named(with_bad: Output):
     file(with_bad, "quarantine").unlink()
-    assert f"quarantine/{shard(with_bad).name}.parquet" in problems(with_bad)
+    assert f"quarantine/{shard(with_bad).name}.parquet" in shallow_problems(with_bad)
 
 
 def test_a_changed_quarantine_file_is_named(with_bad: Output):
@@ -127,17 +139,61 @@ def test_a_changed_quarantine_file_is_named(with_bad: Output):
 
 def test_deep_verification_names_a_deleted_file_instead_of_stopping(output: Output):
     file(output, "tokens").unlink()
-    assert f"tokens/{shard(output).name}.parquet" in problems(output, against_input=True)
+    assert f"tokens/{shard(output).name}.parquet" in problems(output)
 
 
 def test_a_manifest_entry_that_is_none_is_a_finding(output: Output):
     file(output, "manifest").write_text("{")
-    assert f"manifest/{shard(output).name}.json" in problems(output)
+    assert f"manifest/{shard(output).name}.json" in shallow_problems(output)
 
 
 def test_a_manifest_entry_under_a_second_name_is_noticed(output: Output):
     shutil.copy(file(output, "manifest"), file(output, "manifest").with_name("copy-00000000.json"))
-    problems(output)  # every reader would get these rows twice
+    shallow_problems(output)  # every reader would get these rows twice
+
+
+def test_files_that_no_entry_names_are_counted_and_no_problem(with_bad: Output):
+    for folder in ("tokens", "quarantine"):
+        kept = file(with_bad, folder)
+        shutil.copy(kept, kept.with_name("left-000000000000.parquet"))
+    proof = verify(with_bad)
+    assert (proof.problems, proof.num_leftovers) == ([], 2)
+
+
+def test_a_file_of_another_size_is_noticed_by_the_listing(output: Output):
+    with file(output, "tokens").open("ab") as target:
+        target.write(b"more")
+    assert "the manifest says" in shallow_problems(output)
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"\xff" * 40 + b"PAR1", b"PAR1" + bytes(40) + b"PAR1"])
+def test_a_file_that_is_no_parquet_is_named(output: Output, data: bytes):
+    file(output, "tokens").write_bytes(data)
+    assert f"tokens/{shard(output).name}.parquet: its {len(data)} bytes do not end as" in shallow_problems(output)
+
+
+def test_a_footer_longer_than_the_first_look_is_read_whole(tmp_path: Path):
+    """Row groups of one row each make a footer of more than 32 kB."""
+    output = write_tokens(tmp_path, (200,))
+    path = file(output, "tokens")
+    pq.write_table(pq.read_table(path), path, row_group_size=1)
+    forge_entry(output, tokens_num_bytes=path.stat().st_size)
+    assert footer(str(path), path.stat().st_size).serialized_size > TAIL
+    assert verify(output).problems == []
+
+
+def test_files_without_ranges_are_counted_as_less_proven(output: Output):
+    path = file(output, "tokens")
+    pq.write_table(pq.read_table(path), path, write_statistics=False)
+    forge_entry(output, tokens_num_bytes=path.stat().st_size)
+    proof = verify(output)
+    assert (proof.problems, proof.num_without_ranges) == ([], 1)
+
+
+def test_progress_tells_how_many_shards_of_how_many(output: Output):
+    told: list[tuple[int, int]] = []
+    verify(output, progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 # -- shards -------------------------------------------------------------------------------------------------------
@@ -145,24 +201,41 @@ def test_a_manifest_entry_under_a_second_name_is_noticed(output: Output):
 
 def test_a_shard_without_entry_is_named(output: Output):
     file(output, "manifest").unlink()
-    assert f"{shard(output).url}: not tokenized" in problems(output)
+    assert f"{shard(output).url}: not tokenized" in shallow_problems(output)
 
 
 def test_a_shard_that_only_a_later_run_was_given_is_missing_too(output: Output, tmp_path: Path):
     later = find_shards(write_tar(tmp_path / "late" / "photos-007.tar", samples_of(1)))
     Output.create(output.url, output.layout, later, config={})
-    assert "photos-007.tar: not tokenized" in problems(output)
+    assert "photos-007.tar: not tokenized" in shallow_problems(output)
 
 
 def test_an_entry_of_a_shard_that_was_never_given_is_named(output: Output, tmp_path: Path):
     other = Shard("/elsewhere/photos-000.tar", 10)
     output.commit(other, [], [], seconds={}, now=0.0)
-    assert "no run was given the shard /elsewhere/photos-000.tar" in problems(output)
+    assert "no run was given the shard /elsewhere/photos-000.tar" in shallow_problems(output)
 
 
 def test_an_entry_that_names_another_shard_is_noticed(output: Output):
     forge_entry(output, source_shard=shard(output, 2).url)
-    assert "the name is not that of its shard" in problems(output)
+    assert "the name is not that of its shard" in shallow_problems(output)
+
+
+def test_an_entry_copied_and_renamed_is_noticed(output: Output):
+    entry = json.loads(file(output, "manifest").read_text())
+    copy = file(output, "manifest").with_name("copy-000000000000.json")
+    copy.write_text(json.dumps({**entry, "name": copy.stem}))
+    assert "the name is not that of its shard" in shallow_problems(output)
+
+
+def test_an_entry_of_another_size_of_the_shard_is_noticed(output: Output):
+    forge_entry(output, source_num_bytes=512)
+    assert "no run was given that one" in shallow_problems(output)
+
+
+def test_a_shard_with_another_date_but_the_same_size_is_the_same_input(output: Output):
+    forge_entry(output, source_version="1")
+    assert not [what for what in verify(output).problems if "no run was given" in what]
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------
@@ -173,13 +246,13 @@ def test_an_entry_that_names_another_shard_is_noticed(output: Output):
 def test_a_forged_count_is_noticed(output: Output, count: str, by: int):
     [entry] = [e for e in output.commits() if e.name == shard(output).name]
     forge_entry(output, **{count: getattr(entry, count) + by})
-    assert shard(output).name in problems(output)
+    assert shard(output).name in shallow_problems(output)
 
 
 def test_a_row_that_is_forged_into_quarantine_is_noticed(output: Output):
     forge_entry(output, num_rows=4, num_quarantined=1)
-    assert "5 rows, the manifest says 4" in problems(output)
-    assert "0 rows, not 1" in problems(output)
+    assert "5 rows, the manifest says 4" in shallow_problems(output)
+    assert "1 quarantined, but the checksum of their file is None" in shallow_problems(output)
 
 
 def test_a_row_that_is_lost_within_the_shard_is_noticed(output: Output):
@@ -196,7 +269,7 @@ def test_a_lost_last_row_with_forged_counts_is_noticed_against_the_input(output:
     lost = token_rows(shard(output), 5)[4].tokens.size
     [entry] = [e for e in output.commits() if e.name == shard(output).name]
     forge_tokens(output, lambda t: t.slice(0, 4), num_rows=4, num_samples=4, num_tokens=entry.num_tokens - lost)
-    assert "its keys are not those of the output" in problems(output, against_input=True)
+    assert "its keys are not those of the output" in problems(output)
 
 
 def test_a_doubled_row_is_noticed(output: Output):
@@ -231,12 +304,12 @@ def test_another_tokenizers_shard_is_noticed_by_its_footer(output: Output, name:
         return table.replace_schema_metadata({**table.schema.metadata, name.encode(): value.encode()})
 
     forge_tokens(output, with_footer)
-    assert f"footer says {name} {value}" in problems(output)
+    assert f"footer says {name} {value}" in shallow_problems(output)
 
 
 def test_another_tokenizers_entry_is_noticed(output: Output):
     forge_entry(output, tokenizer_id="tok-b")
-    assert "tokenizer_id tok-b is not the dataset's tok-a" in problems(output)
+    assert "tokenizer_id tok-b is not the dataset's tok-a" in shallow_problems(output)
 
 
 @pytest.mark.parametrize("encoding", ["list", "packed"])
@@ -258,16 +331,123 @@ def test_a_shape_that_does_not_fit_its_tokens_is_noticed(output: Output):
     assert "another number of tokens than its shape says" in problems(output)
 
 
+def test_row_groups_that_overlap_are_noticed_by_their_ranges(output: Output):
+    path = file(output, "tokens")
+    table = pq.read_table(path)
+    rows = pa.concat_tables([table.slice(0, 3), table.slice(2, 2)])  # sample 2 twice, sample 4 lost
+    pq.write_table(rows, path, row_group_size=3)
+    forge_entry(output, tokens_num_bytes=path.stat().st_size)
+    assert "2 rows of samples 2..3, after 2, of 5 samples" in shallow_problems(output)
+
+
+def test_a_row_beyond_the_shard_is_noticed_by_its_range(output: Output):
+    forge_tokens(output, lambda t: with_column(t, "source_index", [0, 1, 2, 3, 5]))
+    assert "samples 0..5" in shallow_problems(output)
+
+
+def test_another_column_is_noticed(output: Output):
+    forge_tokens(output, lambda t: t.append_column("more", pa.array([1] * 5)))
+    assert "its columns are not those of the dataset" in shallow_problems(output)
+
+
+# -- retries ------------------------------------------------------------------------------------------------------
+
+
+def retried_output(url: str, inputs: list[Shard]) -> Output:
+    """A shard of 4 samples: 0 is a row, 1 was recovered by a first retry, 2 by a second, 3 is in quarantine."""
+    output = Output.create(url, layout(), Manifest(inputs), config={})
+    rows, bad = token_rows(inputs[0], 4), [quarantined(inputs[0], i) for i in range(4)]
+    output.commit(inputs[0], rows[:1], bad[1:], seconds={}, now=0.0)
+    for number in (1, 2):
+        history = output.history(inputs[0].name)
+        assert history is not None
+        output.commit_retry(inputs[0], history, [rows[number]], bad[number + 1 :], seconds={}, now=0.0)
+    return output
+
+
+@pytest.fixture
+def retried(tmp_path: Path) -> Output:
+    return retried_output(str(tmp_path / "out"), write_corpus(tmp_path / "in", (4,)))
+
+
+def of_retry(output: Output, folder: str, number: int) -> Path:
+    path = file(output, folder)
+    return path.with_name(f"{path.stem}+{number}{path.suffix}")
+
+
+def forge_retry(output: Output, number: int, **changes) -> None:
+    path = of_retry(output, "manifest", number)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_retries_are_part_of_the_proof(retried: Output, deep: bool):
+    proof = verify(retried, deep=deep)
+    assert (proof.problems, proof.num_leftovers, len(proof.entries)) == ([], 0, 3)
+
+
+@pytest.mark.parametrize("folder", ["tokens", "quarantine"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_deleted_file_of_a_retry_is_named(retried: Output, folder: str, number: int):
+    of_retry(retried, folder, number).unlink()
+    assert f"{folder}/{shard(retried).name}+{number}.parquet: the file is missing" in shallow_problems(retried)
+
+
+def test_a_deleted_entry_between_two_is_noticed(retried: Output):
+    of_retry(retried, "manifest", 1).unlink()
+    assert "the entry before this retry is missing" in shallow_problems(retried)
+
+
+def test_a_retry_without_first_commit_is_noticed(retried: Output):
+    file(retried, "manifest").unlink()
+    assert "not tokenized" in shallow_problems(retried)
+
+
+def test_a_retry_entry_under_another_number_is_noticed(retried: Output):
+    shutil.copy(of_retry(retried, "manifest", 2), of_retry(retried, "manifest", 3))
+    assert "is the entry of" in shallow_problems(retried)
+
+
+@pytest.mark.parametrize("changes", [{"settled": [2]}, {"settled": []}, {"num_samples": 4}, {"num_quarantined": 1}])
+def test_a_forged_retry_entry_is_noticed(retried: Output, changes: dict):
+    forge_retry(retried, 1, **changes)
+    assert f"{shard(retried).name}+1" in shallow_problems(retried)
+
+
+def test_a_sample_that_two_retries_settled_is_noticed(retried: Output):
+    """Consistent in itself: the second retry has the row of the first once more, under a new checksum."""
+    first, second = (of_retry(retried, "tokens", number) for number in (1, 2))
+    shutil.copy(first, second)
+    entry = json.loads(of_retry(retried, "manifest", 1).read_text())
+    same = {name: entry[name] for name in ("tokens_sha256", "tokens_num_bytes", "num_tokens", "settled")}
+    forge_retry(retried, 2, **same)
+    assert "two retries settled the same sample" in shallow_problems(retried)
+
+
+@pytest.mark.s3
+def test_the_proof_is_the_same_on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    s3.use(monkeypatch)
+    inputs = write_corpus(tmp_path / "in", (4,))
+    output = retried_output(f"{s3.url}/proof/out", inputs)
+    assert verify(output).problems == []
+    assert verify(output, deep=True).problems == []
+    storage.write_once(output.tokens_url("left-000000000000"), b"of a run that died")
+    assert verify(output).num_leftovers == 1
+    name = f"{inputs[0].name}+2"
+    storage.remove(output.quarantine_url(name))
+    assert f"quarantine/{name}.parquet: the file is missing" in shallow_problems(output)
+
+
 # -- against the input --------------------------------------------------------------------------------------------
 
 
 def test_keys_that_the_input_does_not_have_are_noticed_only_against_it(output: Output):
     forge_tokens(output, lambda t: with_column(t, "key", [f"other-{i}" for i in range(5)]))
-    assert verify(output)[0] == []
-    assert f"{shard(output).url}: its keys are not those of the output" in problems(output, against_input=True)
+    assert verify(output).problems == []
+    assert f"{shard(output).url}: its keys are not those of the output" in problems(output)
 
 
 def test_an_input_shard_that_cannot_be_read_any_more_is_named(output: Output):
     Path(shard(output).url).unlink()
-    assert verify(output)[0] == []
-    assert "there is no such shard" in problems(output, against_input=True)
+    assert verify(output).problems == []
+    assert "there is no such shard" in problems(output)

@@ -166,3 +166,8 @@ def test_a_bad_setting_is_named():
     with pytest.raises(ValueError, match=r"data.preprocess.sample_rate is 10"):
         build_modality("audio", {"sample_rate": 10})
     assert isinstance(Batch(torch.zeros(1)).to(torch.device("cpu")), Batch)
+
+
+def test_a_batch_budget_is_in_seconds_of_sound_and_in_megapixels_of_pictures():
+    assert build_modality("audio", {"sample_rate": 24_000}).elements(1.5) == 36_000
+    assert build_modality("image", {}).elements(0.5) == 3 * 500_000

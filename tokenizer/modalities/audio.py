@@ -38,6 +38,7 @@ class Audio(Modality):
     written_as = "wav"
     mime = "audio/wav"
     size_columns = ("sample_rate", "num_samples")
+    default_budget = 100.0
     default_loss_weights = {"l1": 1.0, "mse": 0.0, "stft": 1.0, "mel": 1.0}
 
     def __init__(self, config: AudioConfig):
@@ -66,6 +67,10 @@ class Audio(Modality):
             return np.pad(array, ((before, missing - before), (0, 0)))
         start = int(rng.integers(len(array) - size + 1))
         return array[start : start + size]
+
+    def elements(self, budget: float) -> int:
+        """budget: in seconds at the model's rate."""
+        return math.ceil(budget * self.config.sample_rate)
 
     def bucket(self, array: np.ndarray) -> tuple[int, ...]:
         """Clips whose lengths differ by less than a factor of two: padding at most doubles a batch."""

@@ -43,6 +43,7 @@ class Image(Modality):
     written_as = "png"
     mime = "image/png"
     size_columns = ("height", "width")
+    default_budget = 0.5
     default_loss_weights = {"l1": 1.0, "mse": 0.0, "log_mse": 0.0, "perceptual": 1.0}
 
     def __init__(self, config: ImageConfig):
@@ -122,6 +123,10 @@ class Image(Modality):
         top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
         crop = array[top : top + size, left : left + size]
         return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+    def elements(self, budget: float) -> int:
+        """budget: in megapixels."""
+        return math.ceil(budget * 1e6) * 3
 
     def bucket(self, array: np.ndarray) -> tuple[int, ...]:
         return array.shape

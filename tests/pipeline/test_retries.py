@@ -1,0 +1,86 @@
+"""Errors that pass are tried again until patience ends; the others come out at once."""
+
+import errno
+import threading
+
+import aiohttp
+import botocore.exceptions
+import pytest
+
+from pipeline import retries
+from pipeline.errors import StorageError
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.2)
+
+
+class Failing:
+    """Raises the errors one after the other, then returns; `calls` counts."""
+
+    def __init__(self, *errors: Exception):
+        self.errors, self.calls = list(errors), 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return "there"
+
+
+def server_error(status: int, code: str) -> OSError:
+    """As s3fs raises it: an OSError of its own, from the client's error."""
+    error = OSError("refused")
+    about = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error.__cause__ = botocore.exceptions.ClientError(about, "GetObject")
+    return error
+
+
+PASSING = [
+    ConnectionResetError("reset"),
+    TimeoutError("slow"),
+    aiohttp.ClientPayloadError("cut short"),
+    botocore.exceptions.EndpointConnectionError(endpoint_url="http://x"),
+    server_error(503, "SlowDown"),
+    server_error(500, "InternalError"),
+    server_error(409, "ConditionalRequestConflict"),
+    server_error(400, "RequestTimeout"),
+]
+STAYING = [
+    FileNotFoundError("gone"),
+    OSError(errno.ENOSPC, "disk full"),
+    server_error(403, "AccessDenied"),
+    server_error(412, "PreconditionFailed"),
+    server_error(400, "InvalidArgument"),
+    server_error(501, "NotImplemented"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_a_passing_error_is_tried_again(error: Exception, quick: None):
+    call = Failing(error, error)
+    assert (retries.patiently(call, "s3://x/y"), call.calls) == ("there", 3)
+
+
+@pytest.mark.parametrize("error", STAYING, ids=repr)
+def test_an_error_that_will_not_pass_comes_out_at_once(error: Exception, quick: None):
+    call = Failing(error)
+    with pytest.raises(type(error)):
+        retries.patiently(call, "s3://x/y")
+    assert call.calls == 1
+
+
+def test_patience_ends_with_what_went_wrong(quick: None):
+    call = Failing(*[aiohttp.ClientPayloadError("cut short")] * 1000)
+    with pytest.raises(StorageError, match=r"s3://x/y: ClientPayloadError: cut short, after \d+ tries in 0 s"):
+        retries.patiently(call, "s3://x/y")
+    assert 3 < call.calls < 1000
+
+
+def test_who_gave_up_waits_no_longer():
+    given_up = threading.Event()
+    given_up.set()
+    with pytest.raises(StorageError, match="after 1 tries"):
+        retries.patiently(Failing(TimeoutError("slow")), "s3://x/y", given_up)
