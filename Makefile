@@ -5,7 +5,7 @@ SAMPLES := samples/train
 # torch first, and pinned: an unpinned torch, or a package that asks for a newer one, pulls gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-audio test check bench clean install
+.PHONY: demo demo-audio test check bench faults clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make demo-audio   the same on the speech in samples/speech"
 	@echo "make test    all tests          make check   format, lint, types"
 	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
+	@echo "make faults  kills and breaks tokenize 114 times (hours); goes on where it was stopped"
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "installing into .venv (about 2 minutes)"
@@ -43,6 +44,9 @@ check: .venv/installed
 
 bench: .venv/installed-readers
 	$(BIN)/python -m benchmarks
+
+faults: .venv/installed
+	$(BIN)/python -m tests.faults
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -86,7 +86,12 @@ class Tokenizer(LatentEncoder):
         codebook = load_file(folder / "codebook.safetensors")
         table = codebook.pop("codebook", None)
         state = {f"quantizer.{name}": tensor for name, tensor in codebook.items()}
-        autoencoder.load_inference_state(load_file(folder / "model.safetensors") | state)
+        try:
+            autoencoder.load_inference_state(load_file(folder / "model.safetensors") | state)
+        except RuntimeError as error:
+            raise TokenizerMismatch(
+                f"{folder}: {error}; another version of Tokenmill made it: make it again with `tokenmill codebook`"
+            ) from error
         tokenizer = cls(autoencoder, about["preprocessing"])
         same_table = table is None or torch.equal(table, tokenizer._codebook_state["codebook"])
         if tokenizer.id != about["tokenizer_id"] or not same_table:

@@ -1,0 +1,187 @@
+"""A Ray cluster of several nodes on this machine, whose nodes and workers may be killed for real."""
+
+import contextlib
+import itertools
+import os
+import secrets
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ray  # noqa: F401  puts the psutil that it carries on the path
+
+import psutil  # isort: skip
+
+RAY = Path(sysconfig.get_path("scripts")) / "ray"
+LAPTOP = "127.0.0.1"
+START_S = 120
+# Above those of tests/s3.py, below its gRPC ports, and outside of 10002 to 19999, which Ray gives to its workers.
+FIRST_PORT, LAST_PORT, PORTS_EACH = 23_000, 29_900, 10
+NOTICED_IN_SECONDS = {  # that a node is gone; Ray's own settings had not noticed a cut link after 60 s
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+STARTED = b"Ray runtime started"
+NOT_OF_A_JOB = ("ray::IDLE", "ray::JobSupervisor", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+@dataclass
+class Node:
+    """One `ray start --block`, its raylet below it, and the workers below that."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def wait_until_started(self) -> None:
+        """Raises AssertionError with the log if the node does not start in START_S."""
+        try:
+            wait_for(lambda: self.process.poll() is not None or STARTED in self.log.read_bytes(), START_S, "ray start")
+            assert self.process.poll() is None, f"`ray start` ended with {self.process.returncode}"
+        except AssertionError as error:
+            raise AssertionError(f"{error}; its log ends:\n{self.log.read_text(errors='replace')[-3000:]}") from error
+
+    def job_workers(self) -> list[psutil.Process]:
+        """The processes of actors, as Ray titles them; those that wait for work are none."""
+        found = []
+        for child in _below(self.process.pid):
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(child.cmdline())
+                if title.startswith("ray::") and not title.startswith(NOT_OF_A_JOB):
+                    found.append(child)
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to all of it at once, as when the power goes."""
+        everything = _below(self.process.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everything.append(psutil.Process(self.process.pid))
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(everything, timeout=30)
+        self.process.wait()
+
+
+@dataclass
+class Cluster:
+    """A head, and nodes with one CPU each. They talk to S3 as `environment` says."""
+
+    folder: Path  # short: Unix sockets lie in it
+    environment: dict[str, str]
+    first_port: int
+    token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
+    nodes: list[Node] = field(default_factory=list)  # the head is the first
+    _count: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{LAPTOP}:{self.first_port + 1}"
+
+    def client_environment(self) -> dict[str, str]:
+        """What a driver needs to join, and `ray job submit` to submit."""
+        return {
+            **without_ray(os.environ),
+            **self.environment,
+            "RAY_ADDRESS": f"{LAPTOP}:{self.first_port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # of `ray start`: where submitted jobs find their python
+        }
+
+    def start_head(self) -> Node:
+        """Without a CPU for jobs, as on a cluster whose head must not die."""
+        names = ("port", "dashboard-port", "metrics-export-port", "ray-client-server-port")
+        ports = [f"--{name}={self.first_port + i}" for i, name in enumerate(names)]
+        return self._start("--head", "--num-cpus=0", *ports, f"--temp-dir={self.folder}")
+
+    def start_node(self) -> Node:
+        return self._start("--num-cpus=1", f"--address={LAPTOP}:{self.first_port}")
+
+    def job_workers(self) -> list[psutil.Process]:
+        return [worker for node in self.nodes for worker in node.job_workers()]
+
+    def nodes_at_work(self) -> list[Node]:
+        return [node for node in self.nodes if node.job_workers()]
+
+    def kill(self, node: Node) -> None:
+        node.kill()
+        self.nodes.remove(node)
+
+    def stop(self) -> None:
+        for node in reversed(self.nodes[:]):
+            self.kill(node)
+
+    def _start(self, *options: str) -> Node:
+        common = [f"--node-ip-address={LAPTOP}", "--object-store-memory=100000000", "--disable-usage-stats"]
+        common += ["--dashboard-agent-listen-port=0"]  # any: only one node of a machine could have the usual one
+        environment = {**self.client_environment(), **NOTICED_IN_SECONDS}
+        del environment["RAY_ADDRESS"]  # `ray start --head` refuses to start while it names a cluster
+        log = self.folder.parent / f"node-{next(self._count)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [str(RAY), "start", "--block", *common, *options],
+                env=environment,
+                start_new_session=True,
+                stdout=file,
+                stderr=file,
+            )
+        self.nodes.append(Node(process, log))
+        self.nodes[-1].wait_until_started()
+        return self.nodes[-1]
+
+
+@contextlib.contextmanager
+def start_cluster(environment: dict[str, str], num_nodes: int = 2) -> Iterator[Cluster]:
+    """A head and that many nodes with a CPU each; killed in the end, all of it."""
+    with tempfile.TemporaryDirectory(prefix="tm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        sub = Path(folder) / "r"
+        sub.mkdir()
+        cluster = Cluster(sub, environment, _free_ports())
+        try:
+            cluster.start_head()
+            for _ in range(num_nodes):  # one after the other: together they take longer than Ray lets them on two cores
+                cluster.start_node()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def without_ray(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not name.startswith("RAY_")}
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Asks every few milliseconds. Raises AssertionError, which tells what was waited for."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
+        time.sleep(0.005)
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _free_ports() -> int:
+    """The first of PORTS_EACH free ports. Where the search begins depends on the process, so that two do not meet."""
+    places = (LAST_PORT - FIRST_PORT) // PORTS_EACH
+    for i in range(places):
+        first = FIRST_PORT + PORTS_EACH * ((os.getpid() + i) % places)
+        if all(_is_free(first + j) for j in range(PORTS_EACH)):
+            return first
+    raise RuntimeError(f"no {PORTS_EACH} free ports between {FIRST_PORT} and {LAST_PORT}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LAPTOP, port)) != 0

@@ -1,0 +1,161 @@
+"""Where trials run: a cluster, an S3 server behind the proxy that injects faults, a corpus on disk and on S3."""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import ray  # noqa: F401  puts the psutil that it carries on the path
+
+import psutil  # isort: skip
+from pipeline import storage
+from tests.faults.cluster import Cluster, start_cluster, wait_for, without_ray
+from tests.faults.corpus import Damage, Expected, undisturbed, write_corpus
+from tests.faults.proxy import Proxy, start_proxy
+from tests.jobs.helpers import save_tiny_tokenizer
+from tests.s3 import S3Server
+
+R = TypeVar("R")
+ROOT = Path(__file__).parents[2]
+JOB_S = 300  # a job that takes longer hangs
+
+
+class Job:
+    """`tokenmill tokenize` in a process of its own."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, cwd: Path = ROOT):
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jobs", "tokenize", *arguments],
+                cwd=cwd,
+                env=environment,
+                start_new_session=True,
+                stdout=file,
+                stderr=file,
+            )
+
+    def wait(self) -> int:
+        """Its exit code. Raises AssertionError with its log if it is still at work after JOB_S."""
+        try:
+            return self.process.wait(JOB_S)
+        except subprocess.TimeoutExpired:
+            self.kill_everything()
+            raise AssertionError(f"no end after {JOB_S} s; {self.told()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL to the driver alone: what Ray it started is left to find out."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def kill_everything(self) -> None:
+        """The driver and what it started, Ray too: all of its session."""
+        if self.process.returncode is not None and psutil.pid_exists(self.process.pid):
+            return  # Linux gives a number to others once nobody is left of the session that it named
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) == self.process.pid:
+                    process.kill()
+        self.process.wait()
+
+    def told(self) -> str:
+        return f"its log ends:\n{self.log.read_text(errors='replace')[-3000:]}"
+
+
+@dataclass
+class Lab:
+    """What all trials share. The cluster reaches S3 through the proxy, this process directly."""
+
+    folder: Path
+    server: S3Server
+    proxy: Proxy
+    cluster: Cluster
+    tokenizer: str
+    corpus: str
+    expected: Expected
+    jobs: list[Job] = field(default_factory=list)
+    _count: Iterator[int] = field(default_factory=itertools.count)
+
+    def trial(self, name: str, *changes: str, on_s3: bool = False) -> "Trial":
+        """changes: KEY=VALUE, over the settings that all trials have."""
+        number = f"{name}-{next(self._count):03d}"
+        place = self.server.url if on_s3 else str(self.folder)
+        arguments = [
+            f"tokenizer={place}/tokenizer",
+            f"data.shards={place}/corpus/photos-*.tar",
+            f"output={place}/{number}",
+            "tokens.batch_budget=0.001",  # picture by picture: slow enough for a kill in the midst of a shard
+            "tokens.max_bad_fraction=1",
+            "workers.cpus=1",
+            *changes,
+        ]
+        return Trial(self, f"{place}/{number}", arguments, self.folder / number, self.expected)
+
+    def end_jobs(self) -> None:
+        """What is left of them, such as the Ray of a driver that was killed."""
+        while self.jobs:
+            self.jobs.pop().kill_everything()
+
+
+@dataclass
+class Trial:
+    """One output that is made under faults, by one job or by several one after the other."""
+
+    lab: Lab
+    output: str
+    arguments: list[str]  # of the command line
+    logs: Path  # a number and .log are added
+    expected: Expected
+    jobs: list[Job] = field(default_factory=list)
+
+    def start(self, *changes: str, own_ray: bool = False, cwd: Path = ROOT) -> Job:
+        """The command, joined to the lab's cluster or with a local Ray of its own."""
+        environment = self.lab.cluster.client_environment()
+        if own_ray:
+            environment = without_ray(environment)
+        log = self.logs.with_suffix(f".{len(self.jobs)}.log")
+        job = Job([*self.arguments, *changes], environment, log, cwd)
+        self.jobs.append(job)
+        self.lab.jobs.append(job)
+        return job
+
+    def num_committed(self) -> int:
+        return len(storage.list_files(storage.join(self.output, "manifest")))
+
+    def wait_for_commits(self, count: int, job: Job) -> None:
+        """Until the output has that many. Raises AssertionError with its log if the job ends before."""
+        self.wait(lambda: self.num_committed() >= count, job, f"commit {count} of {self.output}")
+
+    def wait(self, condition: Callable[[], R], job: Job, what: str) -> R:
+        """What the condition gives once that is true. Raises AssertionError with its log if the job ends before."""
+        ended, given = False, condition()
+
+        def is_over() -> bool:
+            nonlocal ended, given
+            ended, given = job.process.poll() is not None, condition()
+            return bool(given) or ended
+
+        wait_for(is_over, JOB_S, what)
+        assert given, f"the job ended before {what}; {job.told()}"
+        return given
+
+    def damage(self) -> Damage:
+        return self.expected.damage(self.output)
+
+
+@contextlib.contextmanager
+def open_lab(folder: Path, server: S3Server) -> Iterator[Lab]:
+    """This process must talk to `server`, as S3Server.use or its environment make it."""
+    tokenizer = save_tiny_tokenizer(folder / "tokenizer")
+    corpus = write_corpus(folder / "corpus")
+    for place in (folder / "tokenizer", folder / "corpus"):
+        storage.upload(place, f"{server.url}/{place.name}")
+    expected = undisturbed(corpus, tokenizer, folder / "undisturbed")
+    with start_proxy(server.port) as proxy, start_cluster(server.environment(endpoint=proxy.endpoint)) as cluster:
+        yield Lab(folder, server, proxy, cluster, tokenizer, corpus, expected)

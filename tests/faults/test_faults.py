@@ -1,0 +1,31 @@
+"""The short form of `make faults`: each main kind of fault once, on one cluster."""
+
+import pytest
+
+from tests.faults.corpus import Damage
+from tests.faults.kinds import run
+from tests.faults.lab import Lab
+
+SHORT = (
+    "driver killed",
+    "driver and its Ray killed",
+    "workers killed",
+    "node killed, with all workers",
+    "worker hung",
+    "poison shard",
+    "two drivers, on disk",
+    "two drivers, on S3",
+    "torn and orphaned files",
+    "S3: answer lost",
+    "S3: every quick fault",
+    "S3: stalled",
+)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", SHORT)
+def test_every_sample_is_in_one_row_whatever_breaks(lab: Lab, kind: str):
+    report = run(lab, kind, seed=0)
+    assert report.faults > 0
+    assert report.damage == Damage(lost=0, doubled=0, wrong=0)
+    assert report.verified
