@@ -231,7 +231,10 @@ def _actor_class(worker: type[ShardWorker], workers: WorkersConfig) -> Any:
             self.worker = worker(**settings)
 
         def process(self, shard: Shard) -> Any:
-            return self.worker.process(shard)
+            try:
+                return self.worker.process(shard)
+            finally:
+                self.worker.ticks.pop(shard.name, None)
 
         @ray.method(concurrency_group="watch")
         def about(self, rest_s: float) -> tuple[str, dict[str, int]]:
