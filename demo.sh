@@ -22,5 +22,5 @@ echo
 echo "Look at:"
 echo "  runs/demo/reports/evaluate-vp_vae-K1024.png    held-out photos; right of each, what its tokens (10 bits for 64 pixels) decode to"
 echo "  runs/demo/reports/evaluate-vp_vae-K1024.html   the same with quality and codebook usage"
-echo "  runs/demo/reports/train.png                    training curves"
+echo "  runs/demo/reports/train.html                   training curves, and photos as they were rebuilt on the way"
 echo "  runs/demo/decoded/                             pictures made from the Parquet rows alone"

@@ -42,7 +42,13 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig(Recipe):
-    """The recipe, and what only a job over shards needs."""
+    """The recipe, and what only a job over shards needs.
+
+    accumulate: pieces that a worker's batch is cut into, for want of memory. ema: decay per step of the averaged
+    weights that RUN/model then holds, 0 for none. evaluate_every: steps between reports with `pictures` fixed samples
+    and their reconstructions; 0 makes that of the end alone. collapse_below: perplexity that is taken for a collapse
+    after collapse_steps steps, 0 for never; collapse_stops ends the run then, else it is told.
+    """
 
     shuffle_buffer: int = 1024  # samples
     decode_threads: int = 2
@@ -50,12 +56,30 @@ class TrainConfig(Recipe):
     checkpoint_every: int = 500  # steps
     keep_checkpoints: int = 2
     max_failures: int = 0  # restarts after a lost worker within one command
+    accumulate: int = 1
+    ema: float = 0.0
+    compile: bool = False  # torch.compile for the nets
+    profile: bool = False  # tell at the end where the time went
+    evaluate_every: int = 0
+    pictures: int = 8
+    collapse_below: float = 0.0
+    collapse_steps: int = 500
+    collapse_stops: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("decode_threads", "log_every", "checkpoint_every"):
+        for name in ("decode_threads", "log_every", "checkpoint_every", "accumulate", "pictures", "collapse_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("evaluate_every", "collapse_below"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 0 (off) or more")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema is {self.ema}; it must lie in 0..1, below 1 (0 for none)")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate is {self.accumulate}; it must divide train.batch_size, {self.batch_size}"
+            )
 
 
 @dataclass

@@ -1,10 +1,15 @@
 """Ray Train: shards to a trained autoencoder: `run`, `data.shards`, `model`, `quantizer`, `train`, `workers`.
 
-Writes RUN/config.yaml, RUN/checkpoints, RUN/model and RUN/reports/train.png. The same command after a crash goes on
-from the last checkpoint.
+Writes RUN/config.yaml, RUN/checkpoints, RUN/model and RUN/reports (train.html, train.jsonl, tensorboard/). The same
+command after a crash goes on from the last checkpoint. SIGTERM (which `ray job stop` sends) saves one first; exit 3.
 """
 
+import contextlib
+import signal
+import sys
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs import cluster
-from jobs.config import Config, ConfigError, checked
-from jobs.progress import clock
+from jobs.config import Config, ConfigError, TrainConfig, checked
+from jobs.mailbox import open_mailbox
+from jobs.progress import LOG_EVERY_S, clock
 from jobs.train_loop import train_worker
 from pipeline import storage
 from pipeline.manifest import find_shards
@@ -21,7 +27,15 @@ from tokenizer.autoencoder import Autoencoder
 from tokenizer.modality import build_modality
 from tokenizer.training import known_losses
 
-MAY_CHANGE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "max_failures", "decode_threads")
+MAY_CHANGE = (
+    *("workers", "decode_threads", "log_every", "evaluate_every", "pictures", "profile"),
+    *("checkpoint_every", "keep_checkpoints", "max_failures"),
+    *("collapse_below", "collapse_steps", "collapse_stops"),
+)
+SHOWN = (
+    *("loss", "psnr", "perplexity", "soft_perplexity"),
+    *("accepted", "energy_ratio", "queue_filled", "posterior_std"),
+)
 
 
 def run(config: Config) -> int:
@@ -35,9 +49,12 @@ def run(config: Config) -> int:
         return 0
     config.train.losses = _absolute(config.train.losses)
     cluster.start()
-    result = _fit(url, {"config": config, "shards": shards}, config)
-    print(f"train: done, {result}")
-    print(f"train: model at {url}/model, curves at {url}/reports/train.png")
+    stopped = _fit(url, {"config": config, "shards": shards}, config)
+    if stopped is not None:
+        print(f"train: stopped: {stopped}")
+        return 3
+    print(f"train: done, {_line(_last_row(url), config.train.steps)}")
+    print(f"train: model at {url}/model, curves and pictures at {url}/reports/train.html")
     return 0
 
 
@@ -77,7 +94,8 @@ def _claim(url: str, config: Config) -> None:
         return
     except FileExistsError:
         there = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
-    before, now = _flat(there), _flat(OmegaConf.to_container(OmegaConf.create(text)))
+    defaults = _flat({"train": asdict(TrainConfig())})  # for keys that there were not yet when the run began
+    before, now = {**defaults, **_flat(there)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
     if differing:
@@ -93,17 +111,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def _fit(url: str, settings: dict[str, Any], config: Config) -> str:
+def _fit(url: str, settings: dict[str, Any], config: Config) -> str | None:
+    """Returns why training ended before its last step, None if it did not."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.util.queue import Queue
 
-    news = Queue(actor_options={"num_cpus": 0})
+    mailbox = open_mailbox()
     workers, ranks = config.workers, config.workers.count or 1
     resources = {"CPU": cluster.cpus_per_rank(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={**settings, "run": url, "news": news},
+        train_loop_config={**settings, "run": url, "mailbox": mailbox},
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu=bool(workers.gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name="checkpoints",
@@ -112,14 +130,28 @@ def _fit(url: str, settings: dict[str, Any], config: Config) -> str:
             **_storage(url),
         ),
     )
-    watcher = threading.Thread(target=_watch, args=(news, config.train.steps), daemon=True)
-    watcher.start()
-    try:
+    with Listener(mailbox, config.train.steps) as listener, _stopping_at_sigterm(mailbox):
         trainer.fit()
+    return listener.stopped
+
+
+@contextlib.contextmanager
+def _stopping_at_sigterm(mailbox: Any) -> Iterator[None]:
+    """Inside, SIGTERM asks the ranks to save a checkpoint and end; a second one has the effect that the first had."""
+
+    def ask(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        print("train: SIGTERM: saves a checkpoint after this step, then stops", flush=True)
+        mailbox.ask_to_stop.remote()
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
     finally:
-        news.put(None)
-        watcher.join(timeout=10)
-    return _line(_last_row(url), config.train.steps)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _storage(url: str) -> dict[str, Any]:
@@ -132,34 +164,50 @@ def _storage(url: str) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
-def _watch(news: Any, steps: int) -> None:
-    """Prints what rank 0 tells, until it is told None."""
-    import sys
+class Listener:
+    """Prints what rank 0 tells, in a thread of its own. stopped: why training ended early, None if it did not."""
 
-    live = sys.stdout.isatty()
-    while (row := news.get()) is not None:
-        if "warning" in row:
-            print(f"\ntrain: {row['warning']}" if live else f"train: {row['warning']}", flush=True)
-            continue
-        line = f"train: {_line(row, steps)}"
-        print(f"\r\033[K{line}" if live else line, end="" if live else "\n", flush=True)
-    if live:
-        print()
+    def __init__(self, mailbox: Any, steps: int):
+        self.mailbox, self.steps = mailbox, steps
+        self.stopped: str | None = None
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._live = sys.stdout.isatty()
+        self._printed = 0.0
+
+    def __enter__(self) -> "Listener":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.mailbox.tell.remote(None)
+        self._thread.join(timeout=10)
+
+    def _listen(self) -> None:
+        import ray
+
+        while (news := ray.get(self.mailbox.hear.remote())) is not None:
+            if "stopped" in news:
+                self.stopped = news["stopped"]
+            elif "said" in news:
+                print(f"\ntrain: {news['said']}" if self._live else f"train: {news['said']}", flush=True)
+            else:
+                self._print(news)
+        if self._live:
+            print()
+
+    def _print(self, row: dict[str, Any]) -> None:
+        """One live line on a terminal, a line now and then in a log file."""
+        line = f"train: {_line(row, self.steps)}"
+        if self._live:
+            print(f"\r\033[K{line}", end="", flush=True)
+        elif time.monotonic() - self._printed > LOG_EVERY_S:
+            self._printed = time.monotonic()
+            print(line, flush=True)
 
 
 def _line(row: dict[str, Any], steps: int) -> str:
     left = (steps - row["step"]) * row["seconds_per_step"]
-    shown = (
-        "loss",
-        "psnr",
-        "perplexity",
-        "soft_perplexity",
-        "accepted",
-        "energy_ratio",
-        "queue_filled",
-        "posterior_std",
-    )
-    told = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+    told = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
     bad = f"  {row['bad_samples']} bad samples" if row["bad_samples"] else ""
     return f"step {row['step']}/{steps}  {told}  {row['samples_per_s']:.0f} samples/s{bad}  {clock(left)} left"
 

@@ -1,10 +1,10 @@
-"""What one training rank does: build, step, log, save. Runs inside Ray Train, once per worker."""
+"""What one training rank does: build, step, log, evaluate, save. Runs inside Ray Train, once per worker."""
 
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,24 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-from torch import Tensor
+import torch.distributed
 
 from jobs.config import Config
-from jobs.reading import Item, decode_sample
-from jobs.report import curves_png
+from jobs.mailbox import StopWish
+from jobs.report import Example
+from jobs.train_data import Batch, TrainingData, fixed_samples
+from jobs.train_report import CollapseAlarm, Profile, TrainReport
 from pipeline import storage
-from pipeline.batches import map_in_threads, prefetch
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard
-from pipeline.stream import Drawn, Lanes, Position, training_samples
+from pipeline.stream import Lanes, Position
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modality import build_modality
-from tokenizer.training import Trainer
-
-
-@dataclass
-class Batch:
-    """x as the model takes it, where its lanes are after it, and how many samples were skipped on the way as bad."""
-
-    x: Tensor
-    after: dict[int, Position]
-    num_bad: int
+from tokenizer.training import Averages, StepResult, Trainer, compile_nets
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Entry point of a rank. settings: config, shards, run (URL) and news, the queue that the driver listens to."""
+    """Entry point of a rank. settings: config, shards, run (URL) and mailbox, through which the driver hears of it."""
     loop = TrainLoop(**settings)
     loop.resume()
     loop.train()
@@ -46,102 +38,118 @@ def train_worker(settings: dict[str, Any]) -> None:
 class TrainLoop:
     """Model, optimizer, data and log of one rank."""
 
-    def __init__(self, config: Config, shards: list[Shard], run: str, news: Any):
+    def __init__(self, config: Config, shards: list[Shard], run: str, mailbox: Any):
         context = ray.train.get_context()
-        self.config, self.shards, self.run, self.news = config, shards, run, news
+        self.config, self.shards, self.run, self.mailbox = config, shards, run, mailbox
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":  # Ray would leave one thread per process
             torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        torch.manual_seed(config.train.seed)  # the same weights on every rank ...
-        settings = {**asdict(config.model), "quantizer": config.quantizer}
-        self.autoencoder = Autoencoder(settings)
-        torch.manual_seed(config.train.seed * 1000 + self.rank + 1)  # ... but other noise
+        # beside NCCL: what ranks agree on is known to their CPUs, and no GPU need wait
+        self.cpu_group = torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self._build()
+
+    def _build(self) -> None:
+        config, options = self.config, self.config.train
+        torch.manual_seed(options.seed)  # the same weights on every rank ...
+        self.autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
+        self._seed_noise()  # ... but other noise
         self.modality = build_modality(config.model.modality, config.data.preprocess)
-        self.trainer = Trainer(self.autoencoder, self.modality, config.train, self.device)
+        self.trainer = Trainer(self.autoencoder, self.modality, options, self.device, options.accumulate)
+        self.averages = Averages(self.autoencoder, options.ema) if options.ema else None
+        if options.compile:
+            compile_nets(self.autoencoder)
         # quantizers keep their buffers equal on all ranks themselves; a queue is too large to broadcast each step
         self.trainer.model = ray.train.torch.prepare_model(
             self.autoencoder, parallel_strategy_kwargs={"broadcast_buffers": False}
         )
-        self.step = self.num_bad = 0
-        options = config.train
-        self.lanes = Lanes.for_ranks(self.world_size, len(shards), options.shuffle_buffer, options.seed)
-        self.positions: dict[int, Position] = {}  # of this rank's lanes
-        self.history: list[dict[str, Any]] = []
+        factor, ranks = self.autoencoder.factor, (self.rank, self.world_size)
+        self.data = TrainingData(self.shards, options, self.modality, factor, *ranks, on_bad_shard=self._warn)
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
+        """To the last step; or until the driver asks to stop, the codebook collapses, or a gradient is not finite."""
         options = self.config.train
-        started, since = time.monotonic(), self.step
-        for batch in self._batches():
-            if self.step >= options.steps:
-                break
-            result = self.trainer.update(batch.x, self.step)
-            to_log = (self.step + 1) % options.log_every == 0 or self.step + 1 == options.steps
-            row = self.trainer.numbers(result, self.step) if to_log else None
-            self.step += 1
-            self.positions.update(batch.after)
-            self.num_bad += batch.num_bad
-            if row is not None:
-                now = time.monotonic()
-                self._log(row, seconds_per_step=(now - started) / (self.step - since))
-                started, since = now, self.step
+        profile = Profile(self.device) if options.profile and self.rank == 0 else None
+        self.lap = self.trainer.lap = profile.lap if profile else _no_lap
+        self.watch = Watch(self) if self.rank == 0 else None
+        batches = self.data.batches(pinned=self.device.type == "cuda")
+        while self.step < options.steps:
+            batch = next(batches)
+            self.lap("data wait")
+            try:
+                result = self.trainer.update(batch.x, self.step)
+            except FloatingPointError as error:
+                return self._stop(f"{error}; its samples are in {self._save_culprits(batch, error)}")
+            self._advance(batch)
+            if self.watch is not None:
+                self.watch.follow(result)
+            if self._any_rank(self.watch is not None and self.watch.wants_to_stop()):
+                self._save_checkpoint()
+                return self._stop(self.watch.reason if self.watch else "")
             if self.step % options.checkpoint_every == 0 and self.step < options.steps:
                 self._save_checkpoint()
-        self._finish()
+        self._finish(profile)
 
-    def _log(self, numbers: dict[str, float], seconds_per_step: float) -> None:
-        samples_per_s = self.config.train.batch_size * self.world_size / seconds_per_step
-        row = {
-            "step": self.step,
-            **numbers,
-            "lr": self.trainer.optimizer.param_groups[0]["lr"],
-            "bad_samples": self.num_bad,
-        }
-        self.history.append({**row, "seconds_per_step": seconds_per_step, "samples_per_s": samples_per_s})
-        if self.rank == 0:
-            self.news.put(self.history[-1])
+    def _advance(self, batch: Batch) -> None:
+        if self.averages is not None:
+            self.averages.follow(self.step)
+        self.step += 1
+        self.data.taken(batch)
 
-    # -- data -----------------------------------------------------------------------------------------------------
+    def _any_rank(self, wish: bool) -> bool:
+        """The same answer on every rank, so that none waits for one that has gone."""
+        if self.cpu_group is None:
+            return wish
+        wishes = torch.tensor(int(wish))
+        torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX, group=self.cpu_group)
+        return bool(wishes)
 
-    def _batches(self) -> Iterator[Batch]:
-        return prefetch(self._make_batches(), depth=2)
+    def _stop(self, reason: str) -> None:
+        if self.watch is not None:
+            self.watch.report.close()
+            self.tell({"stopped": reason})
 
-    def _make_batches(self) -> Iterator[Batch]:
-        options = self.config.train
-        stream = training_samples(
-            self.shards,
-            self.lanes,
-            rank=self.rank,
-            world_size=self.world_size,
-            positions=dict(self.positions),
-            on_bad_shard=self._warn,
-        )
-        arrays: list[np.ndarray] = []
-        after: dict[int, Position] = {}
-        num_bad = 0
-        for array, drawn in map_in_threads(self._segment, stream, options.decode_threads):
-            after[drawn.lane] = drawn.after
-            if array is None:
-                num_bad += 1
-                continue
-            arrays.append(array)
-            if len(arrays) == options.batch_size:
-                x = self.modality.batch(arrays, self.autoencoder.factor).x
-                yield Batch(x.pin_memory() if self.device.type == "cuda" else x, after, num_bad)
-                arrays, after, num_bad = [], {}, 0
+    def _finish(self, profile: Profile | None) -> None:
+        """Rank 0 writes the reports, and last the model: that it is there means that training is over."""
+        if self.watch is None:
+            return
+        self.watch.report.close()
+        if profile is not None:
+            self.tell({"said": profile.told()})
+            numbers = {"steps": self.step, "seconds": profile.seconds, "shares": profile.shares}
+            storage.replace(self.place("profile.json"), json.dumps(numbers, indent=1).encode())
+        with tempfile.TemporaryDirectory() as folder, self.averaged():
+            self.autoencoder.save(folder)
+            storage.upload(folder, storage.join(self.run, "model"))
 
-    def _segment(self, drawn: Drawn) -> tuple[np.ndarray | None, Drawn]:
-        """A random piece of the sample, the same in every run; None if the sample is bad."""
-        item = decode_sample(drawn.sample, self.modality)
-        if not isinstance(item, Item):
-            return None, drawn
-        rng = np.random.default_rng([self.config.train.seed, drawn.before.epoch, drawn.lane, drawn.before.sample])
-        return self.modality.segment(item.decoded.array, self.config.train.segment, rng), drawn
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Inside, the autoencoder is what RUN/model will be."""
+        return self.averages.applied() if self.averages is not None else contextlib.nullcontext()
+
+    def tell(self, news: dict[str, Any]) -> None:
+        ray.get(self.mailbox.tell.remote(news))
+
+    def place(self, report: str) -> str:
+        return storage.join(self.run, "reports", report)
 
     def _warn(self, error: ShardError) -> None:
-        self.news.put({"warning": f"skipped the rest of a shard: {error}"})
+        self.tell({"said": f"skipped the rest of a shard: {error}"})
+
+    def _save_culprits(self, batch: Batch, error: FloatingPointError) -> str:
+        """The samples of all ranks' batches; returns where they are. Every rank must call it."""
+        samples: list[Any] = [batch.samples]
+        if self.cpu_group is not None:
+            samples = [None] * self.world_size
+            torch.distributed.all_gather_object(samples, batch.samples, group=self.cpu_group)
+        place = self.place(f"nan-step-{self.step + 1}.json")
+        if self.rank == 0:
+            found = {"step": self.step + 1, "error": str(error), "samples_by_rank": samples}
+            storage.replace(place, json.dumps(found, indent=1).encode())
+        return place
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -155,25 +163,30 @@ class TrainLoop:
             ranks = {file.name: torch.load(file, weights_only=True) for file in Path(folder).glob("rank-*.pt")}
         self.autoencoder.load_state_dict(state["model"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
+        if self.averages is not None:
+            self.averages.values = state["averages"]
         self.step, self.history = state["step"], state["history"]
-        self.lanes = Lanes(**state["lanes"])
         everywhere = {lane: Position(*at) for own in ranks.values() for lane, at in own["positions"].items()}
-        self.positions = {lane: at for lane, at in everywhere.items() if lane % self.world_size == self.rank}
+        self.data.go_on(Lanes(**state["lanes"]), everywhere)
         own = ranks.get(self._rank_file())
         if own is None:  # another number of ranks than before: fresh noise, other than what there was
-            torch.manual_seed(self.config.train.seed * 1000 + self.rank + 1 + 1_000_003 * self.step)
+            self._seed_noise()
+            self.data.num_bad = sum(rank["num_bad"] for rank in ranks.values()) if self.rank == 0 else 0
         else:
-            self.num_bad = own["num_bad"]
+            self.data.num_bad = own["num_bad"]
             torch.set_rng_state(own["rng"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_rng"])
         if self.rank == 0:
-            self.news.put({"warning": f"goes on from the checkpoint of step {self.step}"})
+            self.tell({"said": f"goes on from the checkpoint of step {self.step}"})
+
+    def _seed_noise(self) -> None:
+        torch.manual_seed(self.config.train.seed * 1000 + self.rank + 1 + 1_000_003 * self.step)
 
     def _save_checkpoint(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            positions = {lane: list(astuple(at)) for lane, at in self.positions.items()}
-            own: dict[str, Any] = {"positions": positions, "num_bad": self.num_bad, "rng": torch.get_rng_state()}
+            positions = {lane: list(astuple(at)) for lane, at in self.data.positions.items()}
+            own: dict[str, Any] = {"positions": positions, "num_bad": self.data.num_bad, "rng": torch.get_rng_state()}
             if self.device.type == "cuda":
                 own["cuda_rng"] = torch.cuda.get_rng_state()
             torch.save(own, Path(folder) / self._rank_file())
@@ -182,20 +195,84 @@ class TrainLoop:
                     "model": self.autoencoder.state_dict(),
                     "optimizer": self.trainer.optimizer.state_dict(),
                 }
-                state |= {"step": self.step, "history": self.history, "lanes": asdict(self.lanes)}
+                if self.averages is not None:
+                    state["averages"] = self.averages.values
+                state |= {"step": self.step, "history": self.history, "lanes": asdict(self.data.lanes)}
                 torch.save(state, Path(folder) / "state.pt")
             ray.train.report({"step": self.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        self.lap("checkpoint")
 
     def _rank_file(self) -> str:
         return f"rank-{self.rank}-of-{self.world_size}.pt"
 
-    def _finish(self) -> None:
-        """Rank 0 writes the curves, and last the model: that it is there means that training is over."""
-        if self.rank != 0:
-            return
-        log = "".join(json.dumps(row) + "\n" for row in self.history)
-        storage.replace(storage.join(self.run, "reports", "train.jsonl"), log.encode())
-        storage.replace(storage.join(self.run, "reports", "train.png"), curves_png(self.history))
-        with tempfile.TemporaryDirectory() as folder:
-            self.autoencoder.save(folder)
-            storage.upload(folder, storage.join(self.run, "model"))
+
+class Watch:
+    """What rank 0 does besides training: it logs, shows pictures, and sees when to stop. `reason` says why."""
+
+    def __init__(self, loop: TrainLoop):
+        options = loop.config.train
+        self.loop, self.reason = loop, ""
+        self.report = TrainReport(loop.run, loop.history, loop.step)
+        self.alarm = CollapseAlarm(options.collapse_below, options.collapse_steps)
+        for row in loop.history:
+            self.alarm.hears(row)
+        self.stop_wish = StopWish(loop.mailbox)
+        self._since, self._started = loop.step, time.monotonic()
+        self._samples: list[tuple[str, np.ndarray]] = []
+
+    def follow(self, result: StepResult) -> None:
+        """After each step."""
+        options, step = self.loop.config.train, self.loop.step
+        is_last = step == options.steps
+        if step % options.log_every == 0 or is_last:
+            self._log(self.loop.trainer.numbers(result, step - 1))
+        self.loop.lap("logging")
+        if is_last or (options.evaluate_every and step % options.evaluate_every == 0):
+            self.report.show(self._examples(), step)
+            self.report.write()
+            self.loop.lap("evaluation")
+        elif self.report.is_due:
+            self.report.write()
+            self.loop.lap("logging")
+
+    def wants_to_stop(self) -> bool:
+        if self.stop_wish and not self.reason:
+            self.reason = f"at step {self.loop.step}, as was asked for; the same command goes on from there"
+        return bool(self.reason)
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        loop, now = self.loop, time.monotonic()
+        seconds = (now - self._started) / (loop.step - self._since)
+        self._since, self._started = loop.step, now
+        row = {"step": loop.step, **numbers, "lr": loop.trainer.optimizer.param_groups[0]["lr"]}
+        samples_per_s = loop.config.train.batch_size * loop.world_size / seconds
+        row |= {"bad_samples": loop.data.num_bad, "seconds_per_step": seconds, "samples_per_s": samples_per_s}
+        self.report.log(row)
+        loop.tell(row)
+        alarm = self.alarm.hears(row)
+        if alarm is not None:
+            loop.tell({"said": alarm})
+            if loop.config.train.collapse_stops:
+                self.reason = alarm
+
+    @torch.no_grad()
+    def _examples(self) -> list[Example]:
+        """The fixed samples, as they are and as the model rebuilds them."""
+        loop, modality = self.loop, self.loop.modality
+        if not self._samples:
+            options = loop.config.train
+            self._samples = fixed_samples(loop.shards, modality, options.segment, options.pictures)
+        arrays = [array for _, array in self._samples]
+        x = modality.batch(arrays, loop.autoencoder.factor).x.to(loop.device)
+        loop.autoencoder.eval()  # the next update sets train() again
+        with loop.averaged():
+            x_hat = loop.autoencoder(x).x_hat.float().cpu()
+        rebuilt = modality.unbatch(x_hat, [modality.size_of(array) for array in arrays])
+        return [
+            Example(key, modality.mime, *(tuple(f(a) for a in pair) for f in (modality.view, modality.to_bytes)))
+            for (key, _), pair in zip(self._samples, zip(arrays, rebuilt, strict=True), strict=True)
+        ]
+
+
+def _no_lap(stage: str) -> None:
+    """Of a training that is not profiled."""

@@ -6,12 +6,15 @@ repeating nor omitting a sample, with another number of ranks than before.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.samples import Sample, read_samples
+
+S = TypeVar("S")
 
 LANES_PER_RANK = 8  # shards that a rank reads at a time: samples of that many are mixed
 
@@ -30,6 +33,14 @@ class Lanes:
         per_rank = min(LANES_PER_RANK, max(1, num_shards // world_size))
         return cls(per_rank * world_size, max(1, shuffle_buffer // per_rank), seed)
 
+    def check_enough_for(self, world_size: int) -> None:
+        """Raises ValueError if there are fewer lanes than ranks."""
+        if self.count < world_size:
+            raise ValueError(
+                f"this run's corpus is cut into {self.count} lanes, too few for {world_size} workers; "
+                f"set workers.count to {self.count} or fewer, or start a new run"
+            )
+
 
 @dataclass(frozen=True)
 class Position:
@@ -42,9 +53,10 @@ class Position:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A sample, the lane that it comes from, and where that lane was before and is after it."""
+    """A sample, the URL of its shard, the lane that it comes from, and where that lane was before and is after it."""
 
     sample: Sample
+    shard: str
     lane: int
     before: Position
     after: Position
@@ -64,11 +76,7 @@ def training_samples(
     A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all, and
     ValueError if there are fewer lanes than ranks.
     """
-    if lanes.count < world_size:
-        raise ValueError(
-            f"this run's corpus is cut into {lanes.count} lanes, too few for {world_size} workers; "
-            f"set workers.count to {lanes.count} or fewer, or start a new run"
-        )
+    lanes.check_enough_for(world_size)
     mine = {
         lane: _read_lane(shards, lanes, lane, positions.get(lane, Position()), on_bad_shard)
         for lane in range(rank, lanes.count, world_size)
@@ -90,12 +98,12 @@ def _read_lane(
     while True:
         taken = 0
         mine = _dealt(len(shards), lanes, lane, epoch)
-        for sample in _shuffled(_read(shards, mine, lanes, lane, on_bad_shard), lanes, lane, epoch):
+        for sample, shard in _shuffled(_read(shards, mine, lanes, lane, on_bad_shard), lanes, lane, epoch):
             taken += 1
             if taken > resumed:
                 before = Position(epoch, taken - 1, total)
                 total += 1
-                yield Drawn(sample, lane, before, Position(epoch, taken, total))
+                yield Drawn(sample, shard, lane, before, Position(epoch, taken, total))
         fruitless = set() if taken else fruitless | set(mine)
         if len(fruitless) == len(shards):
             raise ShardError(f"there is no sample in {len(shards)} shards; is data.shards right?")
@@ -110,22 +118,24 @@ def _dealt(num_shards: int, lanes: Lanes, lane: int, epoch: int) -> list[int]:
 
 def _read(
     shards: list[Shard], mine: list[int], lanes: Lanes, lane: int, on_bad_shard: Callable[[ShardError], None]
-) -> Iterator[Sample]:
+) -> Iterator[tuple[Sample, str]]:
+    """Samples, each with the URL of its shard."""
     by_sample = len(shards) < lanes.count
     for index in mine:
+        url = shards[index].url
         try:
-            for sample in read_samples(shards[index].url):
+            for sample in read_samples(url):
                 if not by_sample or sample.index % lanes.count == lane:
-                    yield sample
+                    yield sample, url
         except ShardError as error:
             on_bad_shard(error)
 
 
-def _shuffled(samples: Iterator[Sample], lanes: Lanes, lane: int, epoch: int) -> Iterator[Sample]:
+def _shuffled(samples: Iterator[S], lanes: Lanes, lane: int, epoch: int) -> Iterator[S]:
     """Keeps `shuffle_buffer` samples and gives out a random one of them for each that comes in."""
     rng = np.random.default_rng([lanes.seed, epoch, lane])
     size = max(1, lanes.shuffle_buffer)  # 0 keeps the order, as 1 does
-    held: list[Sample] = []
+    held: list[S] = []
     for sample in samples:
         if len(held) < size:
             held.append(sample)

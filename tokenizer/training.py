@@ -1,6 +1,8 @@
 """One update of an autoencoder, the same under Ray Train, in a comparison, and on a bare machine."""
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +47,8 @@ class Recipe:
 
 @dataclass
 class StepResult:
-    """Of one update: the weighted sum of the losses, each of them, and what the autoencoder gave."""
+    """Of one update: the weighted sum of the losses, each of them, and what the autoencoder gave (for the last piece,
+    where the batch was cut)."""
 
     loss: Tensor
     losses: dict[str, Tensor]
@@ -53,10 +56,22 @@ class StepResult:
 
 
 class Trainer:
-    """Holds losses and optimizer. `model` is the autoencoder or a wrapper that synchronises its gradients."""
+    """Holds losses and optimizer. `model` is the autoencoder or a wrapper that synchronises its gradients.
 
-    def __init__(self, autoencoder: Autoencoder, modality: Modality, recipe: Recipe, device: str | torch.device):
+    accumulate: pieces that a batch is cut into, one in memory at a time. What is no mean over samples is then one over
+    pieces (log_mse, batch norm), and quantizers that follow their latents do so once for each piece.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        modality: Modality,
+        recipe: Recipe,
+        device: str | torch.device,
+        accumulate: int = 1,
+    ):
         self.autoencoder, self.recipe, self.device = autoencoder, recipe, torch.device(device)
+        self.accumulate = accumulate
         self.autoencoder.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model: nn.Module = autoencoder
         self.losses = modality.losses(recipe.losses).to(self.device)
@@ -66,31 +81,60 @@ class Trainer:
             betas=(recipe.betas[0], recipe.betas[1]),
             weight_decay=recipe.weight_decay,
         )
+        self.lap: Callable[[str], None] = lambda stage: None  # told at the end of each stage of an update
 
     def update(self, x: Tensor, step: int) -> StepResult:
-        """x [B, ...] as the modality batches it, on any device; step counts from 0 and sets the learning rate."""
+        """x [B, ...] as the modality batches it, on any device; step counts from 0 and sets the learning rate.
+
+        Raises FloatingPointError, before any weight changes, where the gradient is not finite; on every rank, since
+        all have the same gradient.
+        """
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.recipe)
-        layout = (
-            torch.channels_last if x.ndim == 4 else torch.preserve_format
-        )  # faster for pictures on CPU and GPU alike
+        self.optimizer.zero_grad(set_to_none=True)
+        pieces = x.chunk(self.accumulate)
+        results, overwritten = [], []
+        for i, piece in enumerate(pieces):
+            with contextlib.nullcontext() if i + 1 == len(pieces) else self._without_synchronising():
+                results.append(self._add_gradients(piece, share=len(piece) / len(x)))
+            overwritten.append(self.autoencoder.quantizer.overwritten_rows())
+        norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.recipe.grad_clip)
+        result = _summed(results)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the loss is {result.loss.item():.4g} and the norm of its gradient {norm.item():.4g} "
+                f"at step {step + 1}; lower train.lr, or warm up longer"
+            )
+        for rows in overwritten:
+            self._forget_moments(rows)
+        self.optimizer.step()
+        self.lap("optimizer")
+        return result
+
+    def _add_gradients(self, x: Tensor, share: float) -> StepResult:
+        """Those of share times the loss; so much of the batch x is. The result's losses are times share too."""
+        # channels_last is faster for pictures, on CPU and GPU alike
+        layout = torch.channels_last if x.ndim == 4 else torch.preserve_format
         x = x.to(self.device, non_blocking=True, memory_format=layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             out: AutoencoderOutput = self.model(x)
         losses = {**self.losses(x, out.x_hat.float()), **out.quantized.losses}
+        losses = {name: share * value for name, value in losses.items()}
         loss = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.lap("forward")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.recipe.grad_clip)
-        self._forget_moments()
-        self.optimizer.step()
-        return StepResult(loss, losses, out)
+        self.lap("backward")
+        return StepResult(loss.detach(), {name: value.detach() for name, value in losses.items()}, out)
+
+    def _without_synchronising(self) -> contextlib.AbstractContextManager:
+        no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
+        return no_sync()
 
     def numbers(self, result: StepResult, step: int) -> dict[str, float]:
         """What is worth logging of an update; reading it makes a GPU wait.
 
-        Raises FloatingPointError where the loss is not finite: going on would only spoil the weights.
+        Raises FloatingPointError where the loss is not finite, although its gradient is.
         """
         told = {"loss": result.loss, **result.losses, **result.out.quantized.metrics}
         row = {name: float(value.detach()) for name, value in told.items()}
@@ -106,12 +150,57 @@ class Trainer:
             row["perplexity"] = perplexity(counts.cpu().numpy())
         return row
 
-    def _forget_moments(self) -> None:
-        quantizer = self.autoencoder.quantizer
-        for name, rows in quantizer.overwritten_rows().items():
-            for moment in self.optimizer.state.get(quantizer.get_parameter(name), {}).values():
+    def _forget_moments(self, overwritten: dict[str, Tensor]) -> None:
+        for name, rows in overwritten.items():
+            for moment in self.optimizer.state.get(self.autoencoder.quantizer.get_parameter(name), {}).values():
                 if moment.ndim > 0:
                     moment[rows] = 0
+
+
+class Averages:
+    """Moving averages of all floats that a model is saved with: its weights, and codes and scales that are buffers."""
+
+    def __init__(self, autoencoder: Autoencoder, decay: float):
+        self.autoencoder, self.decay = autoencoder, decay
+        self.values = {name: tensor.clone() for name, tensor in self._current().items()}
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """After update number `step`, counted from 0. The first ones weigh more: what lay before them is chance."""
+        decay = min(self.decay, step / (step + 10))
+        for name, tensor in self._current().items():
+            self.values[name].lerp_(tensor, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the autoencoder has the averages for weights."""
+        before = {name: tensor.clone() for name, tensor in self._current().items()}
+        try:
+            self.load(self.values)
+            yield
+        finally:
+            self.load(before)
+
+    @torch.no_grad()
+    def load(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self._current().items():
+            tensor.copy_(values[name])
+
+    def _current(self) -> dict[str, Tensor]:
+        state = self.autoencoder.inference_state()
+        return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def compile_nets(autoencoder: Autoencoder, backend: str = "inductor") -> None:
+    """torch.compile for encoder and decoder, at their first use. The quantizer's branches on data would break it up."""
+    net = autoencoder.net
+    net.encode = torch.compile(net.encode, backend=backend)  # type: ignore[method-assign]
+    net.decode = torch.compile(net.decode, backend=backend)  # type: ignore[method-assign]
+
+
+def _summed(results: list[StepResult]) -> StepResult:
+    losses = {name: torch.stack([one.losses[name] for one in results]).sum() for name in results[0].losses}
+    return StepResult(torch.stack([one.loss for one in results]).sum(), losses, results[-1].out)
 
 
 def known_losses(autoencoder: Autoencoder, modality: Modality) -> dict[str, float]:

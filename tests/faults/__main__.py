@@ -7,6 +7,7 @@ that are there are not run again: after an interruption the same command goes on
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ or in which a job did not end with the exit code that it should.
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster and the server end too
     arguments = _arguments()
     results = Path(arguments.results)
     results.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The whole road on a tiny net, through Ray Train and Ray Data: train, codebook, tokenize, verify, evaluate, decode."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs.__main__ import main
-from jobs.train import _absolute
+from jobs.config import ConfigError, load_config
+from jobs.train import _absolute, _claim
+from jobs.train_report import CollapseAlarm
 from pipeline.tokens import Output, TokenDataset
 from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
 from tokenizer.tokenizer import Tokenizer
@@ -233,6 +236,44 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     assert [row["loss"] for row in log(tmp_path)] == [row["loss"] for row in log(trained)]
     killed, calm = (load_file(folder / "run/model/model.safetensors") for folder in (tmp_path, trained))
     assert all(killed[name].equal(calm[name]) for name in calm)
+
+
+def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path: Path):
+    loaded = load_config([config(tmp_path)])
+    _claim(str(tmp_path / "run"), loaded)
+    file = tmp_path / "run/config.yaml"
+    file.write_text(file.read_text().replace("  ema: 0.0\n", ""))
+    _claim(str(tmp_path / "run"), loaded)
+    with pytest.raises(ConfigError, match=r"train\.ema=0\.0, not 0\.5; choose another `run`"):
+        _claim(str(tmp_path / "run"), load_config([config(tmp_path), "train.ema=0.5"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("train.ema=1", "train.ema is 1.0; it must lie in 0..1, below 1"),
+        ("train.accumulate=3", "train.accumulate is 3; it must divide train.batch_size, 8"),
+        ("train.pictures=0", "train.pictures is 0; it must be 1 or more"),
+        ("train.collapse_below=-1", "train.collapse_below is -1.0; it must be 0 (off) or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, change: str, told: str):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_config([config(tmp_path), change])
+
+
+def test_the_alarm_rings_after_so_many_steps_and_not_once_the_codebook_recovers():
+    alarm = CollapseAlarm(below=10, steps=20)
+    told = [alarm.hears({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))]
+    assert told[:4] == [None] * 4
+    assert "perplexity 8 at step 50, below train.collapse_below=10 for 20 steps" in str(told[4])
+    assert alarm.hears({"step": 60, "perplexity": 8}) is None  # it has just rung
+    assert alarm.hears({"step": 70, "soft_perplexity": 8}) is not None
+
+
+def test_an_alarm_that_is_off_never_rings():
+    alarm = CollapseAlarm(below=0, steps=1)
+    assert [alarm.hears({"step": step, "perplexity": 1.0}) for step in (1, 5, 9)] == [None] * 3
 
 
 def test_weights_named_by_a_relative_path_are_found_by_workers_in_another_folder(tmp_path, monkeypatch):

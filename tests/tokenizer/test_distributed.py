@@ -1,23 +1,18 @@
 """Two real processes over gloo against one process with the concatenated batch."""
 
 import math
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 from torch import Tensor
 
+from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
 from tokenizer.moments import moment_losses
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
 from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig
 
-RANKS = 2
 ROWS = 300
 
 
@@ -86,25 +81,10 @@ def measure(rank: int) -> dict[str, Any]:
     return found
 
 
-def work(rank: int, folder: str) -> None:
-    meet, limit = f"file://{folder}/meet", timedelta(seconds=60)  # a lost rank fails the test, not the day
-    torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=RANKS, timeout=limit)
-    try:
-        torch.save(measure(rank), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two ranks measured."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module by its name
-        if sys.platform == "linux":
-            patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
-        torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return measured_by_ranks(measure, tmp_path_factory.mktemp("ranks"))
 
 
 def test_world_size_is_asked_anew(ranks):

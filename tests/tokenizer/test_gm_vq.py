@@ -1,23 +1,18 @@
 """GM-VQ: tests M3 to M6 of the method (M1 and M2 are in test_soft.py), its losses, noise and edges."""
 
 import math
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tokenizer.kmeans import kmeans
 from tokenizer.neighbors import nearest_codeword
 from tokenizer.quantizers.gm_vq import GMVQ, GMVQConfig
 
-RANKS = 2
 L = 8
 
 
@@ -232,24 +227,13 @@ def prior_and_gradient(z: Tensor) -> dict[str, Any]:
     return {**told, "z": z.grad, "codes": quantizer.embedding.grad}
 
 
-def work(rank: int, folder: str) -> None:
-    meet, limit = f"file://{folder}/meet", timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=RANKS, timeout=limit)
-    try:
-        torch.save(prior_and_gradient(batch(rank)), f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+def measure(rank: int) -> dict[str, Any]:
+    return prior_and_gradient(batch(rank))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("gm_vq_ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2])  # the processes import this module by its name
-        if sys.platform == "linux":
-            patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
-        torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return measured_by_ranks(measure, tmp_path_factory.mktemp("gm_vq_ranks"))
 
 
 def test_m6_prior_of_two_ranks_is_that_of_the_whole_batch(ranks):

@@ -1,0 +1,35 @@
+"""Two real processes that train together over gloo."""
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+RANKS = 2
+Measure = Callable[[int], Any]  # what a rank finds out; a function of a module, which the processes import by its name
+
+
+def measured_by_ranks(measure: Measure, folder: Path) -> list[Any]:
+    """measure(rank) of each rank. Raises what a rank raises; a lost rank fails the test after a minute, not the day."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])
+        if sys.platform == "linux":
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+        torch.multiprocessing.spawn(_work, (measure, str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _work(rank: int, measure: Measure, folder: str) -> None:
+    torch.set_num_threads(1)
+    meet, limit = f"file://{folder}/meet", timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", meet, rank=rank, world_size=RANKS, timeout=limit)
+    try:
+        torch.save(measure(rank), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()

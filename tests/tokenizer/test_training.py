@@ -1,0 +1,122 @@
+"""The update that all trainings share: gradients in pieces, averaged weights, and what stops it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.modality import build_modality
+from tokenizer.training import Averages, Recipe, Trainer, compile_nets
+
+NET = {"name": "vqgan", "width": 8, "multipliers": [1], "res_blocks": 1, "channels": 8, "attention": False}
+RECIPE = Recipe(steps=10, lr=1e-2, warmup_steps=1, grad_clip=1e9)
+
+
+def trainer_of(quantizer: dict, **settings) -> Trainer:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder({"modality": "image", "net": NET, "quantizer": quantizer})
+    return Trainer(autoencoder, build_modality("image", {}), RECIPE, "cpu", **settings)
+
+
+def pictures(step: int = 0) -> Tensor:
+    return torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.autoencoder.state_dict().items()}
+
+
+# -- gradients in pieces --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 4])  # of 6 pictures: 4 makes pieces of 2, 2 and 2
+def test_pieces_have_the_gradient_and_the_losses_of_the_whole_batch(pieces: int):
+    whole, cut = trainer_of({"name": "fsq"}), trainer_of({"name": "fsq"}, accumulate=pieces)
+    one, other = whole.update(pictures(), 0), cut.update(pictures(), 0)
+    for a, b in zip(whole.autoencoder.parameters(), cut.autoencoder.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+    assert other.loss.item() == pytest.approx(one.loss.item(), rel=1e-5)
+    for name in ("l1", "mse"):  # not log_mse: a mean of logarithms is none of the whole
+        assert other.losses[name].item() == pytest.approx(one.losses[name].item(), rel=1e-5)
+
+
+def test_codes_replaced_in_any_piece_lose_their_momentum():
+    quantizer = {"name": "vq_vae", "codebook_size": 64, "dim": 4, "replace_after": 1}
+    trainer = trainer_of(quantizer, accumulate=2)
+    told: list[dict[str, Tensor]] = []
+    forget = trainer._forget_moments
+    trainer._forget_moments = lambda rows: (told.append(rows), forget(rows))[1]  # type: ignore[method-assign]
+    for step in range(4):
+        trainer.update(pictures(step), step)
+    assert len(told) == 8
+    assert all("embedding" in rows for rows in told[-2:])
+
+
+# -- averaged weights -----------------------------------------------------------------------------------------------
+
+
+def test_averages_are_those_computed_by_hand():
+    """Decays of 0, then step / (step + 10), then the one that was asked for."""
+    trainer = trainer_of({"name": "fsq"})
+    averages, name = Averages(trainer.autoencoder, decay=0.15), "project_in.weight"
+    seen = []
+    for step in range(3):
+        trainer.update(pictures(step), step)
+        averages.follow(step)
+        seen.append(weights(trainer)[name])
+    expected = seen[0]
+    for decay, value in ((1 / 11, seen[1]), (0.15, seen[2])):
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(averages.values[name], expected)
+
+
+def test_averages_hold_codes_that_are_no_weights():
+    autoencoder = trainer_of({"name": "ema_vq", "codebook_size": 8, "dim": 4}).autoencoder
+    assert "quantizer.embedding" in Averages(autoencoder, 0.9).values
+
+
+def test_averages_are_applied_for_a_while_and_saved(tmp_path):
+    trainer = trainer_of({"name": "fsq"})
+    averages = Averages(trainer.autoencoder, decay=0.9)
+    for step in range(3):
+        trainer.update(pictures(step), step)
+        averages.follow(step)
+    before = weights(trainer)
+    with averages.applied():
+        trainer.autoencoder.save(tmp_path)
+    after, saved = weights(trainer), Autoencoder.load(tmp_path).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(saved[name], value) for name, value in averages.values.items())
+    assert not torch.equal(saved["project_in.weight"], before["project_in.weight"])
+
+
+# -- what stops it --------------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    trainer = trainer_of({"name": "fsq"})
+    trainer.update(pictures(), 0)
+    before = weights(trainer)
+    x = pictures(1)
+    x[2, 1, 5, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step 2; lower train\.lr, or warm up longer"):
+        trainer.update(x, 1)
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def test_laps_name_the_stages_of_an_update_in_order():
+    trainer = trainer_of({"name": "fsq"}, accumulate=2)
+    stages: list[str] = []
+    trainer.lap = stages.append
+    trainer.update(pictures(), 0)
+    assert stages == ["forward", "backward", "forward", "backward", "optimizer"]
+
+
+def test_compiled_nets_train_as_plain_ones_do_and_are_saved_the_same_way(tmp_path):
+    plain, compiled = trainer_of({"name": "fsq"}), trainer_of({"name": "fsq"})
+    compile_nets(compiled.autoencoder, backend="aot_eager")  # all but the writing of C++, which takes a minute
+    one, other = plain.update(pictures(), 0), compiled.update(pictures(), 0)
+    assert other.loss.item() == pytest.approx(one.loss.item(), rel=1e-3)
+    assert compiled.autoencoder.net.encode is not plain.autoencoder.net.encode
+    compiled.autoencoder.save(tmp_path)
+    assert Autoencoder.load(tmp_path).state_dict().keys() == plain.autoencoder.state_dict().keys()

@@ -1,0 +1,89 @@
+"""Every quantizer of the registry, trained by two real processes under DistributedDataParallel, on different pictures.
+
+All parameters and buffers must stay the same, bit by bit; and where a method draws no random numbers, two ranks with a
+batch of B must have the gradient that one has with both batches.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.tokenizer.ranks import RANKS, measured_by_ranks
+from tests.tokenizer.test_contract import CASES, NAMED, Case
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.modality import build_modality
+from tokenizer.training import Recipe, Trainer
+
+NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}
+STEPS, BATCH = 3, 4
+# without noise, once their codes are there: k-means puts them there in the first step
+EXACT = [case for case in NAMED if case.name in ("fsq", "lfq", "vq_vae", "ema_vq", "sim_vq", "residual")]
+
+
+def pictures(rank: int, step: int) -> Tensor:
+    """Each rank's differ in brightness and contrast too. [BATCH, 3, 32, 32]."""
+    x = torch.rand(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(100 * step + rank))
+    return 0.2 * rank + (0.4 + 0.2 * rank) * x
+
+
+def trainer_of(case: Case, **settings: Any) -> Trainer:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder({"modality": "image", "net": NET, "quantizer": {"name": case.name, **case.settings}})
+    recipe = Recipe(lr=1e-3, warmup_steps=1, grad_clip=1e9)  # so that gradients stay what they are
+    return Trainer(autoencoder, build_modality("image", {}), recipe, "cpu", **settings)
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    named = trainer.autoencoder.named_parameters()
+    return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+
+
+def train(rank: int, case: Case, **settings: Any) -> dict[str, Any]:
+    """The state after some steps, and the gradients of the first."""
+    trainer = trainer_of(case, **settings)
+    trainer.model = DistributedDataParallel(trainer.autoencoder, broadcast_buffers=False)  # as Ray Train wraps it
+    torch.manual_seed(rank + 1)  # as in training: each rank draws its own noise
+    trainer.update(pictures(rank, 0), 0)
+    first = gradients(trainer)
+    for step in range(1, STEPS):
+        trainer.update(pictures(rank, step), step)
+    return {"state": trainer.autoencoder.state_dict(), "gradients": first}
+
+
+def measure(rank: int) -> dict[str, Any]:
+    found = {case.label: train(rank, case) for case in CASES}
+    return found | {f"{case.label} in pieces": train(rank, case, accumulate=2) for case in NAMED}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return measured_by_ranks(measure, tmp_path_factory.mktemp("training_ranks"))
+
+
+@pytest.mark.parametrize("label", [case.label for case in CASES] + [f"{case.label} in pieces" for case in NAMED])
+def test_weights_and_statistics_are_the_same_on_every_rank(ranks: list[dict[str, Any]], label: str):
+    first, second = (found[label]["state"] for found in ranks)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda case: case.label)
+def test_two_ranks_have_the_gradient_of_one_with_both_batches(ranks: list[dict[str, Any]], case: Case):
+    alone = trainer_of(case)
+    alone.update(torch.cat([pictures(rank, 0) for rank in range(RANKS)]), 0)
+    expected, found = gradients(alone), ranks[0][case.label]["gradients"]
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 1e-3, name
+
+
+def test_one_rank_alone_would_have_another_gradient(ranks: list[dict[str, Any]]):
+    """So that the test above can fail."""
+    alone = trainer_of(EXACT[0])
+    alone.update(pictures(0, 0), 0)
+    name = "net.encoder.0.weight" if "net.encoder.0.weight" in gradients(alone) else next(iter(gradients(alone)))
+    expected, found = gradients(alone)[name], ranks[0][EXACT[0].label]["gradients"][name]
+    assert (found - expected).norm() > 0.05 * expected.norm()
