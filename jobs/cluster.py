@@ -39,10 +39,16 @@ def _runtime_env() -> dict[str, dict[str, str]] | None:
 
 
 def cpus_per_rank(workers: WorkersConfig) -> float:
-    """Of a training rank: as configured, else an even share of the cluster's (at least 1)."""
+    """Of a training rank: as configured, else as many as let all ranks find room on the nodes (at least 1)."""
     import ray
 
-    return workers.cpus or max(1, int(ray.cluster_resources().get("CPU", 1)) // (workers.count or 1))
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return workers.cpus or even_share(nodes, workers.count or 1)
+
+
+def even_share(nodes: list[int], ranks: int) -> int:
+    """The most CPUs, at least 1, that each of the ranks can have on nodes with so many; a rank lies on one node."""
+    return max((cpus for cpus in range(1, max(nodes) + 1) if sum(n // cpus for n in nodes) >= ranks), default=1)
 
 
 def room(workers: WorkersConfig) -> int:
