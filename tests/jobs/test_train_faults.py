@@ -24,7 +24,7 @@ from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
-STEPS, BATCH = 40, 4
+STEPS, BATCH = 100, 4  # so many that a fast machine is not done before it can be stopped
 SETTINGS = {
     "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
     "model": {"net": {**TINY_NET, "patch_size": 4}},
