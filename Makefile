@@ -13,7 +13,7 @@ help:
 	@echo "make demo-audio   the same on the speech in samples/speech"
 	@echo "make test    all tests          make check   format, lint, types"
 	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
-	@echo "make faults  kills and breaks tokenize 114 times (hours); goes on where it was stopped"
+	@echo "make faults  kills and breaks tokenize 114 times (an hour); goes on where it was stopped"
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "installing into .venv (about 2 minutes)"

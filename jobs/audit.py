@@ -7,6 +7,7 @@ is not, or if a sample cannot be read and tokenized any more. `tokenizer`: the r
 import io
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from jobs import cluster
 from jobs.config import Config, TokensConfig
 from jobs.frozen import load_tokenizer, writer_url
 from jobs.progress import Progress
-from jobs.reading import decoded_batches, rows_of
+from jobs.reading import Tally, decoded_batches, rows_of
 from jobs.shard_pool import ShardWorker, map_shards
 from jobs.status import open_output
-from pipeline.manifest import Shard, find_shards
+from pipeline.manifest import Shard, look_up
 from pipeline.tokens import Commit, Output, Quarantined, TokenRow
 from pipeline.tokens.entry import shard_name
 from pipeline.tokens.layout import tokens_as_lists
@@ -47,7 +48,7 @@ def run(config: Config) -> int:
     entries = [entry for entry in output.commits() if entry.num_rows]
     drawn = draw(entries, config.audit.rows, config.audit.seed)
     urls = sorted({entry.source_shard for entry in entries if entry.name in drawn})
-    shards = find_shards(urls).shards if urls else []
+    shards = look_up(urls).shards
     output.refuse_replaced(shards)
     return _outcome(_compare(shards, drawn, url, output, config), output)
 
@@ -140,7 +141,10 @@ class AuditWorker(ShardWorker):
         rows: dict[int, TokenRow] = {}
         quarantined: list[Quarantined] = []
         batches = decoded_batches(
-            shard.url, self.tokenizer, self.options, quarantined, version=shard.version, only=stored
+            *(shard.url, self.tokenizer, self.options, quarantined),
+            version=shard.version,
+            only=stored,
+            tally=Tally(partial(self.tick, shard)),
         )
         for batch in batches:
             rows |= {row.source_index: row for row in rows_of(batch, self.tokenizer, (), quarantined)}

@@ -32,9 +32,11 @@ class Item:
 class Tally:
     """What reading a shard came to; complete once its last batch was taken.
 
-    num_samples: all that the reader found, skipped and bad ones too. decode_s adds up the seconds of all threads.
+    tick: called for each sample that is read. num_samples: all that the reader found, skipped and bad ones too.
+    decode_s adds up the seconds of all threads.
     """
 
+    tick: Callable[[], None] = lambda: None
     num_samples: int = 0
     read_s: float = 0.0
     decode_s: float = 0.0
@@ -85,6 +87,7 @@ def _tallied(samples: Iterator[Sample], tally: Tally) -> Iterator[Sample]:
         if sample is None:
             return
         tally.num_samples += 1
+        tally.tick()
         yield sample
 
 

@@ -9,6 +9,7 @@ and if nothing can be recovered, nothing is written. Two retries at a time do no
 import time
 import traceback
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from jobs import cluster, tokenize_corpus
@@ -18,8 +19,9 @@ from jobs.progress import Progress
 from jobs.reading import Stopwatch, Tally, decoded_batches, rows_of
 from jobs.shard_pool import ShardWorker, map_shards
 from jobs.status import open_output
+from pipeline import storage
 from pipeline.errors import ShardError
-from pipeline.manifest import Shard, find_shards
+from pipeline.manifest import Shard, look_up
 from pipeline.tokens import History, Output, Quarantined, TokenRow
 
 SHOWN = 10
@@ -39,6 +41,8 @@ def run(config: Config) -> int:
     config.require("output")
     output = open_output(config.output)
     url = writer_url(output, config)
+    if config.storage.create_only == storage.SERVER:
+        storage.check_create_only(output.url)
     # rows that come later must look like those that are there, whatever this command was told
     layout = output.layout
     options = replace(config.tokens, encoding=layout.encoding, passthrough=list(layout.passthrough))
@@ -57,7 +61,7 @@ def _redo(urls: list[str], url: str, output: Output, config: Config) -> list[str
     """Failed shards, of which nothing is committed, once more from the start; returns what failed."""
     if not urls:
         return []
-    inputs = find_shards(urls)  # a shard that was mended has another size than the one that failed
+    inputs = look_up(urls)  # a shard that was mended has another size than the one that failed
     output.take_inputs(inputs)
     return tokenize_corpus.tokenize_shards(inputs.shards, url, output, config)
 
@@ -66,7 +70,7 @@ def _recover(urls: list[str], url: str, output: Output, config: Config) -> list[
     """The quarantined samples of committed shards; returns what failed."""
     if not urls:
         return []
-    shards = find_shards(urls).shards
+    shards = look_up(urls).shards
     output.refuse_replaced(shards)
     cluster.start()
     settings = {"tokenizer_url": url, "output_url": output.url, "options": config.tokens}
@@ -90,6 +94,9 @@ def _outcome(output: Output, failures: list[str], config: Config) -> int:
     print(f"retry: {rows} samples in {len(shards)} shards, {bad} quarantined, at {output.url}")
     if failures:
         print(f"retry: incomplete: {len(failures)} shards failed; mend them and run the same command again")
+        return 3
+    if untried := {shard.name for shard in output.inputs()} - {shard.first.name for shard in shards}:
+        print(f"retry: incomplete: {len(untried)} shards are not done yet; run the same `tokenmill tokenize` again")
         return 3
     if bad > config.tokens.max_bad_fraction * max(1, rows + bad):
         print(f"retry: done, but {bad} quarantined exceed tokens.max_bad_fraction={config.tokens.max_bad_fraction}")
@@ -133,7 +140,7 @@ class RetryWorker(ShardWorker):
         before = {sample.source_index: sample.key for sample in self.output.quarantined(history.last)}
         rows: list[TokenRow] = []
         quarantined: list[Quarantined] = []
-        tally, watch = Tally(), Stopwatch()
+        tally, watch = Tally(partial(self.tick, shard)), Stopwatch()
         batches = decoded_batches(
             shard.url, self.tokenizer, self.options, quarantined, version=shard.version, only=before, tally=tally
         )

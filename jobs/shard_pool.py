@@ -78,8 +78,8 @@ class _Work:
 class _Member:
     """An actor, what it has in hand, and the one question to it that is under way."""
 
-    def __init__(self, handle: Any):
-        self.handle = handle
+    def __init__(self, handle: Any, generation: int):
+        self.handle, self.generation = handle, generation
         self.work: dict[Any, _Work] = {}  # by the reference to the result
         self.node = ""  # known once it answers; until then it gets no work
         self.question = handle.about.remote(0.0)
@@ -94,7 +94,11 @@ class _Pool:
         self.suspects: collections.deque[Shard] = collections.deque()  # had a worker die; each runs alone in its worker
         self.tries: collections.Counter[str] = collections.Counter()
         self.members: list[_Member] = []
-        self.lost_at_start = 0  # actors in a row that died before they answered once
+        self.generation = 0  # actors are started some at a time
+        self.lost_at_start: set[int] = (
+            set()
+        )  # generations since the last that came up, of which actors died in starting
+        self.ever_up = False
         self.grown = self.told = -float("inf")
         self.actor = _actor_class(worker, workers)
 
@@ -105,6 +109,9 @@ class _Pool:
             self._grow()
             self._deal()
             asked = [reference for member in self.members for reference in (member.question, *member.work)]
+            if not asked:  # all died in starting; `_grow` tries again later
+                time.sleep(POLL_S)
+                continue
             done, _ = ray.wait(asked, num_returns=1, timeout=POLL_S)
             # the rest of what is done, so that many small shards do not mean many waits
             done, _ = ray.wait(asked, num_returns=len(asked), timeout=0) if done else (done, [])
@@ -123,13 +130,15 @@ class _Pool:
     def _grow(self) -> None:
         """Starts actors up to what is asked for and useful. A cluster that grew or lost a node is measured again."""
         now = time.monotonic()
-        if now - self.grown < GROW_EVERY_S and self.members:
+        if now - self.grown < GROW_EVERY_S:
             return
         self.grown = now
         left = len(self.waiting) + len(self.suspects) + sum(bool(member.work) for member in self.members)
         wanted = self.workers.count or room(self.workers)
-        for _ in range(min(wanted, left) - len(self.members)):
-            self.members.append(_Member(self.actor.remote(self.worker, self._all_settings())))
+        missing = min(wanted, left) - len(self.members)
+        self.generation += missing > 0
+        for _ in range(missing):
+            self.members.append(_Member(self.actor.remote(self.worker, self._all_settings()), self.generation))
 
     def _all_settings(self) -> dict[str, Any]:
         return {**self.settings, "num_cpus": self.workers.cpus or 1, "num_gpus": self.workers.gpus}
@@ -165,21 +174,28 @@ class _Pool:
         """The results of one member that are there; its death, if that is what came."""
         import ray
 
-        try:
-            for reference in [one for one in member.work if one in done]:
+        death: ray.exceptions.RayError | None = None
+        for reference in [one for one in (*member.work, member.question) if one in done]:
+            try:
                 result = ray.get(reference)
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:  # the actor died, or its node, or the way to it
+                death = error
+                continue
+            if reference == member.question:
+                self._hear(member, *result)
+            else:
                 del member.work[reference]
                 yield result
-            if member.question in done:
-                self._hear(member, *ray.get(member.question))
-        except ray.exceptions.RayTaskError:
-            raise
-        except ray.exceptions.RayError as error:  # the actor died, or its node, or the way to it
+        if death is not None:
             self._dismiss(member)
-            yield from self._lose(member, error)
+            yield from self._lose(member, death)
 
     def _hear(self, member: _Member, node: str, ticks: dict[str, int]) -> None:
-        member.node, self.lost_at_start = node, 0
+        if not member.node:
+            self.lost_at_start.clear()
+        member.node, self.ever_up = node, True
         for work in member.work.values():
             if ticks.get(work.shard.name, 0) != work.ticks:
                 work.ticks, work.since = ticks.get(work.shard.name, 0), time.monotonic()
@@ -199,10 +215,12 @@ class _Pool:
         import ray
 
         self.members.remove(member)
-        self.grown = -float("inf")
-        if not member.node:
-            self.lost_at_start += 1
-            if getattr(cause, "actor_init_failed", False) or self.lost_at_start >= MAX_TRIES:
+        if member.node:
+            self.grown = -float("inf")  # another at once; after one that never came up, at the next measuring
+        else:
+            self.lost_at_start.add(member.generation)
+            in_vain = getattr(cause, "actor_init_failed", False) and not self.ever_up
+            if in_vain or len(self.lost_at_start) >= MAX_TRIES:
                 raise cause  # the reason lies in the settings, not in a shard
         with_node = member.node not in {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         blamed = list(member.work.values()) if blamed is None else blamed

@@ -6,10 +6,10 @@ encodes, writes tokens and quarantine, and commits -> one small row of counts co
 
 import contextlib
 import json
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +22,11 @@ from jobs.reading import Stopwatch, Tally, decoded_batches, rows_of
 from jobs.shard_pool import ShardWorker, map_shards
 from pipeline import storage
 from pipeline.errors import ShardError
-from pipeline.manifest import Shard, find_shards
+from pipeline.manifest import Manifest, Shard, find_shards
 from pipeline.tokens import Layout, Output, Quarantined, TokenRow
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
+
+TICK_S = 5.0  # while waiting for the device or for storage
 
 
 @dataclass
@@ -43,6 +45,7 @@ def run(config: Config) -> int:
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
     inputs = find_shards(config.data.shards)
+    _refuse_uploaded(inputs)
     try:
         layout = layout_of(tokenizer, config.tokens)
     except ValueError as error:
@@ -57,6 +60,15 @@ def run(config: Config) -> int:
     return _outcome(output, inputs.shards, failures, config)
 
 
+def _refuse_uploaded(inputs: Manifest) -> None:
+    """A shard's URL is its name in the output, and Ray's copies of a working directory have new ones each time."""
+    for shard in inputs.shards:
+        if "/working_dir_files/_ray_pkg_" in shard.url:
+            raise ConfigError(
+                f"data.shards: {shard.url} is Ray's copy of a working directory; give the whole path or URL"
+            )
+
+
 def tokenize_shards(todo: list[Shard], url: str, output: Output, config: Config) -> list[str]:
     """Runs the workers; returns what failed."""
     cluster.start()
@@ -66,11 +78,17 @@ def tokenize_shards(todo: list[Shard], url: str, output: Output, config: Config)
     for result in map_shards(todo, TokenizeWorker, settings, config.workers):
         if result.failure:
             failures.append(result.failure)
-        if result.lost:
-            output.note_failure(result.lost, result.failure, now=time.time())
+        if result.lost and result.failure:
+            _note_failure(output, result.lost, result.failure)
         progress.advance(samples=result.num_rows, tokens=result.num_tokens, quarantined=result.num_quarantined)
     progress.close()
     return failures
+
+
+def _note_failure(output: Output, shard: Shard, failure: str) -> None:
+    """For `status`. Where that cannot be written either, the result of the shard still tells."""
+    with contextlib.suppress(OSError):
+        output.note_failure(shard, failure, now=time.time())
 
 
 def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
@@ -124,8 +142,26 @@ class TokenizeWorker(ShardWorker):
             failure = str(error)
         except Exception as error:  # one shard must not end a job of days; `status` shows the reason
             failure = f"{shard.url}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
-        self.output.note_failure(shard, failure, now=time.time())
+        with self._ticking(shard):
+            _note_failure(self.output, shard, failure)
         return ShardResult(failure=failure)
+
+    @contextlib.contextmanager
+    def _ticking(self, shard: Shard) -> Iterator[None]:
+        """Inside, work on the shard counts as getting on: storage has a patience, and an end to it, of its own."""
+        done = threading.Event()
+
+        def tick() -> None:
+            while not done.wait(TICK_S):
+                self.tick(shard)
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     @staticmethod
     def failed(shard: Shard, reason: str) -> ShardResult:
@@ -133,9 +169,10 @@ class TokenizeWorker(ShardWorker):
 
     def _commit(self, shard: Shard) -> ShardResult:
         found = tokenize_shard(shard, self.tokenizer, self.options, self.device_lock, partial(self.tick, shard))
-        entry = self.output.commit(
-            shard, found.rows, found.quarantined, found.seconds, now=time.time(), num_samples=found.num_samples
-        )
+        with self._ticking(shard):
+            entry = self.output.commit(
+                shard, found.rows, found.quarantined, found.seconds, now=time.time(), num_samples=found.num_samples
+            )
         return ShardResult(entry.num_rows, entry.num_quarantined, entry.num_tokens)
 
 
@@ -157,23 +194,29 @@ def tokenize_shard(
     shard: Shard,
     tokenizer: Tokenizer,
     options: TokensConfig,
-    device_lock: AbstractContextManager[Any] = contextlib.nullcontext(),  # noqa: B008
+    device_lock: "threading.Lock | None" = None,
     tick: Callable[[], None] = lambda: None,
 ) -> TokenizedShard:
-    """Reads, decodes and encodes a shard. device_lock is held while a batch is encoded; tick is called after each.
+    """Reads, decodes and encodes a shard. device_lock is held while a batch is encoded. tick is called for each sample
+    that is read and each batch that is encoded, and while another shard has the device.
 
     Raises ShardError if the shard cannot be read to its end.
     """
     rows: list[TokenRow] = []
     quarantined: list[Quarantined] = []
-    tally, watch = Tally(), Stopwatch()
+    tally, watch = Tally(tick), Stopwatch()
+    device_lock = device_lock or threading.Lock()
     batches = decoded_batches(shard.url, tokenizer, options, quarantined, version=shard.version, tally=tally)
     for batch in batches:
         watch.lap("wait")
-        with device_lock:
+        while not device_lock.acquire(timeout=TICK_S):
+            tick()
+        try:
             watch.lap("queue")
             rows += rows_of(batch, tokenizer, options.passthrough, quarantined)
             watch.lap("encode")
+        finally:
+            device_lock.release()
         tick()
     watch.lap("wait")
     seconds = {"read": tally.read_s, "decode": tally.decode_s, **watch.seconds, "total": sum(watch.seconds.values())}

@@ -47,6 +47,8 @@ class TrainReport:
         return time.monotonic() - self._written > WRITE_EVERY_S
 
     def write(self) -> None:
+        if not self.history:
+            return  # nothing was logged yet: a run that is stopped in its first steps has no curves
         log = "".join(json.dumps(row) + "\n" for row in self.history)
         curves = curves_png(self.history)
         self._replace("train.jsonl", log.encode())

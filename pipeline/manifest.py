@@ -67,6 +67,11 @@ def find_shards(spec: str | list[str]) -> Manifest:
     return Manifest([shards[url] for url in sorted(shards)])
 
 
+def look_up(urls: list[str]) -> Manifest:
+    """The shards of these URLs, which are names and no patterns, as they are now."""
+    return Manifest(_look_up(sorted(urls)))
+
+
 def _expand(pattern: str) -> list[Shard]:
     try:
         urls = list(braceexpand(pattern))

@@ -235,7 +235,9 @@ class Output:
         return History([first, *itertools.takewhile(lambda entry: entry is not None, retries)])  # type: ignore[list-item]
 
     def failures(self) -> list[dict[str, Any]]:
-        return [json.loads(text) for _, text in _read_all(storage.list_files(self._at("failed")))]
+        """Why shards could not be done. A note that goes while we read was of a shard that is done by now."""
+        notes = map_in_threads(_read_if_there, storage.list_files(self._at("failed")), READERS)
+        return [json.loads(text) for text in notes if text is not None]
 
     def inputs(self) -> list[Shard]:
         """Every shard that any run was given, by URL."""
@@ -319,6 +321,13 @@ def _source_indices(tokens: bytes) -> list[int]:
 
 def _read_all(urls: list[str]) -> Iterator[tuple[str, bytes]]:
     return zip(urls, map_in_threads(storage.read, urls, READERS), strict=True)
+
+
+def _read_if_there(url: str) -> bytes | None:
+    try:
+        return storage.read(url)
+    except FileNotFoundError:
+        return None
 
 
 def _stem(url: str) -> str:

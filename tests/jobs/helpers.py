@@ -81,6 +81,16 @@ def tokenize_without_ray(
     return output
 
 
+def children_named(part: str) -> list[psutil.Process]:
+    """Processes below this one whose name holds that."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if part in child.name():
+                found.append(child)
+    return found
+
+
 @contextlib.contextmanager
 def driver_in_a_session(arguments: list[str]) -> Iterator[subprocess.Popen]:
     """`tokenmill ...` with a Ray of its own. Whatever is left of both is killed in the end."""

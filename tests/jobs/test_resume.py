@@ -6,13 +6,18 @@ import time
 from pathlib import Path
 
 import pytest
-import ray  # noqa: F401  puts the psutil that it carries on the path
 
-import psutil  # isort: skip
 from jobs.__main__ import main
 from pipeline import storage
 from tests.corpus import tar_bytes
-from tests.jobs.helpers import driver_in_a_session, jpegs, rows_of, rows_without_ray, tokenize_without_ray
+from tests.jobs.helpers import (
+    children_named,
+    driver_in_a_session,
+    jpegs,
+    rows_of,
+    rows_without_ray,
+    tokenize_without_ray,
+)
 
 NUM_SHARDS, PER_SHARD = 8, 16
 
@@ -29,7 +34,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def command(corpus: str, tokenizer: str, output: Path, *more: str) -> list[str]:
     # one picture at a time: slow enough for a kill in the midst of it
-    slow = ["tokens.batch_budget=1e-3", "workers.cpus=1"]
+    slow = ["tokens.batch_budget=1e-3", "workers.cpus=1", "workers.count=2"]
     return ["tokenize", f"tokenizer={tokenizer}", f"data.shards={corpus}", f"output={output}", *slow, *more]
 
 
@@ -62,7 +67,7 @@ def test_rows_survive_a_driver_that_is_killed(corpus: str, tokenizer: str, tmp_p
     done_before = num_committed(output)
     assert 2 <= done_before < NUM_SHARDS
     assert main(["verify", f"output={output}"]) == 3
-    assert main(command(corpus, tokenizer, output, "workers.count=2")) == 0
+    assert main(command(corpus, tokenizer, output, "workers.count=1")) == 0
     assert_whole(output, corpus, tokenizer)
 
 
@@ -74,9 +79,9 @@ def test_a_killed_worker_is_replaced_within_the_same_command(corpus: str, tokeni
 
     def kill_a_worker() -> None:
         wait_for_commits(output, 2)
-        workers = [p for p in psutil.Process().children(recursive=True) if "TokenizeWorker" in p.name()]
-        killed.append(workers[0].pid)
-        workers[0].kill()
+        worker = children_named("TokenizeWorker")[0]
+        killed.append(worker.pid)
+        worker.kill()
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()

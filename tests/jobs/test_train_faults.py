@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import ray  # noqa: F401  puts the psutil that it carries on the path
 import torch
 import yaml
 from safetensors.torch import load_file
 
-import psutil  # isort: skip
 from jobs.__main__ import main
 from pipeline import storage
 from tests.faults.cluster import Cluster, start_cluster, wait_for
-from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
+from tests.jobs.helpers import SAMPLES, TINY_NET, children_named, driver_in_a_session
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
@@ -66,18 +64,23 @@ def samples_taken(folder: Path) -> tuple[int, int]:
 def meanwhile(condition: Callable[[], object], act: Callable[[], None]) -> Iterator[None]:
     """Inside, `act` is called in another thread as soon as the condition holds. Raises if it never does."""
     failed: list[BaseException] = []
+    over = threading.Event()
 
     def run() -> None:
         try:
-            wait_for(condition, START_S, "the moment to act")
+            wait_for(lambda: over.is_set() or condition(), START_S, "the moment to act")
+            assert not over.is_set(), "it was over before the moment to act came"
             act()
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    yield
-    thread.join(timeout=START_S)
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
     assert not failed, failed
 
 
@@ -132,9 +135,9 @@ def test_a_killed_worker_is_replaced_and_changes_nothing(calm: Path, tmp_path: P
     killed: list[str] = []
 
     def kill_a_worker() -> None:
-        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
-        killed.append(workers[-1].name())
-        workers[-1].kill()
+        worker = children_named("RayTrainWorker")[-1]
+        killed.append(worker.name())
+        worker.kill()
 
     with meanwhile(lambda: is_noted(tmp_path), kill_a_worker):
         assert main(["train", config(tmp_path), "train.max_failures=1"]) == 0
