@@ -22,7 +22,7 @@ from tests.jobs.helpers import SAMPLES, TINY_NET, children_named, driver_in_a_se
 from tests.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
-STEPS, BATCH = 30, 4  # with a checkpoint a step, each of which takes Ray some 2 s
+STEPS, BATCH = 20, 4  # with a checkpoint a step, each of which takes Ray some 2 s
 SETTINGS = {
     "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
     "model": {"net": {**TINY_NET, "patch_size": 4}},
