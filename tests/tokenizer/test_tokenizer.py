@@ -350,5 +350,5 @@ def test_weights_of_another_net_are_refused_by_their_names(tmp_path: Path):
     saved(tokenizer(), tmp_path / "a")
     saved(tokenizer(net={**TINY, "multipliers": [1, 2, 2]}), tmp_path / "b")
     (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
-    with pytest.raises(TokenizerMismatch, match="missing|size mismatch|unexpected"):
+    with pytest.raises(TokenizerMismatch, match=r"missing|size mismatch|unexpected"):
         Tokenizer.from_pretrained(tmp_path / "a")
