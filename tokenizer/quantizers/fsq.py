@@ -39,6 +39,12 @@ class FSQ(Quantizer):
     """Bounds each scalar with tanh and rounds it to one of L levels. No loss, no state."""
 
     levels: Tensor
+    top: Tensor
+    reach: Tensor
+    offset: Tensor
+    shift: Tensor
+    middle: Tensor
+    slope: Tensor
     Config = FSQConfig
 
     def __init__(self, config: FSQConfig):
@@ -50,44 +56,57 @@ class FSQ(Quantizer):
         self.codebook_size = math.prod(levels)
         self.index_levels = tuple(levels)
         self.symmetric, self.noise_rate = config.edges == "symmetric", config.noise_rate
-        self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
+        sizes = torch.tensor(levels, dtype=torch.float32)
+        half = (sizes - 1) * (1 + EPSILON) / 2
+        offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
+        constants = {"levels": sizes, "top": sizes - 1, "reach": half, "offset": offset}
+        constants |= {"shift": torch.atanh(offset / half), "middle": sizes // 2, "slope": half / (sizes // 2)}
+        for name, value in constants.items():  # buffers, to be on the device of the latents
+            self.register_buffer(name, value, persistent=False)
 
     @property
     def target_size(self) -> int:
         return self.codebook_size if self.config.levels else self.config.codebook_size
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
-        position = self._position(z)
-        digits = self._digits(position)
-        rounded = straight_through(position, digits.to(position.dtype))
-        if self.noise_rate > 0:
-            # one level of L apart in units of the whole range, as L3AC's SuperFSQ draws it
-            noisy = position + (torch.rand_like(position) - 0.5) * (self.levels - 1) / self.levels
-            rounded = torch.where(torch.rand_like(position) < self.noise_rate, noisy, rounded)
-        indices = self.radix.pack(digits) if self.noise_rate == 0 else None
-        return QuantizerOutput(self._value(rounded), indices)
+        bounded = self._bound(z)
+        with torch.no_grad():  # rounding has no gradient: that of `_smooth` stands for it
+            position = self._position(bounded)
+            nearest = self._nearest(position)
+            indices = self.radix.pack(nearest.long()) if self.noise_rate == 0 else None
+            if self.noise_rate > 0:
+                # one level of L apart in units of the whole range, as L3AC's SuperFSQ draws it
+                noisy = position + (torch.rand_like(position) - 0.5) * self.top / self.levels
+                nearest = torch.where(torch.rand_like(position) < self.noise_rate, noisy, nearest)
+            value = self._value(nearest)
+        return QuantizerOutput(straight_through(self._smooth(bounded), value), indices)
 
     def _encode(self, z: Tensor) -> Tensor:
-        return self.radix.pack(self._digits(self._position(z)))
+        return self.radix.pack(self._nearest(self._position(self._bound(z))).long())
 
     def _decode(self, indices: Tensor) -> Tensor:
         return self._value(self.radix.unpack(indices).float())
 
-    def _position(self, z: Tensor) -> Tensor:
+    def _bound(self, z: Tensor) -> Tensor:
+        return torch.tanh(z if self.symmetric else z + self.shift)
+
+    def _position(self, bounded: Tensor) -> Tensor:
         """Where z lies on the scale whose whole numbers 0..L-1 are the levels."""
         if self.symmetric:
-            return (self.levels - 1) * (torch.tanh(z) + 1) / 2
-        half = (self.levels - 1) * (1 + EPSILON) / 2
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        return torch.tanh(z + torch.atanh(offset / half)) * half - offset + self.levels // 2
+            return self.top * (bounded + 1) / 2
+        return bounded * self.reach - self.offset + self.middle
 
-    def _digits(self, position: Tensor) -> Tensor:
+    def _smooth(self, bounded: Tensor) -> Tensor:
+        """`_value` of `_position`, up to a constant: what the gradient follows in place of the rounding."""
+        return bounded if self.symmetric else bounded * self.slope
+
+    def _nearest(self, position: Tensor) -> Tensor:
         # nan_to_num: a NaN cast to int64 is whatever the processor likes
         nearest = torch.floor(position + 0.5).nan_to_num(0.0)
-        return torch.minimum(nearest.clamp(min=0), self.levels - 1).long()
+        return torch.minimum(nearest.clamp(min=0), self.top)
 
     def _value(self, position: Tensor) -> Tensor:
         """The scale 0..L-1 to what the decoder sees, within [-1, 1]."""
         if self.symmetric:
-            return 2 * position / (self.levels - 1) - 1
-        return position / (self.levels // 2) - 1
+            return 2 * position / self.top - 1
+        return position / self.middle - 1
