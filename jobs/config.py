@@ -108,6 +108,9 @@ class WorkersConfig:
 class CodebookConfig:
     """size: codes, or a list of them; empty for the quantizer's own. max_latents: sampled from the whole corpus.
 
+    full: k-means goes over every latent of the corpus, streamed from the cache; the sample is where it starts.
+    cache: keep all latents at RUN/latents, and read them from there where they are; implied by full.
+    warm_start: of several sizes, each starts from the codes of the one below, and not afresh.
     settings: of the quantizer, that only the making of the codebook reads, such as {balance: 1}; they are added to the
     tokenizer's name.
     """
@@ -116,6 +119,9 @@ class CodebookConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     max_latents: int = 1_000_000
     seed: int = 0
+    full: bool = False
+    cache: bool = False
+    warm_start: bool = False
 
 
 @dataclass
@@ -143,6 +149,7 @@ class TokensConfig:
     """encoding: list or packed. passthrough: members of the samples that become columns.
 
     batch_budget: megapixels of pictures or seconds of sound in one batch, padding included; 0 is the modality's own.
+    latents: a cache (RUN/latents) to make the tokens from, instead of the samples themselves.
     max_bad_fraction: more quarantined than this ends in exit code 4.
     """
 
@@ -150,6 +157,7 @@ class TokensConfig:
     passthrough: list[str] = field(default_factory=list)
     batch_budget: float = 0.0
     decode_threads: int = 2
+    latents: str = ""
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ command after a crash goes on from the last checkpoint. SIGTERM (which `ray job 
 """
 
 import contextlib
+import json
 import signal
 import sys
 import threading
@@ -14,18 +15,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from jobs import cluster
 from jobs.config import Config, ConfigError, TrainConfig, checked
 from jobs.mailbox import open_mailbox
 from jobs.progress import LOG_EVERY_S, clock
-from jobs.train_loop import train_worker
+from jobs.train_loop import LANES_FILE, train_worker
 from pipeline import storage
 from pipeline.manifest import find_shards
+from pipeline.stream import Lanes
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modality import build_modality
-from tokenizer.training import known_losses
+from tokenizer.training import build_adversary, known_losses
 
 MAY_CHANGE = (
     *("workers", "decode_threads", "log_every", "evaluate_every", "pictures", "profile"),
@@ -44,10 +47,12 @@ def run(config: Config) -> int:
     check(config)
     shards = find_shards(config.data.shards).shards
     _claim(url, config)
+    _check_lanes(url, config)
     if storage.exists(storage.join(url, "model", "model.safetensors")):
         print(f"train: {url}/model is there already; choose another `run` to train anew")
         return 0
     config.train.losses = _absolute(config.train.losses)
+    _remove_orphans(url)
     cluster.start()
     stopped = _fit(url, {"config": config, "shards": shards}, config)
     if stopped is not None:
@@ -71,6 +76,7 @@ def check(config: Config) -> None:
     try:
         modality = build_modality(config.model.modality, config.data.preprocess)
         autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
+        build_adversary(config.train, modality, torch.device("cpu"))
     except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual's base
         raise ConfigError(str(error)) from error
     known, factor = known_losses(autoencoder, modality), autoencoder.factor
@@ -103,6 +109,35 @@ def _claim(url: str, config: Config) -> None:
         raise ConfigError(
             f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or leave it at that"
         )
+
+
+def _check_lanes(url: str, config: Config) -> None:
+    """Raises ConfigError if there are more workers than lanes, which a run keeps from its first step on."""
+    for found in storage.glob(storage.join(url, "checkpoints", "*", LANES_FILE))[-1:]:
+        try:
+            Lanes(**json.loads(storage.read(found.url))).check_enough_for(config.workers.count or 1)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _remove_orphans(url: str) -> None:
+    """Checkpoints that Ray Train had taken no note of when it was killed: no run goes on from them, or removes them."""
+    place = storage.join(url, "checkpoints")
+    folders = [folder for folder in storage.list_folders(place) if _name(folder).startswith("checkpoint_")]
+    try:
+        noted = storage.read(storage.join(place, "checkpoint_manager_snapshot.json")).decode()
+    except FileNotFoundError:
+        return
+    orphans = [folder for folder in folders if _name(folder) not in noted]
+    if len(orphans) == len(folders):  # another Ray may take notes elsewhere
+        return
+    for folder in orphans:
+        fs, path = storage.locate(folder)
+        fs.rm(path, recursive=True)
+
+
+def _name(folder: str) -> str:
+    return folder.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -213,6 +248,4 @@ def _line(row: dict[str, Any], steps: int) -> str:
 
 
 def _last_row(url: str) -> dict[str, Any]:
-    import json
-
     return json.loads(storage.read(storage.join(url, "reports", "train.jsonl")).splitlines()[-1])

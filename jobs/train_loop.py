@@ -4,6 +4,7 @@ import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from jobs.report import Example
 from jobs.train_data import Batch, TrainingData, fixed_samples
 from jobs.train_report import CollapseAlarm, Profile, TrainReport
 from pipeline import storage
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, StorageError
 from pipeline.manifest import Shard
 from pipeline.stream import Lanes, Position
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modality import build_modality
 from tokenizer.training import Averages, StepResult, Trainer, compile_nets
+
+LANES_FILE = "lanes.json"  # of a checkpoint: small, for a driver to see whether there are enough
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -48,6 +51,8 @@ class TrainLoop:
         # beside NCCL: what ranks agree on is known to their CPUs, and no GPU need wait
         self.cpu_group = torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None
         self.step = 0
+        self.warned = False  # that a node is about to go
+        self.saved_step: int | None = None  # of the last checkpoint
         self.history: list[dict[str, Any]] = []
         self._build()
 
@@ -71,15 +76,21 @@ class TrainLoop:
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """To the last step; or until the driver asks to stop, the codebook collapses, or a gradient is not finite."""
+        """To the last step; or until the driver asks to stop, the codebook collapses, storage gives no more samples, or
+        numbers are not finite."""
         options = self.config.train
         profile = Profile(self.device) if options.profile and self.rank == 0 else None
         self.lap = self.trainer.lap = profile.lap if profile else _no_lap
         self.watch = Watch(self) if self.rank == 0 else None
         batches = self.data.batches(pinned=self.device.type == "cuda")
         while self.step < options.steps:
-            batch = next(batches)
+            batch = self._draw(batches)
             self.lap("data wait")
+            if self._any_rank(batch is None or (self.watch is not None and self.watch.wants_to_stop())):
+                self._save_checkpoint()
+                asked = self.watch.reason if self.watch else ""
+                return self._stop(asked or _goes_on(self.step, "storage gave no more samples"))
+            assert batch is not None
             try:
                 result = self.trainer.update(batch.x, self.step)
             except FloatingPointError as error:
@@ -87,12 +98,17 @@ class TrainLoop:
             self._advance(batch)
             if self.watch is not None:
                 self.watch.follow(result)
-            if self._any_rank(self.watch is not None and self.watch.wants_to_stop()):
-                self._save_checkpoint()
-                return self._stop(self.watch.reason if self.watch else "")
-            if self.step % options.checkpoint_every == 0 and self.step < options.steps:
+            if (self.step % options.checkpoint_every == 0 or self._is_warned()) and self.step < options.steps:
                 self._save_checkpoint()
         self._finish(profile)
+
+    def _draw(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch, None if storage does not give it."""
+        try:
+            return next(batches)
+        except StorageError as error:
+            self.tell({"said": str(error)})
+            return None
 
     def _advance(self, batch: Batch) -> None:
         if self.averages is not None:
@@ -107,6 +123,18 @@ class TrainLoop:
         wishes = torch.tensor(int(wish))
         torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX, group=self.cpu_group)
         return bool(wishes)
+
+    def _is_warned(self) -> bool:
+        """Whether Ray says for the first time that it will lose one of our nodes, which it then replaces by itself.
+
+        The same on every rank, all of which must ask in the same steps: it costs some milliseconds.
+        """
+        if self.warned or self.step % self.config.train.log_every:
+            return False
+        self.warned = ray.train.get_preemption_info() is not None
+        if self.warned and self.rank == 0:
+            self.tell({"said": f"a node is about to go: saves a checkpoint at step {self.step}"})
+        return self.warned
 
     def _stop(self, reason: str) -> None:
         if self.watch is not None:
@@ -161,13 +189,17 @@ class TrainLoop:
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt", map_location=self.device, weights_only=True)
             ranks = {file.name: torch.load(file, weights_only=True) for file in Path(folder).glob("rank-*.pt")}
+            lanes = Lanes(**json.loads((Path(folder) / LANES_FILE).read_text()))
         self.autoencoder.load_state_dict(state["model"])
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         if self.averages is not None:
             self.averages.values = state["averages"]
-        self.step, self.history = state["step"], state["history"]
+        if self.trainer.adversary is not None:
+            self.trainer.adversary.load_state_dict(state["adversary"])
+        self.step = self.saved_step = state["step"]
+        self.history = state["history"]
         everywhere = {lane: Position(*at) for own in ranks.values() for lane, at in own["positions"].items()}
-        self.data.go_on(Lanes(**state["lanes"]), everywhere)
+        self.data.go_on(lanes, everywhere)
         own = ranks.get(self._rank_file())
         if own is None:  # another number of ranks than before: fresh noise, other than what there was
             self._seed_noise()
@@ -184,6 +216,8 @@ class TrainLoop:
         torch.manual_seed(self.config.train.seed * 1000 + self.rank + 1 + 1_000_003 * self.step)
 
     def _save_checkpoint(self) -> None:
+        if self.step == self.saved_step:
+            return
         with tempfile.TemporaryDirectory() as folder:
             positions = {lane: list(astuple(at)) for lane, at in self.data.positions.items()}
             own: dict[str, Any] = {"positions": positions, "num_bad": self.data.num_bad, "rng": torch.get_rng_state()}
@@ -191,16 +225,21 @@ class TrainLoop:
                 own["cuda_rng"] = torch.cuda.get_rng_state()
             torch.save(own, Path(folder) / self._rank_file())
             if self.rank == 0:
-                state: dict[str, Any] = {
-                    "model": self.autoencoder.state_dict(),
-                    "optimizer": self.trainer.optimizer.state_dict(),
-                }
-                if self.averages is not None:
-                    state["averages"] = self.averages.values
-                state |= {"step": self.step, "history": self.history, "lanes": asdict(self.data.lanes)}
-                torch.save(state, Path(folder) / "state.pt")
+                torch.save(self._state(), Path(folder) / "state.pt")
+                (Path(folder) / LANES_FILE).write_text(json.dumps(asdict(self.data.lanes)))
             ray.train.report({"step": self.step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        self.saved_step = self.step
         self.lap("checkpoint")
+
+    def _state(self) -> dict[str, Any]:
+        """What all ranks have in common."""
+        state: dict[str, Any] = {"step": self.step, "history": self.history}
+        state |= {"model": self.autoencoder.state_dict(), "optimizer": self.trainer.optimizer.state_dict()}
+        if self.averages is not None:
+            state["averages"] = self.averages.values
+        if self.trainer.adversary is not None:
+            state["adversary"] = self.trainer.adversary.state_dict()
+        return state
 
     def _rank_file(self) -> str:
         return f"rank-{self.rank}-of-{self.world_size}.pt"
@@ -237,7 +276,7 @@ class Watch:
 
     def wants_to_stop(self) -> bool:
         if self.stop_wish and not self.reason:
-            self.reason = f"at step {self.loop.step}, as was asked for; the same command goes on from there"
+            self.reason = _goes_on(self.loop.step, "was asked for")
         return bool(self.reason)
 
     def _log(self, numbers: dict[str, float]) -> None:
@@ -272,6 +311,10 @@ class Watch:
             Example(key, modality.mime, *(tuple(f(a) for a in pair) for f in (modality.view, modality.to_bytes)))
             for (key, _), pair in zip(self._samples, zip(arrays, rebuilt, strict=True), strict=True)
         ]
+
+
+def _goes_on(step: int, why: str) -> str:
+    return f"at step {step}, as {why}; the same command goes on from there"
 
 
 def _no_lap(stage: str) -> None:

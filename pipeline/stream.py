@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, StorageError
 from pipeline.manifest import Shard
 from pipeline.samples import Sample, read_samples
 
@@ -73,8 +73,8 @@ def training_samples(
 ) -> Iterator[Drawn]:
     """What a rank draws from its lanes, each of them in turn. positions: of lanes that were read before.
 
-    A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all, and
-    ValueError if there are fewer lanes than ranks.
+    A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all, StorageError
+    if a shard could be read another time, and ValueError if there are fewer lanes than ranks.
     """
     lanes.check_enough_for(world_size)
     mine = {
@@ -128,7 +128,18 @@ def _read(
                 if not by_sample or sample.index % lanes.count == lane:
                     yield sample, url
         except ShardError as error:
+            if _is_of_storage(error):  # who goes on later would find samples there that were left out now
+                raise StorageError(str(error)) from error
             on_bad_shard(error)
+
+
+def _is_of_storage(error: ShardError) -> bool:
+    """Whether storage does not give what may be a sound shard; else the shard itself is broken, or gone."""
+    cause = error.__cause__
+    if isinstance(cause, StorageError | PermissionError):
+        return True
+    # decompressors raise OSErrors too, but without a number
+    return isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError)
 
 
 def _shuffled(samples: Iterator[S], lanes: Lanes, lane: int, epoch: int) -> Iterator[S]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder, AutoencoderOutput
+from tokenizer.discriminator import Adversary, DiscriminatorConfig, balance
+from tokenizer.distributed import mean_across_ranks
 from tokenizer.metrics import perplexity
 from tokenizer.modality import Modality
 
@@ -32,6 +34,7 @@ class Recipe:
     grad_clip: float = 1.0
     loss_weights: dict[str, float] = field(default_factory=dict)  # over the defaults of modality and quantizer
     losses: dict[str, Any] = field(default_factory=dict)  # settings of the modality's losses, e.g. perceptual
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     precision: str = "fp32"  # fp32, or bf16 for autocast; the quantizer is fp32 in either
     seed: int = 0
 
@@ -47,8 +50,8 @@ class Recipe:
 
 @dataclass
 class StepResult:
-    """Of one update: the weighted sum of the losses, each of them, and what the autoencoder gave (for the last piece,
-    where the batch was cut)."""
+    """Of one update: the weighted sum of the losses, each of them (and how the discriminator fared), and what the
+    autoencoder gave (for the last piece, where the batch was cut)."""
 
     loss: Tensor
     losses: dict[str, Tensor]
@@ -60,6 +63,8 @@ class Trainer:
 
     accumulate: pieces that a batch is cut into, one in memory at a time. What is no mean over samples is then one over
     pieces (log_mse, batch norm), and quantizers that follow their latents do so once for each piece.
+
+    Raises ValueError where the discriminator does not fit the modality or the segment.
     """
 
     def __init__(
@@ -81,50 +86,67 @@ class Trainer:
             betas=(recipe.betas[0], recipe.betas[1]),
             weight_decay=recipe.weight_decay,
         )
+        self.adversary = build_adversary(recipe, modality, self.device)
         self.lap: Callable[[str], None] = lambda stage: None  # told at the end of each stage of an update
 
     def update(self, x: Tensor, step: int) -> StepResult:
         """x [B, ...] as the modality batches it, on any device; step counts from 0 and sets the learning rate.
 
-        Raises FloatingPointError, before any weight changes, where the gradient is not finite; on every rank, since
-        all have the same gradient.
+        Raises FloatingPointError, before any weight changes, where a loss or its gradient is not finite; on every
+        rank, whosever loss it is.
         """
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.recipe)
-        self.optimizer.zero_grad(set_to_none=True)
+        adversary = self._adversary_at(step)
+        self._prepare(adversary, step)
         pieces = x.chunk(self.accumulate)
         results, overwritten = [], []
         for i, piece in enumerate(pieces):
             with contextlib.nullcontext() if i + 1 == len(pieces) else self._without_synchronising():
-                results.append(self._add_gradients(piece, share=len(piece) / len(x)))
+                results.append(self._add_gradients(piece, len(piece) / len(x), adversary))
             overwritten.append(self.autoencoder.quantizer.overwritten_rows())
-        norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.recipe.grad_clip)
         result = _summed(results)
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the loss is {result.loss.item():.4g} and the norm of its gradient {norm.item():.4g} "
-                f"at step {step + 1}; lower train.lr, or warm up longer"
-            )
+        norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.recipe.grad_clip)
+        _check_finite("loss", result.loss, norm, step, "lower train.lr, or warm up longer")
+        if adversary is not None:
+            norm, loss = adversary.clip_gradients(self.recipe.grad_clip), result.losses["discriminator"]
+            _check_finite("discriminator's loss", loss, norm, step, "lower train.discriminator.lr")
+            adversary.optimizer.step()
         for rows in overwritten:
             self._forget_moments(rows)
         self.optimizer.step()
         self.lap("optimizer")
         return result
 
-    def _add_gradients(self, x: Tensor, share: float) -> StepResult:
+    def _adversary_at(self, step: int) -> Adversary | None:
+        return self.adversary if step >= self.recipe.discriminator.start_step else None
+
+    def _prepare(self, adversary: Adversary | None, step: int) -> None:
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.recipe)
+        self.optimizer.zero_grad(set_to_none=True)
+        if adversary is not None:
+            adversary.optimizer.zero_grad(set_to_none=True)
+
+    def _add_gradients(self, x: Tensor, share: float, adversary: Adversary | None) -> StepResult:
         """Those of share times the loss; so much of the batch x is. The result's losses are times share too."""
         # channels_last is faster for pictures, on CPU and GPU alike
         layout = torch.channels_last if x.ndim == 4 else torch.preserve_format
         x = x.to(self.device, non_blocking=True, memory_format=layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             out: AutoencoderOutput = self.model(x)
-        losses = {**self.losses(x, out.x_hat.float()), **out.quantized.losses}
+        x_hat = out.x_hat.float()
+        losses = {**self.losses(x, x_hat), **out.quantized.losses}
         losses = {name: share * value for name, value in losses.items()}
         loss = torch.stack([self.loss_weights[name] * value for name, value in losses.items()]).sum()
+        if adversary is not None:
+            losses["adversarial"] = adversarial = share * adversary.loss_of(x_hat)
+            loss = loss + self.recipe.discriminator.weight * balance(loss, adversarial, x_hat) * adversarial
         self.lap("forward")
         loss.backward()
         self.lap("backward")
+        if adversary is not None:
+            losses |= adversary.add_gradients(x, x_hat, share)
+            self.lap("discriminator")
         return StepResult(loss.detach(), {name: value.detach() for name, value in losses.items()}, out)
 
     def _without_synchronising(self) -> contextlib.AbstractContextManager:
@@ -132,14 +154,9 @@ class Trainer:
         return no_sync()
 
     def numbers(self, result: StepResult, step: int) -> dict[str, float]:
-        """What is worth logging of an update; reading it makes a GPU wait.
-
-        Raises FloatingPointError where the loss is not finite, although its gradient is.
-        """
+        """What is worth logging of an update; reading it makes a GPU wait."""
         told = {"loss": result.loss, **result.losses, **result.out.quantized.metrics}
         row = {name: float(value.detach()) for name, value in told.items()}
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"the loss is {row['loss']} at step {step + 1}; lower train.lr, or warm up longer")
         if "mse" in row:
             row["psnr"] = -10 * math.log10(max(row["mse"], 1e-10))
         indices = result.out.quantized.indices
@@ -196,6 +213,33 @@ def compile_nets(autoencoder: Autoencoder, backend: str = "inductor") -> None:
     net = autoencoder.net
     net.encode = torch.compile(net.encode, backend=backend)  # type: ignore[method-assign]
     net.decode = torch.compile(net.decode, backend=backend)  # type: ignore[method-assign]
+
+
+def build_adversary(recipe: Recipe, modality: Modality, device: torch.device) -> Adversary | None:
+    """None where recipe.discriminator is off. Raises ValueError where it does not fit the modality or the segment."""
+    settings = recipe.discriminator
+    if not settings.weight:
+        return None
+    if modality.name != "image":
+        raise ValueError(
+            f"train.discriminator.weight is {settings.weight}; there is a discriminator for modality image alone, "
+            f"set it to 0 for {modality.name}"
+        )
+    if recipe.segment < settings.smallest_side:
+        raise ValueError(
+            f"train.segment is {recipe.segment}; a discriminator of {settings.layers} layers needs "
+            f"{settings.smallest_side} pixels or more: lower train.discriminator.layers, or raise train.segment"
+        )
+    return Adversary(settings, device, recipe.seed, autocast=recipe.precision == "bf16")
+
+
+def _check_finite(what: str, loss: Tensor, norm: Tensor, step: int, advice: str) -> None:
+    loss = mean_across_ranks(loss)  # of which each rank has its own, while the gradient is the same on all
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        raise FloatingPointError(
+            f"the {what} is {loss.item():.4g} and the norm of its gradient {norm.item():.4g} "
+            f"at step {step + 1}; {advice}"
+        )
 
 
 def _summed(results: list[StepResult]) -> StepResult:

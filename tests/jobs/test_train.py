@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from jobs.__main__ import main
 from jobs.config import ConfigError, load_config
-from jobs.train import _absolute, _claim
+from jobs.train import _absolute, _claim, _remove_orphans, check
 from jobs.train_report import CollapseAlarm
 from pipeline.tokens import Output, TokenDataset
 from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
@@ -80,6 +80,35 @@ def test_the_same_training_again_says_that_it_is_done(trained: Path, capsys: pyt
     capsys.readouterr()
     assert main(["train", str(trained / "config.yaml"), "workers.count=1", "train.log_every=2"]) == 0
     assert "is there already" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_more_workers_than_a_run_has_lanes_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Before Ray starts: of 2 shards 2 workers made a lane each."""
+    shutil.copytree(trained / "run/checkpoints", tmp_path / "run/checkpoints")
+    assert main(["train", config(tmp_path), "workers.count=3"]) == 2
+    assert "cut into 2 lanes, too few for 3 workers; set workers.count to 2" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_checkpoints_that_ray_did_not_note_before_it_was_killed_are_removed(trained: Path, tmp_path: Path):
+    place = tmp_path / "run/checkpoints"
+    shutil.copytree(trained / "run/checkpoints", place)
+    noted = sorted(place.glob("checkpoint_20*"))
+    shutil.copytree(noted[-1], place / "checkpoint_2099-01-01_00-00-00.000000")
+    _remove_orphans(str(tmp_path / "run"))
+    assert sorted(place.glob("checkpoint_20*")) == noted
+
+
+@pytest.mark.ray
+def test_no_checkpoint_is_removed_where_ray_has_left_no_notes(trained: Path, tmp_path: Path):
+    place = tmp_path / "run/checkpoints"
+    shutil.copytree(trained / "run/checkpoints", place)
+    (place / "checkpoint_manager_snapshot.json").write_text("{}")
+    _remove_orphans(str(tmp_path / "run"))
+    assert len(list(place.glob("checkpoint_20*"))) == 2
 
 
 @pytest.mark.ray
@@ -260,6 +289,22 @@ def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path
 def test_settings_that_cannot_be_are_refused(tmp_path: Path, change: str, told: str):
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_config([config(tmp_path), change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["train.discriminator.weigth=1"], "unknown key train.discriminator.weigth; did you mean"),
+        (["train.discriminator.weight=1"], "train.segment is 32; a discriminator of 4 layers needs 48 pixels or more"),
+        (
+            ["train.discriminator.weight=1", "model.modality=audio", "model.net.name=seanet"],
+            "there is a discriminator for modality image alone, set it to 0 for audio",
+        ),
+    ],
+)
+def test_a_discriminator_that_cannot_be_is_refused_before_ray_starts(tmp_path: Path, changes: list[str], told: str):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check(load_config([config(tmp_path), "train.discriminator.layers=4", *changes]))
 
 
 def test_the_alarm_rings_after_so_many_steps_and_not_once_the_codebook_recovers():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modality import build_modality
@@ -101,6 +101,23 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     x[2, 1, 5, 5] = torch.nan
     with pytest.raises(FloatingPointError, match=r"the loss is nan .* at step 2; lower train\.lr, or warm up longer"):
         trainer.update(x, 1)
+    assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+class Spiky(nn.Module):
+    """l1, and an mse that has overflowed where it has no gradient."""
+
+    def forward(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+        return {"l1": (x - x_hat).abs().mean(), "mse": x.mean() * torch.inf}
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight_although_its_gradient_is_finite():
+    trainer = trainer_of({"name": "fsq"})
+    trainer.losses = Spiky()
+    trainer.loss_weights["mse"] = 1.0
+    before = weights(trainer)
+    with pytest.raises(FloatingPointError, match=r"the loss is inf and the norm of its gradient 0?\.?\d.* at step 1;"):
+        trainer.update(pictures(), 0)
     assert all(torch.equal(before[name], value) for name, value in weights(trainer).items())
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tests.tokenizer.test_contract import CASES, NAMED, Case
 from tokenizer.autoencoder import Autoencoder
+from tokenizer.discriminator import DiscriminatorConfig
 from tokenizer.modality import build_modality
 from tokenizer.training import Recipe, Trainer
 
@@ -53,8 +54,55 @@ def train(rank: int, case: Case, **settings: Any) -> dict[str, Any]:
     return {"state": trainer.autoencoder.state_dict(), "gradients": first}
 
 
+def train_with_discriminator(rank: int) -> dict[str, Any]:
+    """Its state after some steps, and its gradients in the first."""
+    trainer = adversarial_trainer()
+    trainer.model = DistributedDataParallel(trainer.autoencoder, broadcast_buffers=False)
+    trainer.update(pictures(rank, 0), 0)
+    first = discriminator_gradients(trainer)
+    for step in range(1, STEPS):
+        trainer.update(pictures(rank, step), step)
+    assert trainer.adversary is not None
+    return {"state": trainer.adversary.net.state_dict(), "gradients": first}
+
+
+def adversarial_trainer() -> Trainer:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder({"modality": "image", "net": NET, "quantizer": {"name": "fsq"}})
+    discriminator = DiscriminatorConfig(weight=0.5, start_step=0, channels=8, layers=2)
+    recipe = Recipe(lr=1e-3, warmup_steps=1, grad_clip=1e9, discriminator=discriminator)
+    return Trainer(autoencoder, build_modality("image", {}), recipe, "cpu")
+
+
+def discriminator_gradients(trainer: Trainer) -> Tensor:
+    assert trainer.adversary is not None
+    parameters = trainer.adversary.net.parameters()
+    return torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+
+
+class Spiky(nn.Module):
+    """l1, and on rank 1 an mse that has overflowed where it has no gradient."""
+
+    def forward(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+        spike = torch.inf if torch.distributed.get_rank() == 1 else 0.0
+        return {"l1": (x - x_hat).abs().mean(), "mse": torch.tensor(spike)}
+
+
+def spike(rank: int) -> str:
+    trainer = trainer_of(Case("fsq", "fsq", {}))
+    trainer.model = DistributedDataParallel(trainer.autoencoder, broadcast_buffers=False)
+    trainer.losses, trainer.loss_weights["mse"] = Spiky(), 1.0
+    try:
+        trainer.update(pictures(rank, 0), 0)
+    except FloatingPointError as error:
+        return str(error)
+    return "went on"
+
+
 def measure(rank: int) -> dict[str, Any]:
     found = {case.label: train(rank, case) for case in CASES}
+    found["discriminator"] = train_with_discriminator(rank)
+    found["spike"] = spike(rank)
     return found | {f"{case.label} in pieces": train(rank, case, accumulate=2) for case in NAMED}
 
 
@@ -87,3 +135,23 @@ def test_one_rank_alone_would_have_another_gradient(ranks: list[dict[str, Any]])
     name = "net.encoder.0.weight" if "net.encoder.0.weight" in gradients(alone) else next(iter(gradients(alone)))
     expected, found = gradients(alone)[name], ranks[0][EXACT[0].label]["gradients"][name]
     assert (found - expected).norm() > 0.05 * expected.norm()
+
+
+def test_discriminators_are_the_same_on_every_rank_and_have_learned(ranks: list[dict[str, Any]]):
+    first, second = (found["discriminator"]["state"] for found in ranks)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    adversary = adversarial_trainer().adversary
+    assert adversary is not None
+    assert not any(torch.equal(first[name], value) for name, value in adversary.net.named_parameters())
+
+
+def test_two_ranks_have_the_discriminators_gradient_of_one_with_both_batches(ranks: list[dict[str, Any]]):
+    alone = adversarial_trainer()
+    alone.update(torch.cat([pictures(rank, 0) for rank in range(RANKS)]), 0)
+    expected, found = discriminator_gradients(alone), ranks[0]["discriminator"]["gradients"]
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_one_ranks_infinite_loss_stops_both(ranks: list[dict[str, Any]]):
+    assert ranks[0]["spike"] == ranks[1]["spike"]
+    assert ranks[0]["spike"].startswith("the loss is inf and the norm of its gradient ")

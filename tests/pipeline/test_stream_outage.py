@@ -1,0 +1,67 @@
+"""Training streams whose storage fails: they end, where they would go on past a shard that is broken itself."""
+
+import bz2
+import itertools
+from pathlib import Path
+
+import pytest
+
+from pipeline import retries, storage
+from pipeline.errors import ShardError, StorageError
+from pipeline.manifest import Shard, find_shards
+from pipeline.stream import Lanes, Position, training_samples
+from tests.corpus import write_corpus
+from tests.s3 import start_s3
+
+
+def keys(shards: list[Shard], bad: list[ShardError] | None = None) -> list[str]:
+    """Of the first epoch."""
+    told = [] if bad is None else bad
+    drawn = training_samples(shards, Lanes(1, 4), positions={}, on_bad_shard=told.append)
+    return [one.sample.key for one in itertools.takewhile(lambda one: one.before.epoch == 0, drawn)]
+
+
+def test_a_file_system_that_fails_ends_the_stream(tmp_path: Path):
+    shards = write_corpus(tmp_path)
+    file = Path(shards[1].url)
+    file.unlink()
+    file.symlink_to(file)  # any error with a number will do: ELOOP here, for want of a broken disk
+    bad: list[ShardError] = []
+    with pytest.raises(StorageError, match=rf"{file}: cannot be read to its end \(OSError: .*Too many levels"):
+        keys(shards, bad)
+    assert bad == []
+
+
+def test_a_compressed_shard_that_is_broken_is_told_and_the_others_go_on(tmp_path: Path):
+    """bzip2's reader says so with an OSError, as storage does, but without a number."""
+    shards = write_corpus(tmp_path)
+    file = Path(shards[1].url)
+    compressed = bytearray(bz2.compress(file.read_bytes()))
+    compressed[100] ^= 0xFF
+    file.write_bytes(compressed)
+    bad: list[ShardError] = []
+    assert set(keys(shards, bad)) >= {"0000", "0003", "0200", "0203"}
+    assert [type(error.__cause__) for error in bad] == [OSError]
+
+
+@pytest.mark.s3
+def test_an_outage_that_outlasts_the_retries_ends_the_stream_and_it_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(retries, "PATIENCE_S", 0.5)
+    with start_s3(tmp_path / "s3") as server:
+        server.use(monkeypatch)
+        for shard in write_corpus(tmp_path):
+            storage.write_once(f"{server.url}/{Path(shard.url).name}", Path(shard.url).read_bytes())
+        shards = find_shards(f"{server.url}/*.tar").shards
+        calm = keys(shards)
+        stream = training_samples(shards, Lanes(1, 4), positions={}, on_bad_shard=pytest.fail)
+        drawn = [next(stream)]
+        server.kill()
+        with pytest.raises(StorageError, match="tries in"):
+            drawn.extend(itertools.islice(stream, len(calm)))
+        server.start()
+        after: dict[int, Position] = {0: drawn[-1].after}
+        rest = training_samples(shards, Lanes(1, 4), positions=after, on_bad_shard=pytest.fail)
+        drawn += itertools.islice(rest, len(calm) - len(drawn))
+    assert [one.sample.key for one in drawn] == calm
