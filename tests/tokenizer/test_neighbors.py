@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenizer import neighbors
 from tokenizer.neighbors import (
     BACKENDS,
     TREE_MAX_DIM,
@@ -16,7 +17,16 @@ from tokenizer.neighbors import (
     nearest_codeword,
 )
 
-TREE, MATRIX = (TREE_MIN_POINTS, 4), (512, 4)  # (codes, dims) that take the one road and the other
+TREE, MATRIX = (TREE_MIN_POINTS, 4), (512, 4)  # (codes, dims) that take the one road and the other without faiss
+
+
+@pytest.fixture(autouse=True, params=["with faiss", "without"])
+def faiss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every claim holds on every road."""
+    if request.param == "without":
+        monkeypatch.setattr(neighbors, "faiss", None)
+    elif neighbors.faiss is None:
+        pytest.skip("faiss-cpu is installed on Linux alone")
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +67,13 @@ def test_no_latents_have_no_indices(num_codes, dim):
     assert found.dtype == torch.int64
 
 
-def test_of_equally_near_codes_the_matrix_road_takes_the_lowest():
+def test_of_equal_codes_the_lowest_is_taken():
+    codebook = torch.cat([normals(300, 3), normals(300, 3), normals(300, 3)])
+    assert int(nearest_codeword(normals(700, 3, seed=2), codebook).max()) < 300
+
+
+def test_of_equally_near_codes_the_matrix_road_takes_the_lowest(monkeypatch):
+    monkeypatch.setattr(neighbors, "faiss", None)
     codebook = torch.tensor([[3.0, 3.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     assert nearest_codeword(torch.tensor([[0.0, -1.0], [2.0, 0.0], [0.0, 0.0]]), codebook).tolist() == [1, 1, 1]
 
