@@ -1,9 +1,13 @@
-"""Which frozen tokenizer a command means, and loading it."""
+"""Which frozen tokenizer or trained model a command means, and loading it."""
+
+from typing import Any
 
 from jobs.config import Config, ConfigError
 from pipeline import storage
 from pipeline.errors import OutputMismatch
 from pipeline.tokens import Output
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.latents import LatentEncoder
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -28,6 +32,20 @@ def load_tokenizer(url: str, device: str = "cpu") -> Tokenizer:
             return Tokenizer.from_pretrained(folder, device)
     except FileNotFoundError as error:
         raise ConfigError(f"{url} is no tokenizer ({error}); make one with `tokenmill codebook`") from error
+
+
+def load_trained(run_url: str) -> Autoencoder:
+    """The model of a run. Raises ConfigError if training has not left one."""
+    try:
+        with storage.downloaded(storage.join(run_url, "model")) as folder:
+            return Autoencoder.load(folder)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run_url} holds no trained model; run `tokenmill train` first ({error})") from error
+
+
+def load_encoder(run_url: str, preprocess: dict[str, Any]) -> LatentEncoder:
+    """Its encoder half. Raises ConfigError like load_trained."""
+    return LatentEncoder(load_trained(run_url), preprocess)
 
 
 def writer_url(output: Output, config: Config) -> str:

@@ -15,7 +15,6 @@ from pipeline.tokens.layout import passthrough_value
 from tokenizer.errors import BadSample
 from tokenizer.latents import LatentEncoder
 from tokenizer.modality import Decoded, Modality
-from tokenizer.tokenizer import Tokenizer
 
 R = TypeVar("R")
 
@@ -123,14 +122,14 @@ def one_by_one_if_bad(
 
 
 def rows_of(
-    batch: list[Item], tokenizer: Tokenizer, passthrough: Sequence[str], quarantined: list[Quarantined]
+    batch: list[Item], encoder: LatentEncoder, passthrough: Sequence[str], quarantined: list[Quarantined]
 ) -> list[TokenRow]:
-    """A token row for each sample of the batch that gives one; the others are added to quarantined.
+    """A row for each sample of the batch that gives one; the others are added to quarantined.
 
-    passthrough: extensions of the members that become columns.
+    encoder: a tokenizer for tokens; else the rows hold latents. passthrough: extensions of members that become columns.
     """
     rows = []
-    for item, grid in one_by_one_if_bad(batch, lambda items: _encode(tokenizer, items), quarantined):
+    for item, grid in one_by_one_if_bad(batch, lambda items: _encode(encoder, items), quarantined):
         sample = item.sample
         kept = {name: sample.members[name] for name in passthrough if name in sample.members}
         row = TokenRow(sample.key, sample.index, grid, item.decoded.size, kept)
@@ -148,8 +147,8 @@ def rows_of(
     return rows
 
 
-def _encode(tokenizer: Tokenizer, items: list[Item]) -> list[np.ndarray]:
-    return tokenizer.encode([item.decoded.array for item in items])
+def _encode(encoder: LatentEncoder, items: list[Item]) -> list[np.ndarray]:
+    return encoder.encode([item.decoded.array for item in items])
 
 
 class Stopwatch:
@@ -164,3 +163,17 @@ class Stopwatch:
         now = time.monotonic()
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
         self._last = now
+
+
+@dataclass
+class TokenizedShard:
+    """All rows of a shard in its order, what went to quarantine, and how many samples the reader counted.
+
+    seconds: read and decode add up those of the threads that ran beside the encoder. wait: for data; queue: for the
+    device, which another shard had; encode; total.
+    """
+
+    rows: list[TokenRow]
+    quarantined: list[Quarantined]
+    num_samples: int
+    seconds: dict[str, float]

@@ -7,18 +7,24 @@ a slow one, and gives a shard that kills its actor to the next one for ever.
 import collections
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from jobs.cluster import device_for, room
 from jobs.config import WorkersConfig
-from pipeline.manifest import Shard
 
 MAX_TRIES = 3  # of a shard whose worker dies or hangs
 POLL_S = 2.0
 GROW_EVERY_S = 10.0  # how often a cluster that may have grown is asked for its size
 TELL_EVERY_S = 30.0
+
+
+class Named(Protocol):
+    """A shard, or whatever else is dealt out: the name tells one from the other."""
+
+    @property
+    def name(self) -> str: ...
 
 
 class ShardWorker:
@@ -38,39 +44,41 @@ class ShardWorker:
         self.device_lock = threading.Lock()
         self.ticks: collections.Counter[str] = collections.Counter()
 
-    def process(self, shard: Shard) -> Any:
-        raise NotImplementedError
+    def process(self, shard: Any, *arguments: Any) -> Any:
+        raise AssertionError(f"{type(self).__name__} lacks process")
 
     @staticmethod
-    def failed(shard: Shard, reason: str) -> Any:
+    def failed(shard: Any, reason: str) -> Any:
         """The result of a shard whose workers died or hung MAX_TRIES times."""
-        raise NotImplementedError
+        raise AssertionError("the worker lacks failed")
 
-    def tick(self, shard: Shard) -> None:
+    def tick(self, shard: Named) -> None:
         """Says that work on this shard gets on. Without a tick for workers.stall_timeout_s the worker is killed."""
         self.ticks[shard.name] += 1
 
 
 def map_shards(
-    shards: list[Shard], worker: type[ShardWorker], settings: dict[str, Any], workers: WorkersConfig
+    shards: Sequence[Named],
+    worker: type[ShardWorker],
+    settings: dict[str, Any],
+    workers: WorkersConfig,
+    arguments: Callable[[], tuple[Any, ...]] = tuple,
 ) -> Iterator[Any]:
     """What `worker(**settings).process` makes of each shard, in the order in which they are done.
 
     A shard whose worker dies or hangs is done again by another; after MAX_TRIES the result is `worker.failed(shard,
-    reason)`. A worker that is lost with its node does not count. Raises what `process` and `__init__` raise.
+    reason)`. A worker that is lost with its node does not count. arguments: asked for each shard as it is dealt out,
+    and given to `process` with it. Raises what `process` and `__init__` raise.
     """
-    pool = _Pool(shards, worker, settings, workers)
-    try:
-        yield from pool.results()
-    finally:
-        pool.close()
+    with ShardPool(worker, settings, workers, keep=False) as pool:
+        yield from pool.map(shards, arguments)
 
 
 @dataclass
 class _Work:
     """A shard in the hands of an actor, and when that actor last showed that it gets on with it."""
 
-    shard: Shard
+    shard: Named
     ticks: int = -1
     since: float = field(default_factory=time.monotonic)
 
@@ -85,13 +93,17 @@ class _Member:
         self.question = handle.about.remote(0.0)
 
 
-class _Pool:
+class ShardPool:
+    """Actors for one `map` after another. keep: they stay until the end, and get the shards that they had before."""
+
     def __init__(
-        self, shards: list[Shard], worker: type[ShardWorker], settings: dict[str, Any], workers: WorkersConfig
+        self, worker: type[ShardWorker], settings: dict[str, Any], workers: WorkersConfig, *, keep: bool = True
     ):
-        self.worker, self.settings, self.workers = worker, settings, workers
-        self.waiting = collections.deque(shards)
-        self.suspects: collections.deque[Shard] = collections.deque()  # had a worker die; each runs alone in its worker
+        self.worker, self.settings, self.workers, self.keep = worker, settings, workers, keep
+        self.waiting: collections.deque[Named] = collections.deque()
+        self.arguments: Callable[[], tuple[Any, ...]] = tuple
+        self.homes: dict[str, _Member] = {}  # who had a shard last, where actors are kept
+        self.suspects: collections.deque[Named] = collections.deque()  # had a worker die; each runs alone in its worker
         self.tries: collections.Counter[str] = collections.Counter()
         self.members: list[_Member] = []
         self.generation = 0  # actors are started some at a time
@@ -102,9 +114,19 @@ class _Pool:
         self.grown = self.told = -float("inf")
         self.actor = _actor_class(worker, workers)
 
-    def results(self) -> Iterator[Any]:
+    def __enter__(self) -> "ShardPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def map(self, shards: Sequence[Named], arguments: Callable[[], tuple[Any, ...]] = tuple) -> Iterator[Any]:
+        """As map_shards. One at a time, and to its end."""
         import ray
 
+        self.waiting, self.arguments = collections.deque(shards), arguments
+        self.tries.clear()
+        self.grown = -float("inf")
         while self.waiting or self.suspects or any(member.work for member in self.members):
             self._grow()
             self._deal()
@@ -152,16 +174,27 @@ class _Pool:
                 if self.suspects and not member.work:
                     self._give(member, self.suspects.popleft())
                 elif self.waiting:
-                    self._give(member, self.waiting.popleft())
-                elif not member.work:
+                    self._give(member, self._next_for(member))
+                elif not member.work and not self.keep:
                     self._dismiss(member)
                     self.members.remove(member)
+
+    def _next_for(self, member: _Member) -> Named:
+        """The first that it had before; or else that nobody had; or else the first."""
+        if not self.keep:
+            return self.waiting.popleft()
+        owners = [self.homes.get(shard.name) for shard in self.waiting]
+        wanted = next((owner for owner in (member, None) if owner in owners), owners[0])
+        shard = self.waiting[owners.index(wanted)]
+        self.waiting.remove(shard)
+        self.homes[shard.name] = member
+        return shard
 
     def _runs_a_suspect(self, member: _Member) -> bool:
         return any(self.tries[work.shard.name] for work in member.work.values())
 
-    def _give(self, member: _Member, shard: Shard) -> None:
-        member.work[member.handle.process.remote(shard)] = _Work(shard)
+    def _give(self, member: _Member, shard: Named) -> None:
+        member.work[member.handle.process.remote(shard, *self.arguments())] = _Work(shard)
 
     def _dismiss(self, member: _Member) -> None:
         import ray
@@ -248,9 +281,9 @@ def _actor_class(worker: type[ShardWorker], workers: WorkersConfig) -> Any:
         def __init__(self, worker: type[ShardWorker], settings: dict[str, Any]):
             self.worker = worker(**settings)
 
-        def process(self, shard: Shard) -> Any:
+        def process(self, shard: Named, *arguments: Any) -> Any:
             try:
-                return self.worker.process(shard)
+                return self.worker.process(shard, *arguments)
             finally:
                 self.worker.ticks.pop(shard.name, None)
 

@@ -17,13 +17,15 @@ from typing import Any
 from jobs import cluster
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.frozen import load_tokenizer, tokenizer_url
+from jobs.latent_cache import open_cache, tokenize_cached
 from jobs.progress import Progress
-from jobs.reading import Stopwatch, Tally, decoded_batches, rows_of
+from jobs.reading import Stopwatch, Tally, TokenizedShard, decoded_batches, rows_of
 from jobs.shard_pool import ShardWorker, map_shards
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Manifest, Shard, find_shards
 from pipeline.tokens import Layout, Output, Quarantined, TokenRow
+from tokenizer.latents import LatentEncoder
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
 TICK_S = 5.0  # while waiting for the device or for storage
@@ -50,6 +52,8 @@ def run(config: Config) -> int:
         layout = layout_of(tokenizer, config.tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.tokens.latents:
+        config.tokens.latents = open_cache(config.tokens.latents, tokenizer, inputs.shards, config.tokens).url
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(storage.normalise(config.output))
     output = Output.create(config.output, layout, inputs, config.to_dict())
@@ -131,8 +135,9 @@ class TokenizeWorker(ShardWorker):
 
     def __init__(self, tokenizer_url: str, output_url: str, options: TokensConfig, **resources: Any):
         super().__init__(**resources)
-        self.tokenizer = load_tokenizer(tokenizer_url, self.device)
+        self.encoder: LatentEncoder = load_tokenizer(tokenizer_url, self.device)
         self.output = Output.open(output_url)
+        self.cache = Output.open(options.latents) if options.latents else None
         self.options = options
 
     def process(self, shard: Shard) -> ShardResult:
@@ -168,7 +173,11 @@ class TokenizeWorker(ShardWorker):
         return ShardResult(failure=f"{shard.url}: {reason}", lost=shard)
 
     def _commit(self, shard: Shard) -> ShardResult:
-        found = tokenize_shard(shard, self.tokenizer, self.options, self.device_lock, partial(self.tick, shard))
+        if self.cache is not None and isinstance(self.encoder, Tokenizer):
+            with self._ticking(shard):
+                found = tokenize_cached(shard, self.cache, self.encoder, self.options)
+        else:
+            found = tokenize_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
         with self._ticking(shard):
             entry = self.output.commit(
                 shard, found.rows, found.quarantined, found.seconds, now=time.time(), num_samples=found.num_samples
@@ -176,29 +185,17 @@ class TokenizeWorker(ShardWorker):
         return ShardResult(entry.num_rows, entry.num_quarantined, entry.num_tokens)
 
 
-@dataclass
-class TokenizedShard:
-    """All rows of a shard in its order, what went to quarantine, and how many samples the reader counted.
-
-    seconds: read and decode add up those of the threads that ran beside the encoder. wait: for data; queue: for the
-    device, which another shard had; encode; total.
-    """
-
-    rows: list[TokenRow]
-    quarantined: list[Quarantined]
-    num_samples: int
-    seconds: dict[str, float]
-
-
 def tokenize_shard(
     shard: Shard,
-    tokenizer: Tokenizer,
+    encoder: LatentEncoder,
     options: TokensConfig,
     device_lock: "threading.Lock | None" = None,
     tick: Callable[[], None] = lambda: None,
 ) -> TokenizedShard:
-    """Reads, decodes and encodes a shard. device_lock is held while a batch is encoded. tick is called for each sample
-    that is read and each batch that is encoded, and while another shard has the device.
+    """Reads, decodes and encodes a shard: to tokens where encoder is a tokenizer, else to latents.
+
+    device_lock is held while a batch is encoded. tick is called for each sample that is read and each batch that is
+    encoded, and while another shard has the device.
 
     Raises ShardError if the shard cannot be read to its end.
     """
@@ -206,14 +203,14 @@ def tokenize_shard(
     quarantined: list[Quarantined] = []
     tally, watch = Tally(tick), Stopwatch()
     device_lock = device_lock or threading.Lock()
-    batches = decoded_batches(shard.url, tokenizer, options, quarantined, version=shard.version, tally=tally)
+    batches = decoded_batches(shard.url, encoder, options, quarantined, version=shard.version, tally=tally)
     for batch in batches:
         watch.lap("wait")
         while not device_lock.acquire(timeout=TICK_S):
             tick()
         try:
             watch.lap("queue")
-            rows += rows_of(batch, tokenizer, options.passthrough, quarantined)
+            rows += rows_of(batch, encoder, options.passthrough, quarantined)
             watch.lap("encode")
         finally:
             device_lock.release()

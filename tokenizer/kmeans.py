@@ -1,16 +1,23 @@
-"""Seeded k-means++ and Lloyd, by partial sums: one machine and a cluster run the same mathematics.
+"""Seeded k-means, by partial sums: one machine and a cluster run the same mathematics.
 
 Legend: points [N, D], centroids [K, D].
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from tokenizer.latent_parts import InMemory, Latents, Part, as_latents
 from tokenizer.neighbors import nearest_codeword
 
-SEEDING_POINTS_PER_CLUSTER = 32  # k-means++ reads every point once per cluster; a sample seeds as well
+FEW_PER_CLUSTER = 64  # points of the sample that the first centroids are drawn from, and settle on
+SEEDING_PER_CLUSTER = 32  # of those, that k-means|| reads
+DRAWN_ONE_BY_ONE = 64  # clusters, up to which k-means++ alone is as fast
+NOT_FINITE = "k-means got latents that are NaN or infinite; did the training diverge?"
+ROUNDS, SHARE = 4, 0.5  # of k-means||: each round draws SHARE * K candidates
 
 
 @dataclass
@@ -33,61 +40,76 @@ class PartialSums:
 
 @dataclass
 class KMeansResult:
-    """Centroids [K, D] float32, and the mean squared error per point (summed over D) after each iteration."""
+    """Centroids [K, D] float32, and the mean squared error per point (summed over D) after each iteration over all."""
 
     centroids: Tensor
     mse: list[float]
 
 
 def kmeans(
-    points: Tensor,
+    points: Tensor | Latents,
     num_clusters: int,
     *,
-    weights: Tensor | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
     max_iterations: int = 100,
     tolerance: float = 1e-4,
 ) -> KMeansResult:
-    """Lloyd from k-means++ until an iteration lowers the error by less than `tolerance` of itself.
+    """Lloyd from k-means|| until an iteration lowers the error by less than `tolerance` of itself.
 
-    points [N, D] float32 with N >= 1, weights [N] above 0 of their squared errors (None: all 1). With fewer points
-    than clusters some clusters are copies, moved apart a little.
+    points: N >= 1, whose weights, if any, are above 0. Of many, a sample settles first. start: the first centroids, at
+    most num_clusters of them. With fewer points than clusters some clusters are copies, moved apart a little.
     """
+    points = as_latents(points)
     if len(points) == 0:
         raise ValueError("k-means needs at least one point; the corpus gave no latents")
-    points = points.detach().float()
-    if not points.isfinite().all():
-        raise ValueError("k-means got latents that are NaN or infinite; did the training diverge?")
     generator = torch.Generator().manual_seed(seed)
-    centroids = plus_plus(points, num_clusters, generator, weights)
+    few = points.sample(FEW_PER_CLUSTER * num_clusters, seed)
+    if not few.latents.isfinite().all():
+        raise ValueError(NOT_FINITE)
+    centroids = first_centroids(few, num_clusters, generator, start)
+    if len(few.latents) < len(points):
+        centroids = lloyd(InMemory(few.latents, few.weights), centroids, generator, max_iterations, tolerance).centroids
+    return lloyd(points, centroids, generator, max_iterations, tolerance)
+
+
+def lloyd(
+    points: Latents, centroids: Tensor, generator: torch.Generator, max_iterations: int, tolerance: float
+) -> KMeansResult:
+    """Assigns and averages in turn. The last error is that of the centroids returned."""
     mse: list[float] = []
     for _ in range(max_iterations):
-        total = partial_sums(points, centroids, weights)
+        total = points.total(partial(partial_sums, centroids=centroids))
         mse.append(total.squared_error / float(total.mass.sum()))
+        if not math.isfinite(mse[-1]):
+            raise ValueError(NOT_FINITE)
         if len(mse) > 1 and mse[-2] - mse[-1] <= tolerance * mse[-2]:
             break
         centroids = new_centroids(centroids, total, generator)
     return KMeansResult(centroids, mse)
 
 
-def partial_sums(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> PartialSums:
-    """Assigns points to their nearest centroid and sums them up."""
+def partial_sums(part: Part, centroids: Tensor) -> PartialSums:
+    """Assigns points to their nearest centroid and sums them up. On the CPU: on a GPU the order of a sum is chance."""
+    points, centroids = part.latents.float(), centroids.to(part.latents.device)
     indices = nearest_codeword(points, centroids)
-    weight = points.new_ones(len(points), dtype=torch.float64) if weights is None else weights.double()
+    distances = (points - centroids[indices]).square().sum(dim=1).double().cpu()
+    points, indices = points.cpu(), indices.cpu()
+    weight = _weights(part).cpu()
 
     def total(values: Tensor) -> Tensor:
         return torch.bincount(indices, weights=values, minlength=len(centroids))
 
     sums = torch.stack([total(column * weight) for column in points.T], dim=1)
-    errors = total((points - centroids[indices]).double().square().sum(dim=1) * weight)
-    return PartialSums(torch.bincount(indices, minlength=len(centroids)), total(weight), sums, errors)
+    counts = torch.bincount(indices, minlength=len(centroids))
+    return PartialSums(counts, total(weight), sums, total(distances * weight))
 
 
 def new_centroids(centroids: Tensor, total: PartialSums, generator: torch.Generator) -> Tensor:
     """Means of the clusters; each empty cluster takes half of one that errs most."""
     means = (total.sums / total.mass.where(total.counts > 0, 1.0)[:, None]).float()
     empty = (total.counts == 0).nonzero().flatten()
-    means[empty] = centroids[empty]
+    means[empty] = centroids[empty].cpu()
     if len(empty) == 0:
         return means
     largest = total.errors.argsort(descending=True, stable=True)[: len(empty)]
@@ -100,31 +122,70 @@ def new_centroids(centroids: Tensor, total: PartialSums, generator: torch.Genera
     return means
 
 
-def plus_plus(points: Tensor, num_clusters: int, generator: torch.Generator, weights: Tensor | None = None) -> Tensor:
-    """First centroids: each drawn with probability proportional to its weighted squared distance to those before it.
+def first_centroids(part: Part, num_clusters: int, generator: torch.Generator, start: Tensor | None = None) -> Tensor:
+    """k-means|| (Bahmani et al. 2012): candidates drawn many at a time, of which k-means++ chooses by their share.
 
-    Source: Arthur and Vassilvitskii 2007. Differs: drawn from a sample of the points when they are many.
+    start: centroids to keep and add to. Differs: candidates are drawn without replacement, from a sample of the points.
     """
-    limit = SEEDING_POINTS_PER_CLUSTER * num_clusters
-    if len(points) > limit:
-        drawn = torch.randperm(len(points), generator=generator)[:limit].to(points.device)
-        points, weights = points[drawn], None if weights is None else weights[drawn]
+    points, weights = part.latents.float(), _weights(part)
+    drawn = torch.randperm(len(points), generator=generator)[: SEEDING_PER_CLUSTER * num_clusters].to(points.device)
+    points, weights = points[drawn], weights[drawn]
+    known = points[:1] if start is None else start.to(points)
+    if num_clusters > DRAWN_ONE_BY_ONE and len(points) > num_clusters:
+        candidates = known
+        for _ in range(ROUNDS):
+            candidates = torch.cat([candidates, _draw(points, weights, candidates, num_clusters, generator)])
+        nearest = nearest_codeword(points, candidates).cpu()
+        shares = torch.bincount(nearest, weights=weights.cpu(), minlength=len(candidates)).to(points.device)
+        points, weights = candidates, shares
+    return plus_plus(points, weights, num_clusters, generator, start)
+
+
+def _draw(points: Tensor, weights: Tensor, known: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
+    """Points by their weighted squared distance to the nearest that is known, none twice."""
+    mass = (points - known[nearest_codeword(points, known)]).square().sum(dim=1).double() * weights
+    # the first to come of exponential clocks: each comes first with a probability that is its share of the mass
+    when = torch.empty(len(points), dtype=torch.float64).exponential_(generator=generator).to(points.device) / mass
+    count = min(round(SHARE * num_clusters), int((mass > 0).sum()))
+    return points[when.topk(count, largest=False).indices]
+
+
+def plus_plus(
+    points: Tensor, weights: Tensor, num_clusters: int, generator: torch.Generator, start: Tensor | None = None
+) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): each drawn by its weighted squared distance to those before it.
+
+    points [N, D], weights [N] float64, start: those to begin with -> [num_clusters, D].
+    """
     draws = torch.rand(num_clusters, generator=generator, dtype=torch.float64).tolist()
-    chosen = [int(draws[0] * len(points))]
-    distance = (points - points[chosen[0]]).square().sum(dim=1)
-    for draw in draws[1:]:
-        mass = (distance.double() if weights is None else distance.double() * weights).cumsum(dim=0)
+    if start is None:
+        start = points[_where(weights.cumsum(dim=0), draws.pop(0))][None]
+    start = start.to(points)
+    distance = (points - start[nearest_codeword(points, start)]).square().sum(dim=1)
+    found = []
+    for draw in draws[: num_clusters - len(start)]:
+        mass = (distance.double() * weights).cumsum(dim=0)
         if float(mass[-1]) == 0.0:  # every distinct point is a centroid already
             break
-        # side right: a point of no mass, such as a centroid, can never be drawn
-        chosen.append(min(int(torch.searchsorted(mass, draw * mass[-1], right=True)), len(points) - 1))
-        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(dim=1))
-    centroids = points[chosen]
-    copies = num_clusters - len(chosen)
+        found.append(_where(mass, draw))
+        distance = torch.minimum(distance, (points - points[found[-1]]).square().sum(dim=1))
+    centroids = torch.cat([start, points[found]])
+    copies = num_clusters - len(centroids)
     if copies == 0:
         return centroids
-    extra = centroids[torch.arange(copies, device=points.device) % len(chosen)]
+    extra = centroids[torch.arange(copies, device=points.device) % len(centroids)]
     return torch.cat([centroids, extra + _small_offsets(points, copies, generator)])
+
+
+def _where(mass: Tensor, draw: float) -> int:
+    """The position at which a cumulated mass passes this share of the whole."""
+    # side right: a point of no mass, such as a centroid, can never be drawn
+    return min(int(torch.searchsorted(mass, draw * mass[-1], right=True)), len(mass) - 1)
+
+
+def _weights(part: Part) -> Tensor:
+    """[n] float64."""
+    return torch.ones_like(part.latents[:, 0], dtype=torch.float64) if part.weights is None else part.weights.double()
 
 
 def _small_offsets(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenizer.latent_parts import Latents, as_latents
 from tokenizer.registry import Registry
 
 QUANTIZERS: Registry["Quantizer"] = Registry("quantizer", "tokenizer.quantizers")
@@ -27,7 +28,7 @@ class QuantizerOutput:
 class Quantizer(nn.Module):
     """Maps latents to one of `codebook_size` codes and back.
 
-    A subclass has a dataclass `Config`, and implements the four `_` verbs on flat float32 latents. The public
+    A subclass has a dataclass `Config`, and implements the `_` verbs on flat float32 latents. The public
     verbs flatten, leave autocast and restore the shape, so that no method can compute an index in half precision.
     """
 
@@ -99,12 +100,25 @@ class Quantizer(nn.Module):
         return {}
 
     @torch.no_grad()
-    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
+    def fit(self, latents: Tensor | Latents, codebook_size: int | None = None, seed: int = 0) -> list[float]:
         """Makes the codebook after training, where a method needs it made.
 
         latents [N, in_dim] float32. Returns the mean squared error after each iteration; [] where the codes were
-        learned or are fixed. Raises ValueError where another codebook_size than the trained one is asked for.
+        learned or are fixed. Where an earlier fit made as many codes or fewer, those are what it starts from. Raises
+        ValueError where another codebook_size than the trained one is asked for.
         """
+        return self._fit(as_latents(latents), codebook_size, seed)
+
+    @torch.no_grad()
+    def perturbation_ratio(self, latents: Tensor) -> float | None:
+        """Energy of what training did to latents in place of quantizing, over the squared error of the codes.
+
+        latents [N, in_dim]. 1 says that the decoder was trained against what it will meet; below, against less. None
+        where training quantizes, or the latents are too few to tell.
+        """
+        return None
+
+    def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
         if codebook_size not in (None, self.codebook_size):
             raise ValueError(
                 f"{self.name} has {self.codebook_size} codes since training, not codebook.size={codebook_size}; "

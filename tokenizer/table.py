@@ -6,6 +6,7 @@ from torch import Tensor
 from tokenizer.distributed import from_first_rank, gather_rows
 from tokenizer.errors import CodebookMissing
 from tokenizer.kmeans import kmeans
+from tokenizer.latent_parts import Latents
 from tokenizer.neighbors import nearest_codeword
 from tokenizer.quantizer import Quantizer
 
@@ -31,9 +32,8 @@ class TableQuantizer(Quantizer):
         """[K, dim], with gradient where codes have one. Raises CodebookMissing where training has made none yet."""
         raise CodebookMissing(f"this {self.name} has no codebook yet; run `tokenmill codebook CONFIG.yaml` to make it")
 
-    @torch.no_grad()
-    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
-        super().fit(latents, codebook_size, seed)
+    def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
+        super()._fit(latents, codebook_size, seed)
         self.table = self._live_codes().detach().clone()
         return []
 
@@ -66,7 +66,7 @@ def first_codes(z: Tensor, codebook_size: int) -> Tensor:
     """Codes to start from: k-means over the first batch of all ranks, the same codes on each. z [N, D] -> [K, D]."""
     tokens = gather_rows(z)[: INIT_TOKENS_PER_CODE * codebook_size]
     # sent around although every rank computes it: sums on a GPU need not come out in the same order
-    return from_first_rank(kmeans(tokens, codebook_size, max_iterations=INIT_ITERATIONS).centroids)
+    return from_first_rank(kmeans(tokens, codebook_size, max_iterations=INIT_ITERATIONS).centroids.to(z))
 
 
 def check_table(codebook_size: int, dim: int) -> None:

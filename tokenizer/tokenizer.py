@@ -4,7 +4,6 @@ Files of save_pretrained: tokenizer.json (settings and ids), model.safetensors (
 codebook.safetensors (the quantizer's state and, up to 2^20 codes, the table of codes).
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.errors import TokenizerMismatch
-from tokenizer.latents import LatentEncoder
+from tokenizer.latents import LatentEncoder, content_hash
 
 SCHEMA_VERSION = 1
 MAX_TABLE = 2**20  # a scalar quantizer may have more codes than memory; its codes are arithmetic anyway
@@ -34,8 +33,8 @@ class Tokenizer(LatentEncoder):
         super().__init__(autoencoder, preprocessing)
         self.codebook_size = autoencoder.quantizer.codebook_size
         self._codebook_state = self._make_codebook_state()
-        self.codebook_id = _hash(autoencoder.settings["quantizer"], self._codebook_state)
-        self.id = _hash({"settings": self._identity(), "codebook_id": self.codebook_id}, self._model_state())
+        self.codebook_id = content_hash(autoencoder.settings["quantizer"], self._codebook_state)
+        self.id = content_hash({"settings": self._identity(), "codebook_id": self.codebook_id}, self.net_state())
 
     @torch.inference_mode()
     def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -71,7 +70,7 @@ class Tokenizer(LatentEncoder):
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._model_state(), folder / "model.safetensors")
+        save_file(self.net_state(), folder / "model.safetensors")
         save_file(self._codebook_state, folder / "codebook.safetensors")
         ids = {"tokenizer_id": self.id, "codebook_id": self.codebook_id, "codebook_size": self.codebook_size}
         about = {"schema_version": SCHEMA_VERSION, **ids, "index_order": INDEX_ORDER, **self._identity()}
@@ -105,10 +104,6 @@ class Tokenizer(LatentEncoder):
     def _identity(self) -> dict[str, Any]:
         return {"model": self.autoencoder.settings, "preprocessing": self.preprocessing}
 
-    def _model_state(self) -> dict[str, Tensor]:
-        state = self.autoencoder.inference_state()
-        return {name: t.detach().cpu().contiguous() for name, t in state.items() if not name.startswith("quantizer.")}
-
     def _make_codebook_state(self) -> dict[str, Tensor]:
         quantizer = self.autoencoder.quantizer
         state = {
@@ -131,12 +126,3 @@ def _stacked(codes: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     lengths = torch.tensor([len(part) for part in codes], device=codes[0].device)
     padded = nn.utils.rnn.pad_sequence(codes, batch_first=True)
     return padded, (torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None])[:, None]
-
-
-def _hash(settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """16 hex digits over settings and tensors, independent of their order and of the device."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

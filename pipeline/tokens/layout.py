@@ -16,6 +16,7 @@ SCHEMA_VERSION = 1
 ENCODINGS = ("list", "packed")
 SIZE_COLUMNS = ("height", "width", "sample_rate", "num_samples")
 RESERVED = ("key", "source_shard", "source_index", "modality", "tokens", "shape", *SIZE_COLUMNS)
+LATENT_DTYPE = np.dtype(np.float32)
 TEXT_EXTENSIONS = ("txt", "json", "cls", "text", "caption")
 ROWS_PER_GROUP = 4096  # at 128 rows a group the footer alone is 379 kB, at 8192 it is 6 kB
 
@@ -62,7 +63,8 @@ class Layout:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Layout":
         known = {name: fields[name] for name in cls.__dataclass_fields__}
-        return cls(**{**known, "passthrough": tuple(known["passthrough"])})
+        kind = LatentLayout if fields["token_dtype"] == LATENT_DTYPE.name else Layout
+        return kind(**{**known, "passthrough": tuple(known["passthrough"])})
 
     def schema(self, source_shard: str) -> pa.Schema:
         tokens = pa.binary() if self.encoding == "packed" else pa.list_(pa.from_numpy_dtype(self.token_dtype))
@@ -102,6 +104,18 @@ class Layout:
                 f"key {row.key!r} has tokens in {tokens.min()}..{tokens.max()}, not 0..{self.codebook_size - 1}"
             )
         return tokens.astype(self.token_dtype.newbyteorder("<"))
+
+
+@dataclass(frozen=True)
+class LatentLayout(Layout):
+    """Of a cache of latents: float32 in place of tokens, their last axis the channels. It has no codebook."""
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        return LATENT_DTYPE
+
+    def _checked(self, row: TokenRow) -> np.ndarray:
+        return row.tokens.reshape(-1).astype(LATENT_DTYPE.newbyteorder("<"))
 
 
 def token_dtype(codebook_size: int) -> np.dtype:

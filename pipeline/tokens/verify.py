@@ -292,7 +292,7 @@ def _check_tokens(output: Output, entry: Commit, table: pa.Table) -> Iterator[st
     values = column.flatten().to_numpy(zero_copy_only=False)
     if len(values) != entry.num_tokens:
         yield f"{len(values)} tokens, the manifest says {entry.num_tokens}"
-    if len(values) and int(values.max()) >= output.layout.codebook_size:
+    if output.layout.codebook_size and len(values) and int(values.max()) >= output.layout.codebook_size:
         yield f"token {int(values.max())} is not below {output.layout.codebook_size}"
     shapes = [int(np.prod(shape)) for shape in table["shape"].to_pylist()]
     if shapes != column.value_lengths().to_pylist():

@@ -18,7 +18,7 @@ from tokenizer.metrics import usage
 from tokenizer.moments import moment_losses
 from tokenizer.neighbors import build_index, nearest_codeword
 from tokenizer.quantizer import build_quantizer
-from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig, balancing_weights, quantization_error
+from tokenizer.quantizers.vp_vae import VPVAE, BalancingWeights, VPVAEConfig, quantization_error
 
 DENSITY_K = 8
 
@@ -450,7 +450,8 @@ def test_half_balance_of_a_normal_costs_little():
 def test_balancing_weights_scale_with_nothing():
     """Weights are relative: latents in another unit have the same."""
     z = torch.randn(5000, 3)
-    torch.testing.assert_close(balancing_weights(7 * z, 64, 1.0), balancing_weights(z, 64, 1.0), rtol=1e-3, atol=1e-5)
+    larger, weights = (BalancingWeights.of(unit * z, 64, 1.0)(unit * z) for unit in (7, 1))
+    torch.testing.assert_close(larger, weights, rtol=1e-3, atol=1e-5)
 
 
 def test_an_atom_of_equal_latents_does_not_take_all_codes():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenizer.errors import CodebookMissing
 from tokenizer.kmeans import partial_sums
+from tokenizer.latent_parts import Part
 from tokenizer.quantizers.vq_vae import MOMENTUM, VQVAE, VQVAEConfig
 
 OPTIONS: list[dict[str, Any]] = [
@@ -384,9 +385,9 @@ def test_q7_no_latents_no_step():
 def test_kmeans_init_errs_less_than_random_codes():
     z = 3 + 0.5 * torch.randn(2000, 8)
     quantizer = VQVAE(VQVAEConfig(codebook_size=32, dim=8))
-    random, drawn = (partial_sums(z, codes).squared_error for codes in (quantizer.embedding.detach(), z[:32]))
+    random, drawn = (partial_sums(Part(z), codes).squared_error for codes in (quantizer.embedding.detach(), z[:32]))
     quantizer(z)
-    fitted = partial_sums(z, quantizer.embedding.detach()).squared_error
+    fitted = partial_sums(Part(z), quantizer.embedding.detach()).squared_error
     assert fitted < 0.9 * drawn
     assert fitted < 0.1 * random
 

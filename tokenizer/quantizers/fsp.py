@@ -120,6 +120,18 @@ class FSP(Quantizer):
             inside = inside.all(dim=1, keepdim=True)
         return torch.where(inside, moved, p), inside
 
+    @torch.no_grad()
+    def perturbation_ratio(self, latents: Tensor) -> float | None:
+        """Both measured on p, cell by cell: U(-eta/2L, eta/2L) and rounding are alike in law where eta is 1."""
+        if len(latents) == 0:
+            return None
+        p = self.activation.cdf(latents.float())
+        with torch.random.fork_rng(devices=[p.device] if p.is_cuda else []):
+            torch.manual_seed(0)
+            moved, _ = self._perturb(p)
+        energy, error = ((other - p).square().sum() for other in (moved, self._centroid(self._digits(p))))
+        return float(energy / error) if error > 0 else None
+
     def _encode(self, a: Tensor) -> Tensor:
         return self.radix.pack(self._digits(self.activation.cdf(a)))
 

@@ -4,7 +4,7 @@ Legend: z [N, d] latents, Q num_quantizers, K codes of each layer, r_q = z - sum
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenizer.distributed import mean_across_ranks
 from tokenizer.gradients import straight_through
+from tokenizer.latent_parts import Latents, Part
 from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
 
 SCALE_DECAY = 0.99  # per step, of the average that a layer's scale is
@@ -150,15 +151,12 @@ class Residual(Quantizer):
 
     # -- afterwards -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
+    def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
         """Layer by layer, each on what the fitted layers before it leave over; their curves, one after the other."""
         curve: list[float] = []
-        residual = latents.to(self.scales)
-        for layer, scale in zip(self.layers, self.scales, strict=True):
-            errors = layer.fit(residual / scale, codebook_size, seed)
+        for q, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
+            errors = layer._fit(latents.mapped(_Leftover(self.layers[:q], self.scales[: q + 1])), codebook_size, seed)
             curve += [error * float(scale) ** 2 for error in errors]
-            residual = residual - scale * layer.decode(layer.encode(residual / scale))
         return curve
 
     def _eval_forward(self, z: Tensor) -> QuantizerOutput:
@@ -201,6 +199,22 @@ class Residual(Quantizer):
         with torch.autocast(z.device.type, enabled=False):
             seen = [part for part, _ in self._encode_layers(self._flatten(z))]
         return torch.stack([layer.code_shares(part) for layer, part in zip(self.layers, seen, strict=True)])
+
+
+@dataclass
+class _Leftover:
+    """What the layer after `layers` gets of latents. scales [len(layers) + 1]."""
+
+    layers: Sequence[Quantizer]
+    scales: Tensor
+
+    def __call__(self, part: Part) -> Part:
+        residual = part.latents.float()
+        scales = self.scales.to(residual)
+        for layer, scale in zip(self.layers, scales[:-1], strict=True):
+            layer = layer.to(residual.device)
+            residual = residual - scale * layer.decode(layer.encode(residual / scale))
+        return replace(part, latents=residual / scales[-1])
 
 
 def _losses(outs: list[QuantizerOutput], used: int) -> dict[str, Tensor]:

@@ -5,11 +5,13 @@ Legend: z [N, 2 d] the posterior: means, then log-variances.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tokenizer.errors import CodebookMissing
+from tokenizer.latent_parts import Latents, Part
 from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
 from tokenizer.scalar import MixedRadix
 
@@ -104,15 +106,15 @@ class TokenBridge(Quantizer):
             return QuantizerOutput(z[:, : self.dim])
         return super()._eval_forward(z)
 
-    @torch.no_grad()
-    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
+    def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
         """Measures the posterior means; latents [N, 2 d] with N >= 1. No other codebook_size than bins**dim."""
-        super().fit(latents, codebook_size, seed)
+        super()._fit(latents, codebook_size, seed)
         if len(latents) == 0:
             raise ValueError("token_bridge needs at least one latent to fit; the corpus gave none")
-        means = latents[:, : self.dim].double()
-        self.latent_mean.copy_(means.mean(dim=0))
-        self.latent_std.copy_(means.std(dim=0, correction=0).clamp(min=SMALLEST_STD))
+        mean = latents.total(partial(_power_sum, center=torch.zeros(self.dim), power=1)) / len(latents)
+        variance = latents.total(partial(_power_sum, center=mean, power=2)) / len(latents)
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(variance.sqrt().clamp(min=SMALLEST_STD))
         self.fitted.fill_(True)
         return []
 
@@ -131,6 +133,12 @@ class TokenBridge(Quantizer):
             raise CodebookMissing(
                 "this token_bridge has no grid yet; run `tokenmill codebook CONFIG.yaml` to measure its latents"
             )
+
+
+def _power_sum(part: Part, center: Tensor, power: int) -> Tensor:
+    """Sum over the latents of (mean - center)**power: [d] float64."""
+    means = part.latents[:, : len(center)].double()
+    return (means - center.to(means)).pow(power).sum(dim=0).cpu()
 
 
 def bin_values(bins: int) -> Tensor:

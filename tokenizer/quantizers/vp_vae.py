@@ -5,7 +5,7 @@ D_m(z) the distance from z to its m-th nearest in S.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenizer.distributed import gather_rows, mean_across_ranks
 from tokenizer.gradients import straight_through
 from tokenizer.kmeans import kmeans
+from tokenizer.latent_parts import Latents, weighted
 from tokenizer.moments import moment_losses
 from tokenizer.neighbors import BACKENDS, NeighborIndex, build_index, nearest_codeword
 from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
@@ -20,6 +21,8 @@ from tokenizer.queue import LatentQueue
 from tokenizer.table import TableQuantizer, check_table
 
 FLUSH_SHARE = 0.005  # of the queue that may wait: .5 % newer latents change no radius that one could measure
+RATIO_QUERIES = 4096
+ETA_STEPS = 60  # until an eta that follows the error has settled
 ETA_RANGE = (0.25, 4.0)
 ETA_GAIN = 0.05  # of the log ratio per step: settles within some 50 steps, and averages over about 20
 
@@ -151,14 +154,37 @@ class VPVAE(TableQuantizer):
 
     # -- after training: k-means makes the codebook ---------------------------------------------------------------
 
-    @torch.no_grad()
-    def fit(self, latents: Tensor, codebook_size: int | None = None, seed: int = 0) -> list[float]:
+    def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
         """k-means over the latents; any codebook_size, since training fixed none. Errors are weighted by `balance`."""
         self.codebook_size = codebook_size or self.codebook_size
-        weights = balancing_weights(latents, self.codebook_size, self.config.balance) if self.config.balance else None
-        found = kmeans(latents, self.codebook_size, weights=weights, seed=seed)
+        start = self.table if 0 < len(self.table) <= self.codebook_size else None
+        if self.config.balance and len(latents):  # k-means says what is wrong with none
+            some = latents.sample(16 * self.dim * self.codebook_size, seed).latents
+            latents = weighted(latents, BalancingWeights.of(some, self.codebook_size, self.config.balance))
+        found = kmeans(latents, self.codebook_size, start=start, seed=seed)
         self.table = found.centroids.to(self.table)
         return found.mse
+
+    @torch.no_grad()
+    def perturbation_ratio(self, latents: Tensor) -> float | None:
+        """With the number of codes that training was for, and its eta; one that it found by itself is found anew."""
+        latents = latents.float()[torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))]
+        num_asked = min(RATIO_QUERIES, len(latents) // 4)
+        asked, others = latents[:num_asked], latents[num_asked:]
+        # fewer latents and fewer neighbours, in proportion, give the same radius
+        per_code = min(self.radius_k, len(others) // self.config.codebook_size)
+        if per_code < 2:
+            return None
+        density_k = min(self.config.density_k, per_code)
+        twin = type(self)(replace(self.config, latents_per_code=per_code, density_k=density_k)).to(latents.device)
+        twin.queue.add(others[: twin.queue.capacity])
+        with torch.random.fork_rng(devices=[latents.device] if latents.is_cuda else []):
+            torch.manual_seed(0)
+            for _ in range(ETA_STEPS if self.config.eta == "auto" else 0):
+                twin._perturb(asked)
+            moved, _ = twin._perturb(asked)
+        energy, error = ((other - asked).square().sum() for other in (moved, self.decode(self.encode(asked))))
+        return float(energy / error) if error > 0 else None
 
     def _eval_forward(self, z: Tensor) -> QuantizerOutput:
         if len(self.table) == 0:  # training is not over: what the decoder sees is the latent itself
@@ -189,24 +215,31 @@ def quantization_error(cell_radius: Tensor, dim: int) -> Tensor:
     return dim / (dim + 2) * cell_radius.pow(power).mean().pow(2 / power)
 
 
-def balancing_weights(latents: Tensor, codebook_size: int, balance: float) -> Tensor:
-    """Weights under which k-means spends its codes as the latents lie: [N, d] -> [N], of mean 1.
+@dataclass
+class BalancingWeights:
+    """Weights under which k-means spends its codes as the latents lie: [n, d] -> [n], about 1 on average.
 
     The best quantizer of a density f under weights w has codes of density (w f)^(d/(d+2)) (Zador, Gersho 1979). With
     w = f^(2/d) that is f itself, so that each code has the same share of the latents; f^(-1/d) is the radius that
     holds a fixed number of them, up to a factor. Differs: not in the paper, whose k-means has no weights.
+
+    points [m, d]: a sample of the latents; weights [m]: theirs, which every latent takes from the nearest of them.
     """
-    if len(latents) == 0:
-        return latents.new_ones(0)  # k-means says what is wrong
-    neighbours = 16 * latents.shape[1]
-    # drawn, not every n-th: latents come row by row of a picture, and a stride would see some of its columns only
-    drawn = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[: codebook_size * neighbours]
-    some = latents[drawn.to(latents.device)]
-    k = max(1, min(neighbours, round(len(some) / codebook_size)))
-    radius = build_index(some).kth_distances(some, [k])[:, 0][nearest_codeword(latents, some)]
-    positive = radius[radius > 0]
-    if len(positive) == 0:
-        return torch.ones_like(radius)
-    floor = positive.kthvalue(1 + len(positive) // 100).values  # at an atom (silence) the density has no bound
-    weights = radius.clamp(min=floor).pow(-2 * balance)
-    return weights / weights.mean()
+
+    points: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, some: Tensor, codebook_size: int, balance: float) -> "BalancingWeights":
+        """some [m, d]: drawn uniformly, some 16 d to a code. balance: 0 for equal weights, 1 for those above."""
+        k = max(1, min(16 * some.shape[1], round(len(some) / codebook_size)))
+        radius = build_index(some).kth_distances(some, [k])[:, 0]
+        positive = radius[radius > 0]
+        if len(positive) == 0:
+            return cls(some, torch.ones_like(radius))
+        floor = positive.kthvalue(1 + len(positive) // 100).values  # at an atom (silence) the density has no bound
+        weights = radius.clamp(min=floor).pow(-2 * balance)
+        return cls(some, weights / weights.mean())
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        return self.weights.to(latents)[nearest_codeword(latents, self.points.to(latents))]

@@ -1,0 +1,179 @@
+"""Codebooks from a corpus: the same whatever the workers, the cache, and the order in which shards come."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from jobs.__main__ import main
+from pipeline import storage
+from pipeline.tokens import Output
+from tests.corpus import write_tar
+from tests.jobs.helpers import TINY_NET, driver_in_a_session, jpegs, rows_of
+from tests.s3 import S3Server
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.kmeans import kmeans
+from tokenizer.tokenizer import Tokenizer
+
+SIZE = 24
+WAIT_S = 150  # for a driver with a Ray of its own on a busy machine
+QUANTIZER = {"name": "vp_vae", "codebook_size": SIZE, "dim": 3, "balance": 0.0}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model's folder at run/model, and five shards with bad samples in two of them."""
+    folder = tmp_path_factory.mktemp("codebook")
+    torch.manual_seed(0)
+    Autoencoder({"modality": "image", "net": {**TINY_NET, "patch_size": 4}, "quantizer": QUANTIZER}).eval().save(
+        folder / "run/model"
+    )
+    for shard in range(5):
+        members = [(f"{shard}-{name}", data) for name, data in jpegs(12 + shard)]
+        if shard in (1, 3):
+            members.insert(4, (f"{shard}-bad.jpg", b"no picture"))
+        members += [(name.replace(".jpg", ".txt"), name.encode()) for name, _ in members[:3]]
+        write_tar(folder / f"in/{shard}.tar", sorted(members))
+    return folder
+
+
+def config(place: Path, run: str, **others) -> str:
+    """Path of a YAML file, with a run of its own whose model is that of the place."""
+    model = place / run / "model"
+    if not model.exists():
+        model.parent.mkdir()
+        model.symlink_to(place / "run/model")
+    settings = {"run": str(place / run), "data": {"shards": f"{place}/in/*.tar"}, "quantizer": QUANTIZER, **others}
+    (place / f"{run}.yaml").write_text(yaml.safe_dump(settings))
+    return str(place / f"{run}.yaml")
+
+
+def tokenizer_of(place: Path, run: str, size: int = SIZE) -> Tokenizer:
+    return Tokenizer.from_pretrained(place / run / f"tokenizers/vp_vae-K{size}")
+
+
+def report_of(place: Path, run: str, size: int = SIZE) -> dict:
+    return json.loads((place / run / f"reports/codebook-vp_vae-K{size}.json").read_text())
+
+
+def cached_rows(place: Path, run: str) -> np.ndarray:
+    cache = Output.open(str(place / run / "latents"))
+    tables = [pq.read_table(io.BytesIO(cache.read_tokens(entry.name))) for entry in cache.commits()]
+    flat = [np.frombuffer(row, np.float32) for table in tables for row in table["tokens"].to_pylist()]
+    return np.concatenate(flat).reshape(-1, QUANTIZER["dim"])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_codebook_depends_neither_on_workers_nor_on_cache_nor_on_streaming(place: Path):
+    """One worker and two; a sample that comes back, a sample of the cache, and Lloyd over all of it."""
+    ids = {}
+    for run, workers, codebook in (
+        ("sampled-1", 1, {"max_latents": 300}),
+        ("sampled-2", 2, {"max_latents": 300}),
+        ("cached", 2, {"max_latents": 300, "cache": True}),
+        ("full-1", 1, {"max_latents": 300, "full": True}),
+        ("full-2", 2, {"max_latents": 300, "full": True}),
+    ):
+        assert main(["codebook", config(place, run, workers={"count": workers}, codebook=codebook)]) == 0
+        ids[run] = tokenizer_of(place, run).id
+    assert ids["sampled-1"] == ids["sampled-2"] == ids["cached"]
+    assert ids["full-1"] == ids["full-2"] != ids["cached"]
+    assert report_of(place, "cached")["num_latents"] == 300
+    rows = cached_rows(place, "full-2")
+    assert report_of(place, "full-2")["num_latents"] == len(rows)
+
+    table = tokenizer_of(place, "full-2").autoencoder.quantizer.codebook
+    error = torch.cdist(torch.from_numpy(rows).double(), table.double()).min(dim=1).values.square().mean()
+    assert report_of(place, "full-2")["mse"] == pytest.approx(float(error), rel=1e-5)
+    alone = kmeans(torch.from_numpy(rows), SIZE)  # in memory, in one process
+    assert float(error) == pytest.approx(alone.mse[-1], rel=0.05)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place: Path, capsys):
+    """The second command and tokenize read no picture: the shards are empty files by then."""
+    settings = {"codebook": {"cache": True, "size": [8, SIZE]}, "tokens": {"passthrough": ["txt"]}}
+    file = config(place, "again", **settings)
+    assert main(["codebook", file]) == 0
+    chosen = f"tokenizer={place}/again/tokenizers/vp_vae-K8"
+    assert main(["tokenize", file, chosen, f"output={place}/direct", "tokens.max_bad_fraction=1"]) == 0
+
+    contents = {tar: (tar.read_bytes(), tar.stat()) for tar in (place / "in").glob("*.tar")}
+    try:
+        for tar, (data, stat) in contents.items():
+            tar.write_bytes(bytes(len(data)))
+            os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        capsys.readouterr()
+        assert main(["codebook", file, "codebook.size=16"]) == 0
+        assert "has the latents of 5 of 5 shards" in capsys.readouterr().out
+        from_cache = [
+            f"tokens.latents={place}/again/latents",
+            f"output={place}/from-cache",
+            "tokens.max_bad_fraction=1",
+        ]
+        assert main(["tokenize", file, chosen, *from_cache]) == 0
+    finally:
+        for tar, (data, stat) in contents.items():
+            tar.write_bytes(data)
+            os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert rows_of(place / "from-cache").equals(rows_of(place / "direct"))
+    direct, cached = Output.open(f"{place}/direct"), Output.open(f"{place}/from-cache")
+    for one, other in zip(direct.commits(), cached.commits(), strict=True):
+        assert one.tokens_sha256 == other.tokens_sha256  # with text, sizes and footer
+        assert one.quarantine_sha256 == other.quarantine_sha256
+    assert sum(entry.num_quarantined for entry in cached.commits()) == 2
+    assert main(["verify", file, chosen, f"output={place}/from-cache", "deep=true"]) == 0
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_warm_start_keeps_to_the_seed_and_ends_as_well(place: Path):
+    assert main(["codebook", config(place, "fresh", codebook={"size": [SIZE, 60]})]) == 0
+    assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
+    assert tokenizer_of(place, "warm").id == tokenizer_of(place, "fresh").id  # the smallest starts from nothing
+    assert tokenizer_of(place, "warm", 60).id != tokenizer_of(place, "fresh", 60).id
+    warm, fresh = report_of(place, "warm", 60), report_of(place, "fresh", 60)
+    assert warm["mse"] == pytest.approx(fresh["mse"], rel=0.05)
+    assert 0 < fresh["perturbation_ratio"] < 3
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_tokens_of_another_encoder_or_of_missing_shards_are_refused(place: Path, tokenizer: str, capsys):
+    file = config(place, "other", codebook={"cache": True}, data={"shards": f"{place}/in/[01].tar"})
+    assert main(["codebook", file]) == 0
+    latents = [f"tokens.latents={place}/other/latents", f"output={place}/refused"]
+    assert main(["tokenize", file, *latents, f"tokenizer={tokenizer}"]) == 2
+    assert "the nets or data.preprocess differ" in capsys.readouterr().err
+    assert main(["tokenize", file, *latents, f"data.shards={place}/in/*.tar"]) == 2
+    assert "lacks 3 of 5 shards" in capsys.readouterr().err
+    assert main(["tokenize", file, *latents, "tokens.passthrough=[txt]"]) == 2
+    assert "leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_on_s3_gives_the_same_codebook(place: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch):
+    """Model, cache, tokenizer and reports there; and the input of `evaluate`."""
+    file = config(place, "local", codebook={"full": True})
+    assert main(["codebook", file]) == 0
+    s3.use(monkeypatch)
+    run, shards = f"{s3.url}/codebook/run", f"{s3.url}/codebook/in"
+    storage.upload(place / "run/model", f"{run}/model")
+    storage.upload(place / "in", shards)
+    with driver_in_a_session(["codebook", file, f"run={run}"]) as driver:
+        assert driver.wait(WAIT_S) == 0
+    with storage.downloaded(f"{run}/tokenizers/vp_vae-K{SIZE}") as folder:
+        assert Tokenizer.from_pretrained(folder).id == tokenizer_of(place, "local").id
+    with driver_in_a_session(["evaluate", file, f"run={run}", f"data.shards={shards}/*.tar"]) as driver:
+        assert driver.wait(WAIT_S) == 0
+    assert any(found.url.endswith(".json") for found in storage.glob(f"{run}/reports/evaluate-*"))
