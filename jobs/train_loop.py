@@ -264,7 +264,7 @@ class Watch:
         options, step = self.loop.config.train, self.loop.step
         is_last = step == options.steps
         if step % options.log_every == 0 or is_last:
-            self._log(self.loop.trainer.numbers(result, step - 1))
+            self._log(self.loop.trainer.numbers(result))
         self.loop.lap("logging")
         if is_last or (options.evaluate_every and step % options.evaluate_every == 0):
             self.report.show(self._examples(), step)

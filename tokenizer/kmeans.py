@@ -13,8 +13,9 @@ from torch import Tensor
 from tokenizer.latent_parts import InMemory, Latents, Part, as_latents
 from tokenizer.neighbors import nearest_codeword
 
-FEW_PER_CLUSTER = 64  # points of the sample that the first centroids are drawn from, and settle on
-SEEDING_PER_CLUSTER = 32  # of those, that k-means|| reads
+SEEDING_PER_CLUSTER = 32  # points that k-means|| reads
+FEW_PER_CLUSTER = (64, 256)  # points of the samples on which centroids settle before they meet all points ...
+FEW_TOLERANCE = 1e-3  # ... as far as that; benchmarks/kmeans.py is what these were chosen by
 DRAWN_ONE_BY_ONE = 64  # clusters, up to which k-means++ alone is as fast
 NOT_FINITE = "k-means got latents that are NaN or infinite; did the training diverge?"
 ROUNDS, SHARE = 4, 0.5  # of k-means||: each round draws SHARE * K candidates
@@ -64,12 +65,15 @@ def kmeans(
     if len(points) == 0:
         raise ValueError("k-means needs at least one point; the corpus gave no latents")
     generator = torch.Generator().manual_seed(seed)
-    few = points.sample(FEW_PER_CLUSTER * num_clusters, seed)
+    few = points.sample(FEW_PER_CLUSTER[0] * num_clusters, seed)
     if not few.latents.isfinite().all():
         raise ValueError(NOT_FINITE)
     centroids = first_centroids(few, num_clusters, generator, start)
-    if len(few.latents) < len(points):
-        centroids = lloyd(InMemory(few.latents, few.weights), centroids, generator, max_iterations, tolerance).centroids
+    for per_cluster in FEW_PER_CLUSTER:
+        few = points.sample(per_cluster * num_clusters, seed)
+        if len(few.latents) < len(points):
+            settled = InMemory(few.latents, few.weights)
+            centroids = lloyd(settled, centroids, generator, max_iterations, FEW_TOLERANCE).centroids
     return lloyd(points, centroids, generator, max_iterations, tolerance)
 
 
@@ -83,7 +87,8 @@ def lloyd(
         mse.append(total.squared_error / float(total.mass.sum()))
         if not math.isfinite(mse[-1]):
             raise ValueError(NOT_FINITE)
-        if len(mse) > 1 and mse[-2] - mse[-1] <= tolerance * mse[-2]:
+        settled = len(mse) > 1 and mse[-2] - mse[-1] <= tolerance * mse[-2]
+        if settled or len(mse) == max_iterations:
             break
         centroids = new_centroids(centroids, total, generator)
     return KMeansResult(centroids, mse)
@@ -93,16 +98,18 @@ def partial_sums(part: Part, centroids: Tensor) -> PartialSums:
     """Assigns points to their nearest centroid and sums them up. On the CPU: on a GPU the order of a sum is chance."""
     points, centroids = part.latents.float(), centroids.to(part.latents.device)
     indices = nearest_codeword(points, centroids)
-    distances = (points - centroids[indices]).square().sum(dim=1).double().cpu()
+    distances = centroids.index_select(0, indices).sub_(points).square_().sum(dim=1).cpu()
     points, indices = points.cpu(), indices.cpu()
-    weight = _weights(part).cpu()
+    weights = None if part.weights is None else part.weights.double().cpu()
 
     def total(values: Tensor) -> Tensor:
+        values = values.double() if weights is None else values * weights
         return torch.bincount(indices, weights=values, minlength=len(centroids))
 
-    sums = torch.stack([total(column * weight) for column in points.T], dim=1)
     counts = torch.bincount(indices, minlength=len(centroids))
-    return PartialSums(counts, total(weight), sums, total(distances * weight))
+    mass = counts.double() if weights is None else torch.bincount(indices, weights=weights, minlength=len(centroids))
+    sums = torch.stack([total(column) for column in points.T], dim=1)
+    return PartialSums(counts, mass, sums, total(distances))
 
 
 def new_centroids(centroids: Tensor, total: PartialSums, generator: torch.Generator) -> Tensor:

@@ -13,17 +13,17 @@ from torch import Tensor
 try:  # it has wheels for Linux, and elsewhere does not get along with torch's OpenMP
     import faiss
 except ImportError:
-    faiss = None
+    faiss = None  # type: ignore[assignment]
 
-FAISS_MIN_QUERIES = 20  # with fewer, faiss takes another road, and an index must not depend on the batch
+FAISS_MAX_POINTS = 2**16  # from where on the tree wins, up to TREE_MAX_DIM
 MAX_SCORES = 2**23  # floats of one score tile (32 MB): larger tiles fall out of the cache and cost memory
 TREE_MAX_DIM = 6  # above it a k-d tree visits most of its leaves and a matrix product wins
-TREE_MIN_POINTS = 1024
+TREE_MIN_POINTS = 1024  # without faiss
 EXACT_GPU_POINTS = 2**18  # a GPU scans this many points per query cheaply; a larger queue is thinned
 
 
 def nearest_codeword(z: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codeword nearest to each z; of equal codewords the lowest, unless a k-d tree finds it.
+    """Index of the codeword nearest to each z; of several as near it may be any.
 
     z [N, D], codebook [K, D] -> [N] int64. The road depends on (D, K, device) and the machine alone and never on N,
     so that a latent has the same index in every batch.
@@ -34,13 +34,14 @@ def nearest_codeword(z: Tensor, codebook: Tensor) -> Tensor:
 
 def _nearest(z: Tensor, codebook: Tensor) -> Tensor:
     num_codes, dim = codebook.shape
-    center = codebook.mean(dim=0)  # small norms: the product form loses digits when latents lie far from 0
-    if z.device.type == "cpu" and faiss is not None:
-        return _by_faiss(z - center, codebook - center)
-    if z.device.type == "cpu" and dim <= TREE_MAX_DIM and num_codes >= TREE_MIN_POINTS:
+    tree_min_points = TREE_MIN_POINTS if faiss is None else FAISS_MAX_POINTS
+    if z.device.type == "cpu" and dim <= TREE_MAX_DIM and num_codes >= tree_min_points:
         found = cKDTree(codebook.numpy()).query(z.numpy(), workers=torch.get_num_threads())[1]
         return torch.from_numpy(np.asarray(found, dtype=np.int64))
+    center = codebook.mean(dim=0)  # small norms: the product form loses digits when latents lie far from 0
     z, codebook = z - center, codebook - center
+    if z.device.type == "cpu" and faiss is not None:
+        return _by_faiss(z, codebook)
     half_norms = codebook.square().sum(dim=1) / 2
     rows = max(1, MAX_SCORES // num_codes)
     parts = [argmax_rows(torch.addmm(-half_norms, part, codebook.T)) for part in z.split(rows)]
@@ -48,13 +49,12 @@ def _nearest(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _by_faiss(z: Tensor, codebook: Tensor) -> Tensor:
-    """faiss keeps scores in registers: on a CPU 1.3 to 20 times faster than a k-d tree or a product and its argmax."""
-    count = len(z)
-    if 0 < count < FAISS_MIN_QUERIES:
-        z = torch.cat([z, z[:1].expand(FAISS_MIN_QUERIES - count, -1)])
+    """faiss keeps scores in registers: up to 2^16 codes faster than a k-d tree, or a product and its argmax."""
     faiss.omp_set_num_threads(torch.get_num_threads())
+    # else small batches would take another road, 30 times slower, and an index must not depend on the batch
+    faiss.cvar.distance_compute_blas_threshold = 1
     _, found = faiss.knn(z.numpy(), codebook.numpy(), 1)
-    return torch.from_numpy(found[:count, 0]).clamp_(min=0)  # it gives -1 for NaN, of which others will tell
+    return torch.from_numpy(found[:, 0]).clamp_(min=0)  # it gives -1 for NaN, of which others will tell
 
 
 def argmax_rows(scores: Tensor) -> Tensor:

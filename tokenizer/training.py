@@ -153,7 +153,7 @@ class Trainer:
         no_sync = getattr(self.model, "no_sync", contextlib.nullcontext)  # of DistributedDataParallel
         return no_sync()
 
-    def numbers(self, result: StepResult, step: int) -> dict[str, float]:
+    def numbers(self, result: StepResult) -> dict[str, float]:
         """What is worth logging of an update; reading it makes a GPU wait."""
         told = {"loss": result.loss, **result.losses, **result.out.quantized.metrics}
         row = {name: float(value.detach()) for name, value in told.items()}

@@ -107,7 +107,7 @@ def _train(
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         if (step + 1) % every == 0 or step + 1 == recipe.steps:
-            history.append({"step": step + 1, **trainer.numbers(result, step), "seconds_per_step": seconds[-1]})
+            history.append({"step": step + 1, **trainer.numbers(result), "seconds_per_step": seconds[-1]})
             report(history[-1])
     return history, seconds
 

@@ -12,17 +12,14 @@ import torch
 import yaml
 
 from jobs.__main__ import main
-from pipeline import storage
 from pipeline.tokens import Output
 from tests.corpus import write_tar
-from tests.jobs.helpers import TINY_NET, driver_in_a_session, jpegs, rows_of
-from tests.s3 import S3Server
+from tests.jobs.helpers import TINY_NET, jpegs, rows_of
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.kmeans import kmeans
 from tokenizer.tokenizer import Tokenizer
 
 SIZE = 24
-WAIT_S = 150  # for a driver with a Ray of its own on a busy machine
 QUANTIZER = {"name": "vp_vae", "codebook_size": SIZE, "dim": 3, "balance": 0.0}
 
 
@@ -157,23 +154,3 @@ def test_tokens_of_another_encoder_or_of_missing_shards_are_refused(place: Path,
     assert "lacks 3 of 5 shards" in capsys.readouterr().err
     assert main(["tokenize", file, *latents, "tokens.passthrough=[txt]"]) == 2
     assert "leave it out" in capsys.readouterr().err
-
-
-@pytest.mark.ray
-@pytest.mark.s3
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_run_on_s3_gives_the_same_codebook(place: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch):
-    """Model, cache, tokenizer and reports there; and the input of `evaluate`."""
-    file = config(place, "local", codebook={"full": True})
-    assert main(["codebook", file]) == 0
-    s3.use(monkeypatch)
-    run, shards = f"{s3.url}/codebook/run", f"{s3.url}/codebook/in"
-    storage.upload(place / "run/model", f"{run}/model")
-    storage.upload(place / "in", shards)
-    with driver_in_a_session(["codebook", file, f"run={run}"]) as driver:
-        assert driver.wait(WAIT_S) == 0
-    with storage.downloaded(f"{run}/tokenizers/vp_vae-K{SIZE}") as folder:
-        assert Tokenizer.from_pretrained(folder).id == tokenizer_of(place, "local").id
-    with driver_in_a_session(["evaluate", file, f"run={run}", f"data.shards={shards}/*.tar"]) as driver:
-        assert driver.wait(WAIT_S) == 0
-    assert any(found.url.endswith(".json") for found in storage.glob(f"{run}/reports/evaluate-*"))
