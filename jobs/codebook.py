@@ -19,12 +19,12 @@ from torch import Tensor
 from jobs import cluster
 from jobs.cached_latents import CachedLatents, CacheReader
 from jobs.config import Config, ConfigError
-from jobs.frozen import load_trained
+from jobs.frozen import load_tokenizer, load_trained
 from jobs.latent_pass import draw_latents, fill_cache
 from jobs.report import latents_png, line_png, page, picture, table, usage_png
 from jobs.shard_pool import ShardPool
 from pipeline import storage
-from pipeline.manifest import find_shards
+from pipeline.manifest import Manifest, find_shards
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.coding import coding
 from tokenizer.latent_parts import InMemory, Latents
@@ -38,35 +38,73 @@ PLOTTED_LATENTS = 4000
 def run(config: Config) -> int:
     config.require("run", "data.shards")
     run_url = storage.normalise(config.run)
-    autoencoder = load_trained(run_url)
+    autoencoder, inputs = load_trained(run_url), find_shards(config.data.shards)
+    sizes = _sizes(config.codebook.size)
     with _explained():
         autoencoder.change_fit(config.codebook.settings)
-    places = {size: _place(run_url, autoencoder, size, config) for size in _sizes(config.codebook.size)}
-    todo = [size for size, place in places.items() if not storage.exists(storage.join(place, "tokenizer.json"))]
-    for size, place in places.items():
-        if size not in todo:
-            print(f"codebook: {place} is there already")
-    if not todo:
+        for size in sizes:
+            autoencoder.quantizer.check_size(size)
+    places = {size: _place(run_url, autoencoder, size, config) for size in sizes}
+    made_by = _made_by(config, inputs)
+    ready = {size for size, place in places.items() if _is_ready(place, made_by)}
+    if ready == set(places):
         return 0
-    with _gathered(config, run_url, autoencoder) as latents:
-        _make_all(autoencoder, latents, {size: places[size] for size in todo}, config)
-    return 0
+    with contextlib.ExitStack() as stack:
+        latents, num_failed = _gather(config, run_url, inputs, autoencoder.quantizer.in_dim, stack)
+        if latents is None:
+            print(f"codebook: incomplete: {num_failed} shards failed; mend them and run the same command again")
+            return 3
+        _make_all(autoencoder, latents, places, ready, {**made_by, "num_failed_shards": num_failed}, config)
+    if num_failed:
+        print(f"codebook: incomplete: {num_failed} shards failed, and the codebooks are of the others")
+    return 3 if num_failed else 0
 
 
-@contextlib.contextmanager
-def _gathered(config: Config, run_url: str, autoencoder: Autoencoder) -> Iterator[Latents]:
-    """Latents of the corpus: a sample of them in memory, or all, with the workers."""
-    inputs, options = find_shards(config.data.shards), config.codebook
+def _made_by(config: Config, inputs: Manifest) -> dict[str, Any]:
+    """What decides on a codebook, besides the model and its size."""
+    given = {name: getattr(config.codebook, name) for name in ("settings", "max_latents", "seed", "full", "warm_start")}
+    return {**given, "input_manifest_id": inputs.id}
+
+
+def _is_ready(place: str, made_by: dict[str, Any]) -> bool:
+    """Whether a tokenizer is there. Raises ConfigError if it was made in another way than is asked for now."""
+    if not storage.exists(storage.join(place, "tokenizer.json")):
+        return False
+    try:
+        before = json.loads(storage.read(_report_place(place, "json"))).get("made_by", made_by)
+    except FileNotFoundError:
+        before = made_by
+    for name, value in made_by.items():
+        if before.get(name) != value:
+            what = "data.shards (its list of shards)" if name == "input_manifest_id" else f"codebook.{name}"
+            raise ConfigError(
+                f"{place} was made with another {what}: {before.get(name)}, not {value}; delete it to make it anew, or "
+                "leave that as it was"
+            )
+    print(f"codebook: {place} is there already")
+    return True
+
+
+def _gather(
+    config: Config, run_url: str, inputs: Manifest, dim: int, stack: contextlib.ExitStack
+) -> tuple[Latents | None, int]:
+    """Latents of the corpus, and how many shards failed: a sample of them in memory, or all, with the workers.
+
+    None where a cache lacks shards: what is made of all latents is not made of some.
+    """
+    options = config.codebook
     cluster.start()
     if not (options.cache or options.full):
-        rows = draw_latents(run_url, inputs, config)
-        yield _some(None if rows is None else InMemory(torch.from_numpy(rows)))
-        return
-    cache, dim = fill_cache(run_url, inputs, config), autoencoder.quantizer.in_dim
-    with ShardPool(CacheReader, {"cache_url": cache.url, "dim": dim}, config.workers) as pool:
-        names = {shard.name for shard in inputs.shards}  # the cache may hold more than this corpus
-        cached = CachedLatents.of(cache, names, pool, dim, options.max_latents, options.seed)
-        yield _some(cached if options.full or cached is None else InMemory(cached.drawn))
+        rows, num_failed = draw_latents(run_url, inputs, config)
+        return _some(None if rows is None else InMemory(torch.from_numpy(rows))), num_failed
+    cache = fill_cache(run_url, inputs, config)
+    names = {shard.name for shard in inputs.shards}  # the cache may hold more than this corpus
+    entries = [entry for entry in cache.commits() if entry.name in names]
+    if len(entries) < len(names):
+        return None, len(names) - len(entries)
+    pool = stack.enter_context(ShardPool(CacheReader, {"cache_url": cache.url, "dim": dim}, config.workers))
+    cached = CachedLatents.of(entries, pool, dim, options.max_latents, options.seed)
+    return _some(cached if options.full or cached is None else InMemory(cached.drawn)), 0
 
 
 def _some(latents: Latents | None) -> Latents:
@@ -75,12 +113,22 @@ def _some(latents: Latents | None) -> Latents:
     return latents
 
 
-def _make_all(autoencoder: Autoencoder, latents: Latents, places: dict[int | None, str], config: Config) -> None:
-    """The smallest first, so that each can start from the one before."""
+def _make_all(
+    autoencoder: Autoencoder,
+    latents: Latents,
+    places: dict[int | None, str],
+    ready: set[int | None],
+    made_by: dict[str, Any],
+    config: Config,
+) -> None:
+    """The smallest first, so that each can start from the one before; also where that was made by an earlier run."""
     previous = autoencoder
     for size in sorted(places, key=lambda size: size or autoencoder.quantizer.codebook_size):
-        fitted = copy.deepcopy(previous if config.codebook.warm_start else autoencoder)
-        _make(fitted, latents, size, config, places[size])
+        if size in ready:
+            fitted = load_tokenizer(places[size]).autoencoder
+        else:
+            fitted = copy.deepcopy(previous if config.codebook.warm_start else autoencoder)
+            _make(fitted, latents, size, made_by, config, places[size])
         previous = fitted
 
 
@@ -111,23 +159,28 @@ def _explained() -> Iterator[None]:
         raise ConfigError(f"codebook: {error}") from error
 
 
-def _make(autoencoder: Autoencoder, latents: Latents, size: int | None, config: Config, place: str) -> None:
-    """Fits one codebook, freezes the tokenizer, and reports."""
-    with _explained():
-        curve = autoencoder.quantizer.eval().fit(latents, size, seed=config.codebook.seed)
+def _make(
+    autoencoder: Autoencoder, latents: Latents, size: int | None, made_by: dict[str, Any], config: Config, place: str
+) -> None:
+    """Fits one codebook, reports, and last freezes the tokenizer."""
+    curve = autoencoder.quantizer.eval().fit(latents, size, seed=config.codebook.seed)
     tokenizer = Tokenizer(autoencoder, config.data.preprocess)
     some = latents.sample(SHOWN_LATENTS, seed=0).latents
     numbers, counts = _measured(tokenizer, latents, some, curve)
+    report = json.dumps({**numbers, "made_by": made_by, "curve": curve}, indent=1)
+    storage.replace(_report_place(place, "json"), report.encode())
+    storage.replace(_report_place(place, "html"), _page(tokenizer, some, numbers, counts, curve))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         storage.upload(folder, place)
-    run_url, _, name = place.rsplit("/", 2)
-    reports = storage.join(run_url, "reports")
-    storage.replace(storage.join(reports, f"codebook-{name}.json"), json.dumps(numbers, indent=1).encode())
-    storage.replace(storage.join(reports, f"codebook-{name}.html"), _page(tokenizer, some, numbers, counts, curve))
     shown = ("mse", "cvu", "perplexity", "dead_codes", "perturbation_ratio")
     told = "  ".join(f"{key} {numbers[key]:.4g}" for key in shown if key in numbers)
     print(f"codebook: {place}  tokenizer {tokenizer.id}  {told}")
+
+
+def _report_place(place: str, ending: str) -> str:
+    run_url, _, name = place.rsplit("/", 2)
+    return storage.join(run_url, "reports", f"codebook-{name}.{ending}")
 
 
 def _measured(
@@ -143,7 +196,7 @@ def _measured(
     ratio = quantizer.perturbation_ratio(some)
     if ratio is not None:
         numbers["perturbation_ratio"] = ratio
-    return numbers | {"curve": curve}, total.counts.sum(axis=0)
+    return numbers, total.counts.sum(axis=0)
 
 
 def _page(tokenizer: Tokenizer, some: Tensor, numbers: dict[str, Any], counts: np.ndarray, curve: list[float]) -> bytes:
@@ -152,5 +205,4 @@ def _page(tokenizer: Tokenizer, some: Tensor, numbers: dict[str, Any], counts: n
     pictures = [usage_png(counts), latents_png(some[:PLOTTED_LATENTS, : quantizer.dim].numpy(), codes)]
     if curve:
         pictures.insert(0, line_png(curve, "error per latent (weighted, if balanced)", "Lloyd iteration"))
-    shown = {name: value for name, value in numbers.items() if name != "curve"}
-    return page(f"Codebook of {tokenizer.codebook_size} codes", [table(shown), *map(picture, pictures)])
+    return page(f"Codebook of {tokenizer.codebook_size} codes", [table(numbers), *map(picture, pictures)])

@@ -123,6 +123,10 @@ class CodebookConfig:
     cache: bool = False
     warm_start: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_latents < 1:
+            raise ValueError(f"codebook.max_latents is {self.max_latents}; it must be 1 or more")
+
 
 @dataclass
 class CompareConfig:

@@ -3,11 +3,13 @@
 Written once, so that another codebook, and tokens from it, need no second look at the pixels.
 """
 
+import hashlib
 import io
 import itertools
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,12 +22,12 @@ from jobs.reading import TokenizedShard
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.tokens import Output, TokenRow
-from pipeline.tokens.entry import what_changed
-from pipeline.tokens.layout import SIZE_COLUMNS, LatentLayout, tokens_as_lists
+from pipeline.tokens.entry import Commit, what_changed
+from pipeline.tokens.layout import LATENT_DTYPE, SIZE_COLUMNS, LatentLayout, tokens_as_lists
 from tokenizer.latents import LatentEncoder
 from tokenizer.tokenizer import Tokenizer
 
-ROWS_AT_ONCE = 256
+LATENTS_AT_ONCE = 2**18  # channels counted: of the rows that are quantized together
 
 
 def layout_of(encoder: LatentEncoder, options: TokensConfig) -> LatentLayout:
@@ -67,7 +69,14 @@ def open_cache(url: str, tokenizer: Tokenizer, shards: list[Shard], options: Tok
     return cache
 
 
-def tokenize_cached(shard: Shard, cache: Output, tokenizer: Tokenizer, options: TokensConfig) -> TokenizedShard:
+def tokenize_cached(
+    shard: Shard,
+    cache: Output,
+    tokenizer: Tokenizer,
+    options: TokensConfig,
+    device_lock: threading.Lock,
+    tick: Callable[[], None],
+) -> TokenizedShard:
     """As `tokenize_shard`, from the latents that it left; what was bad then is still. Raises ShardError."""
     started = time.monotonic()
     history = cache.history(shard.name)
@@ -76,25 +85,37 @@ def tokenize_cached(shard: Shard, cache: Output, tokenizer: Tokenizer, options: 
     if changed := what_changed(history.first, shard):
         raise ShardError(f"{shard.url} {changed} when its latents were made: it was replaced")
     rows: list[TokenRow] = []
-    kept = read_rows(cache, shard.name, options.passthrough)
+    kept = read_rows(cache, history.first, options.passthrough)
     read_s = time.monotonic() - started
-    for i in range(0, len(kept), ROWS_AT_ONCE):
-        some = kept[i : i + ROWS_AT_ONCE]
-        grids = tokenizer.quantize([torch.from_numpy(row.tokens).to(tokenizer.device) for row in some])
+    for some in _batched(kept):
+        tick()
+        with device_lock:
+            grids = tokenizer.quantize([torch.from_numpy(row.tokens).to(tokenizer.device) for row in some])
         rows += [replace(row, tokens=grid) for row, grid in zip(some, grids, strict=True)]
     total = time.monotonic() - started
     seconds = {"read": read_s, "encode": total - read_s, "total": total}
     return TokenizedShard(rows, cache.quarantined(history.first), history.first.num_samples, seconds)
 
 
-def read_rows(cache: Output, name: str, passthrough: list[str]) -> list[TokenRow]:
-    """The rows of one shard. passthrough: the columns to keep of those that the cache has."""
-    table = pq.read_table(io.BytesIO(cache.read_tokens(name)))
+def _batched(rows: list[TokenRow]) -> Iterator[list[TokenRow]]:
+    some: list[TokenRow] = []
+    for row in rows:
+        if some and sum(one.tokens.size for one in some) + row.tokens.size > LATENTS_AT_ONCE:
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some
+
+
+def read_rows(cache: Output, entry: Commit, passthrough: list[str]) -> list[TokenRow]:
+    """The rows of one shard. passthrough: the columns to keep of those that the cache has. Raises ShardError."""
+    table = _read_table(cache, entry)
     columns = {
         column: table[column].to_pylist() for column in ("key", "source_index", "shape", *SIZE_COLUMNS, *passthrough)
     }
     rows = []
-    for i, flat in enumerate(_flat_latents(table, cache)):
+    for i, flat in enumerate(_flat_latents(table)):
         size = {column: columns[column][i] for column in SIZE_COLUMNS if columns[column][i] is not None}
         members = {column: columns[column][i] for column in passthrough if columns[column][i] is not None}
         as_bytes = {column: v.encode() if isinstance(v, str) else v for column, v in members.items()}
@@ -103,17 +124,22 @@ def read_rows(cache: Output, name: str, passthrough: list[str]) -> list[TokenRow
     return rows
 
 
-def read_latents(cache: Output, name: str, dim: int) -> np.ndarray:
-    """All latents of one shard, in the order of its samples: [N, dim] float32."""
-    table = pq.read_table(io.BytesIO(cache.read_tokens(name)), columns=["tokens"])
-    if not len(table):
-        return np.empty((0, dim), np.float32)
-    return np.array(tokens_as_lists(table["tokens"].combine_chunks(), cache.layout.token_dtype).values).reshape(-1, dim)
+def read_latents(cache: Output, entry: Commit, dim: int) -> np.ndarray:
+    """All latents of one shard, in the order of its samples: [N, dim] float32. Raises ShardError."""
+    parts = list(_flat_latents(_read_table(cache, entry, ["tokens"])))
+    return np.concatenate(parts).reshape(-1, dim) if parts else np.empty((0, dim), np.float32)
 
 
-def _flat_latents(table: pa.Table, cache: Output) -> Iterator[np.ndarray]:
-    if not len(table):
-        return
-    lists = tokens_as_lists(table["tokens"].combine_chunks(), cache.layout.token_dtype)
-    values, ends = np.array(lists.values), lists.offsets.to_numpy()
-    yield from (values[start:stop] for start, stop in itertools.pairwise(ends))
+def _read_table(cache: Output, entry: Commit, columns: list[str] | None = None) -> pa.Table:
+    data = cache.read_tokens(entry.name)
+    if hashlib.sha256(data).hexdigest() != entry.tokens_sha256:
+        raise ShardError(f"{cache.tokens_url(entry.name)} is not the file that was committed; delete {cache.url}")
+    return pq.read_table(io.BytesIO(data), columns=columns)
+
+
+def _flat_latents(table: pa.Table) -> Iterator[np.ndarray]:
+    """Of each row [n * dim]. Chunk by chunk: together they may exceed what one Arrow array of bytes can hold."""
+    for chunk in table["tokens"].chunks:
+        lists = tokens_as_lists(chunk, LATENT_DTYPE)
+        values, ends = np.array(lists.values), lists.offsets.to_numpy()
+        yield from (values[start:stop] for start, stop in itertools.pairwise(ends))

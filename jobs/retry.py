@@ -45,7 +45,8 @@ def run(config: Config) -> int:
         storage.check_create_only(output.url)
     # rows that come later must look like those that are there, whatever this command was told
     layout = output.layout
-    options = replace(config.tokens, encoding=layout.encoding, passthrough=list(layout.passthrough))
+    # ... and from the shards, since in a cache of latents they are as they were
+    options = replace(config.tokens, encoding=layout.encoding, passthrough=list(layout.passthrough), latents="")
     config = replace(config, tokens=options)
     shards = output.histories()
     done = {shard.first.name for shard in shards}

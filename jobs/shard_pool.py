@@ -126,6 +126,7 @@ class ShardPool:
 
         self.waiting, self.arguments = collections.deque(shards), arguments
         self.tries.clear()
+        yield from self._bury()
         self.grown = -float("inf")
         while self.waiting or self.suspects or any(member.work for member in self.members):
             self._grow()
@@ -141,6 +142,14 @@ class ShardPool:
                 yield from self._collect(member, set(done))
             yield from self._end_the_stalled()
             self._tell()
+
+    def _bury(self) -> Iterator[Any]:
+        """Takes note of actors that died since the last map, so that they get no shard, and none is blamed for it."""
+        import ray
+
+        for member in list(self.members):
+            done, _ = ray.wait([member.question], timeout=0)
+            yield from self._collect(member, set(done))
 
     def close(self) -> None:
         for member in self.members:
@@ -248,6 +257,7 @@ class ShardPool:
         import ray
 
         self.members.remove(member)
+        self.homes = {name: home for name, home in self.homes.items() if home is not member}
         if member.node:
             self.grown = -float("inf")  # another at once; after one that never came up, at the next measuring
         else:

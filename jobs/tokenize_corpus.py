@@ -173,11 +173,11 @@ class TokenizeWorker(ShardWorker):
         return ShardResult(failure=f"{shard.url}: {reason}", lost=shard)
 
     def _commit(self, shard: Shard) -> ShardResult:
+        tick = partial(self.tick, shard)
         if self.cache is not None and isinstance(self.encoder, Tokenizer):
-            with self._ticking(shard):
-                found = tokenize_cached(shard, self.cache, self.encoder, self.options)
+            found = tokenize_cached(shard, self.cache, self.encoder, self.options, self.device_lock, tick)
         else:
-            found = tokenize_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
+            found = tokenize_shard(shard, self.encoder, self.options, self.device_lock, tick)
         with self._ticking(shard):
             entry = self.output.commit(
                 shard, found.rows, found.quarantined, found.seconds, now=time.time(), num_samples=found.num_samples

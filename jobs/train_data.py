@@ -12,7 +12,7 @@ from pipeline.batches import map_in_threads, prefetch
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.samples import read_samples
-from pipeline.stream import Drawn, Lanes, Position, training_samples
+from pipeline.stream import Drawn, Lanes, Position, is_of_storage, training_samples
 from tokenizer.modality import Modality
 
 
@@ -99,6 +99,7 @@ def fixed_samples(shards: list[Shard], modality: Modality, segment: int, count: 
                     found.append((sample.key, modality.segment(item.decoded.array, segment, rng)))
                 if len(found) == count:
                     return found
-        except ShardError:
-            continue  # training has told of it, or will
+        except ShardError as error:  # training has told of it, or will
+            if is_of_storage(error):
+                break  # the next one would take as long to fail
     return found

@@ -127,7 +127,8 @@ class TrainLoop:
     def _is_warned(self) -> bool:
         """Whether Ray says for the first time that it will lose one of our nodes, which it then replaces by itself.
 
-        The same on every rank, all of which must ask in the same steps: it costs some milliseconds.
+        The same on every rank, all of which must ask in the same steps; since it costs some milliseconds, in those of
+        train.log_every, which should come more often than a cloud's notice is long.
         """
         if self.warned or self.step % self.config.train.log_every:
             return False
@@ -267,7 +268,8 @@ class Watch:
             self._log(self.loop.trainer.numbers(result))
         self.loop.lap("logging")
         if is_last or (options.evaluate_every and step % options.evaluate_every == 0):
-            self.report.show(self._examples(), step)
+            if examples := self._examples():
+                self.report.show(examples, step)
             self.report.write()
             self.loop.lap("evaluation")
         elif self.report.is_due:
@@ -301,6 +303,8 @@ class Watch:
         if not self._samples:
             options = loop.config.train
             self._samples = fixed_samples(loop.shards, modality, options.segment, options.pictures)
+        if not self._samples:  # storage is out
+            return []
         arrays = [array for _, array in self._samples]
         x = modality.batch(arrays, loop.autoencoder.factor).x.to(loop.device)
         loop.autoencoder.eval()  # the next update sets train() again

@@ -1,6 +1,6 @@
 """A uniform sample of rows that come from many places, the same however the places are dealt out to workers."""
 
-import zlib
+import hashlib
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class Reservoir:
 
     def add(self, rows: np.ndarray, place: str) -> None:
         """rows [N, ...] of one place, which must be added whole, once."""
-        rng = np.random.default_rng([self.seed, zlib.crc32(place.encode())])
+        rng = np.random.default_rng([self.seed, int(hashlib.sha256(place.encode()).hexdigest(), 16)])
         priorities = rng.random(len(rows))
         wanted = priorities < self.below
         self._keep(rows[wanted], priorities[wanted])

@@ -128,12 +128,12 @@ def _read(
                 if not by_sample or sample.index % lanes.count == lane:
                     yield sample, url
         except ShardError as error:
-            if _is_of_storage(error):  # who goes on later would find samples there that were left out now
+            if is_of_storage(error):  # who goes on later would find samples there that were left out now
                 raise StorageError(str(error)) from error
             on_bad_shard(error)
 
 
-def _is_of_storage(error: ShardError) -> bool:
+def is_of_storage(error: ShardError) -> bool:
     """Whether storage does not give what may be a sound shard; else the shard itself is broken, or gone."""
     cause = error.__cause__
     if isinstance(cause, StorageError | PermissionError):

@@ -4,10 +4,9 @@ Legend: N latents of D channels in all; a part has n of them.
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ class Part:
     weights: Tensor | None = None
 
 
-@runtime_checkable
 class Latents(Protocol):
     """Parts in an order of their own. What is totalled over them does not depend on who holds them."""
 
@@ -32,7 +30,10 @@ class Latents(Protocol):
         ...
 
     def sample(self, count: int, seed: int) -> Part:
-        """So many of them, drawn uniformly without replacement, fewer where there are fewer."""
+        """So many of them, drawn uniformly without replacement; fewer where there are fewer, or no more at hand.
+
+        seed: which ones. Who has only one sample at hand gives of that whatever the seed.
+        """
         ...
 
     def total(self, function: Callable[[Part], T]) -> T:
@@ -84,10 +85,3 @@ def weighted(latents: Latents, weigh: Callable[[Tensor], Tensor]) -> Latents:
 
 def _weigh(part: Part, weigh: Callable[[Tensor], Tensor]) -> Part:
     return replace(part, weights=weigh(part.latents))
-
-
-def add_up(parts: list[T]) -> T:
-    """Their sum, from the first to the last. Raises ValueError if there are none."""
-    if not parts:
-        raise ValueError("there are no latents to add up")
-    return functools.reduce(operator.add, parts)

@@ -114,16 +114,20 @@ class Quantizer(nn.Module):
         """Energy of what training did to latents in place of quantizing, over the squared error of the codes.
 
         latents [N, in_dim]. 1 says that the decoder was trained against what it will meet; below, against less. None
-        where training quantizes, or the latents are too few to tell.
+        where training quantizes, the latents are too few to tell, or (residual, token_bridge) nobody has worked it out.
         """
         return None
 
-    def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
+    def check_size(self, codebook_size: int | None) -> None:
+        """Raises ValueError where `fit` cannot make so many codes."""
         if codebook_size not in (None, self.codebook_size):
             raise ValueError(
                 f"{self.name} has {self.codebook_size} codes since training, not codebook.size={codebook_size}; "
                 "leave codebook.size out, or train with the size you want"
             )
+
+    def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
+        self.check_size(codebook_size)
         return []
 
     def _flatten(self, z: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ class Recipe:
         for name in ("steps", "batch_size", "segment"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.grad_clip <= 0:
+            raise ValueError(f"train.grad_clip is {self.grad_clip}; it must be above 0 (a large number clips nothing)")
         if len(self.betas) != 2:
             raise ValueError(f"train.betas is {self.betas}; it must be two numbers")
         if self.precision not in PRECISIONS:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ import torch
 import yaml
 
 from jobs.__main__ import main
+from jobs.cached_latents import CachedLatents, CacheReader
+from jobs.config import WorkersConfig
+from jobs.shard_pool import ShardPool
 from pipeline.tokens import Output
 from tests.corpus import write_tar
-from tests.jobs.helpers import TINY_NET, jpegs, rows_of
+from tests.jobs.helpers import TINY_NET, children_named, jpegs, rows_of
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.kmeans import kmeans
+from tokenizer.quantizer import build_quantizer
 from tokenizer.tokenizer import Tokenizer
 
 SIZE = 24
@@ -132,11 +137,75 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"name": "vp_vae", "codebook_size": 16, "dim": 3, "balance": 0.5},
+        {"name": "residual", "num_quantizers": 2, "base": {"name": "vp_vae", "codebook_size": 8, "dim": 3}},
+    ],
+    ids=lambda quantizer: quantizer["name"],
+)
+def test_latents_that_lie_with_workers_give_what_they_give_in_memory(place: Path, quantizer: dict):
+    """Weighted, and by layers; with several shards to a group, nothing held, and a worker killed."""
+    assert main(["codebook", config(place, "lying", codebook={"cache": True})]) == 0
+    cache = Output.open(str(place / "lying/latents"))
+    num_latents = len(cached_rows(place, "lying"))
+    codebooks = []
+    for count, held_bytes, killed in ((1, 10**6, False), (2, 0, True)):
+        settings = {"cache_url": cache.url, "dim": 3, "held_bytes": held_bytes}
+        with ShardPool(CacheReader, settings, WorkersConfig(count=count)) as pool:
+            latents = CachedLatents.of(cache.commits(), pool, 3, capacity=num_latents, seed=0, num_groups=2)
+            if killed:
+                children_named("CacheReader")[0].kill()
+            fitted = build_quantizer(quantizer).eval()
+            fitted.fit(latents)
+            codebooks.append(fitted.codebook)
+    assert torch.equal(*codebooks)
+    alone = build_quantizer(quantizer).eval()
+    alone.fit(latents.drawn)  # all of them, in the order in which the sample came
+    torch.testing.assert_close(codebooks[0], alone.codebook, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_codebook_that_was_made_otherwise_is_not_passed_off(place: Path, capsys):
+    file = config(place, "sampled-otherwise", codebook={"max_latents": 200})
+    assert main(["codebook", file]) == 0
+    assert main(["codebook", file]) == 0
+    assert "is there already" in capsys.readouterr().out
+    assert main(["codebook", file, "codebook.full=true"]) == 2
+    assert "was made with another codebook.full: False, not True; delete it" in capsys.readouterr().err
+    assert main(["codebook", file, f"data.shards={place}/in/[01].tar"]) == 2
+    assert "another data.shards" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_broken_shard_is_told_and_a_whole_corpus_is_not_made_of_a_part(place: Path, capsys):
+    broken = place / "broken"
+    broken.mkdir()
+    for tar in (place / "in").glob("*.tar"):
+        (broken / tar.name).write_bytes(tar.read_bytes())
+    (broken / "4.tar").write_bytes((broken / "4.tar").read_bytes()[:20_000])
+    file = config(place, "with-broken", data={"shards": f"{broken}/*.tar"})
+    assert main(["codebook", file, "codebook.full=true"]) == 3
+    assert not (place / "with-broken/tokenizers").exists()
+    assert "incomplete: 1 shards failed; mend them" in capsys.readouterr().out
+    assert main(["codebook", file]) == 3
+    assert report_of(place, "with-broken")["made_by"]["num_failed_shards"] == 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_warm_start_keeps_to_the_seed_and_ends_as_well(place: Path):
     assert main(["codebook", config(place, "fresh", codebook={"size": [SIZE, 60]})]) == 0
     assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
     assert tokenizer_of(place, "warm").id == tokenizer_of(place, "fresh").id  # the smallest starts from nothing
-    assert tokenizer_of(place, "warm", 60).id != tokenizer_of(place, "fresh", 60).id
+    whole = tokenizer_of(place, "warm", 60).id
+    assert whole != tokenizer_of(place, "fresh", 60).id
+    shutil.rmtree(place / "warm/tokenizers/vp_vae-K60")  # as if it was killed there
+    assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
+    assert tokenizer_of(place, "warm", 60).id == whole
     warm, fresh = report_of(place, "warm", 60), report_of(place, "fresh", 60)
     assert warm["mse"] == pytest.approx(fresh["mse"], rel=0.05)
     assert 0 < fresh["perturbation_ratio"] < 3

@@ -11,6 +11,7 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
+from tokenizer.quantizer import build_quantizer
 from tokenizer.quantizers.fsp import ACTIVATIONS, FSP, FSPConfig
 from tokenizer.quantizers.fsq import FSQ, FSQConfig
 
@@ -274,3 +275,13 @@ def test_levels_follow_from_the_codebook_size():
 def test_a_bad_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         FSP(FSPConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("eta", "rate", "expected"), [(1.0, 0.0, 1.0), (2.0, 1.0, 1.0), (0.5, 0.0, 0.25), (0.5, 0.5, 0.625)]
+)
+def test_perturbation_ratio_of_uniform_scalars(eta, rate, expected):
+    """U(-eta/2L, eta/2L) has eta^2 / 12 L^2, rounding 1 / 12 L^2; few of 64 cells touch an end."""
+    quantizer = build_quantizer({"name": "fsp", "levels": [64, 64], "eta": eta, "quantize_rate": rate})
+    p = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(0))
+    assert quantizer.perturbation_ratio(torch.atanh(2 * p - 1)) == pytest.approx(expected, rel=0.03)

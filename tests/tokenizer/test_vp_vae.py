@@ -465,3 +465,22 @@ def test_an_atom_of_equal_latents_does_not_take_all_codes():
 def test_a_balance_outside_of_its_range_is_refused():
     with pytest.raises(ValueError, match=r"quantizer.balance is 1.5; it must lie in 0..1"):
         build_quantizer({"name": "vp_vae", "balance": 1.5})
+
+
+@pytest.mark.parametrize(("eta", "low", "high"), [(1.0, 0.35, 0.65), ("auto", 0.8, 1.2)])
+def test_perturbation_ratio_is_below_1_at_eta_1_and_about_1_where_it_follows(eta, low, high):
+    """methods.md 2.5: half of the error's energy at eta 1. Its state and the outer random numbers stay."""
+    z = normals(64 * 64 + 4096, 3)
+    quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "eta": eta, "balance": 0.0})
+    quantizer.fit(z)
+    before, state = torch.get_rng_state(), {name: t.clone() for name, t in quantizer.state_dict().items()}
+    ratio = quantizer.perturbation_ratio(z)
+    assert low < ratio < high
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(quantizer.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_perturbation_ratio_of_too_few_latents_is_not_known():
+    quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3})
+    quantizer.fit(normals(100, 3))
+    assert quantizer.perturbation_ratio(normals(100, 3)) is None

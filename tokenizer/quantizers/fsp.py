@@ -122,7 +122,8 @@ class FSP(Quantizer):
 
     @torch.no_grad()
     def perturbation_ratio(self, latents: Tensor) -> float | None:
-        """Both measured on p, cell by cell: U(-eta/2L, eta/2L) and rounding are alike in law where eta is 1."""
+        """Both measured on p, where U(-eta/2L, eta/2L) and rounding are alike in law if eta is 1. The share of scalars
+        that training rounds has the error of the codes itself."""
         if len(latents) == 0:
             return None
         p = self.activation.cdf(latents.float())
@@ -130,7 +131,7 @@ class FSP(Quantizer):
             torch.manual_seed(0)
             moved, _ = self._perturb(p)
         energy, error = ((other - p).square().sum() for other in (moved, self._centroid(self._digits(p))))
-        return float(energy / error) if error > 0 else None
+        return self.quantize_rate + (1 - self.quantize_rate) * float(energy / error) if error > 0 else None
 
     def _encode(self, a: Tensor) -> Tensor:
         return self.radix.pack(self._digits(self.activation.cdf(a)))

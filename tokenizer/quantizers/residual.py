@@ -151,6 +151,9 @@ class Residual(Quantizer):
 
     # -- afterwards -------------------------------------------------------------------------------------------------
 
+    def check_size(self, codebook_size: int | None) -> None:
+        self.layers[0].check_size(codebook_size)
+
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
         """Layer by layer, each on what the fitted layers before it leave over; their curves, one after the other."""
         curve: list[float] = []

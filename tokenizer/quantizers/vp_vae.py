@@ -15,13 +15,14 @@ from tokenizer.gradients import straight_through
 from tokenizer.kmeans import kmeans
 from tokenizer.latent_parts import Latents, weighted
 from tokenizer.moments import moment_losses
-from tokenizer.neighbors import BACKENDS, NeighborIndex, build_index, nearest_codeword
+from tokenizer.neighbors import BACKENDS, TREE_MAX_DIM, NeighborIndex, build_index, nearest_codeword
 from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.queue import LatentQueue
 from tokenizer.table import TableQuantizer, check_table
 
 FLUSH_SHARE = 0.005  # of the queue that may wait: .5 % newer latents change no radius that one could measure
 RATIO_QUERIES = 4096
+MAX_SEARCHED = 2**18  # points whose nearest is looked for without a tree
 ETA_STEPS = 60  # until an eta that follows the error has settled
 ETA_RANGE = (0.25, 4.0)
 ETA_GAIN = 0.05  # of the log ratio per step: settles within some 50 steps, and averages over about 20
@@ -154,12 +155,17 @@ class VPVAE(TableQuantizer):
 
     # -- after training: k-means makes the codebook ---------------------------------------------------------------
 
+    def check_size(self, codebook_size: int | None) -> None:
+        """Any: training fixed none."""
+
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
         """k-means over the latents; any codebook_size, since training fixed none. Errors are weighted by `balance`."""
         self.codebook_size = codebook_size or self.codebook_size
         start = self.table if 0 < len(self.table) <= self.codebook_size else None
         if self.config.balance and len(latents):  # k-means says what is wrong with none
-            some = latents.sample(16 * self.dim * self.codebook_size, seed).latents
+            count = 16 * self.dim * self.codebook_size
+            count = count if self.dim <= TREE_MAX_DIM else min(count, MAX_SEARCHED)
+            some = latents.sample(count, seed).latents
             latents = weighted(latents, BalancingWeights.of(some, self.codebook_size, self.config.balance))
         found = kmeans(latents, self.codebook_size, start=start, seed=seed)
         self.table = found.centroids.to(self.table)
@@ -231,8 +237,9 @@ class BalancingWeights:
 
     @classmethod
     def of(cls, some: Tensor, codebook_size: int, balance: float) -> "BalancingWeights":
-        """some [m, d]: drawn uniformly, some 16 d to a code. balance: 0 for equal weights, 1 for those above."""
+        """some [m, d]: drawn uniformly, up to 16 d to a code. balance: 0 for equal weights, 1 for those above."""
         k = max(1, min(16 * some.shape[1], round(len(some) / codebook_size)))
+        k = min(k + 1, len(some))  # the nearest is the latent itself
         radius = build_index(some).kth_distances(some, [k])[:, 0]
         positive = radius[radius > 0]
         if len(positive) == 0:
