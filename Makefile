@@ -43,6 +43,7 @@ check: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed-readers
+	@$(PIP) -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 faults: .venv/installed

@@ -107,9 +107,8 @@ class ShardPool:
         self.tries: collections.Counter[str] = collections.Counter()
         self.members: list[_Member] = []
         self.generation = 0  # actors are started some at a time
-        self.lost_at_start: set[int] = (
-            set()
-        )  # generations since the last that came up, of which actors died in starting
+        # generations since the last that came up, of which actors died in starting
+        self.lost_at_start: set[int] = set()
         self.ever_up = False
         self.grown = self.told = -float("inf")
         self.actor = _actor_class(worker, workers)

@@ -283,5 +283,5 @@ def test_a_bad_setting_is_named(settings, message):
 def test_perturbation_ratio_of_uniform_scalars(eta, rate, expected):
     """U(-eta/2L, eta/2L) has eta^2 / 12 L^2, rounding 1 / 12 L^2; few of 64 cells touch an end."""
     quantizer = build_quantizer({"name": "fsp", "levels": [64, 64], "eta": eta, "quantize_rate": rate})
-    p = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(0))
+    p = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(5))
     assert quantizer.perturbation_ratio(torch.atanh(2 * p - 1)) == pytest.approx(expected, rel=0.03)
