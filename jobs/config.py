@@ -110,7 +110,8 @@ class CodebookConfig:
 
     full: k-means goes over every latent of the corpus, streamed from the cache; the sample is where it starts.
     cache: keep all latents at RUN/latents, and read them from there where they are; implied by full.
-    warm_start: of several sizes, each starts from the codes of the one below, and not afresh.
+    warm_start: of several sizes, each starts from the codes of the one below, and not afresh: sooner done,
+    and with an error that may be some percent higher.
     settings: of the quantizer, that only the making of the codebook reads, such as {balance: 1}; they are added to the
     tokenizer's name.
     """

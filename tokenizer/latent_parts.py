@@ -66,7 +66,7 @@ class InMemory:
 
     def mapped(self, function: Callable[[Part], Part]) -> "InMemory":
         part = function(self.part)
-        return InMemory(part.latents, part.weights)
+        return type(self)(part.latents, part.weights)
 
 
 def as_latents(latents: "Tensor | Latents") -> Latents:

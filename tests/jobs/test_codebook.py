@@ -21,6 +21,7 @@ from tests.corpus import write_tar
 from tests.jobs.helpers import TINY_NET, children_named, jpegs, rows_of
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.kmeans import kmeans
+from tokenizer.latent_parts import InMemory, Part
 from tokenizer.quantizer import build_quantizer
 from tokenizer.tokenizer import Tokenizer
 
@@ -162,8 +163,15 @@ def test_latents_that_lie_with_workers_give_what_they_give_in_memory(place: Path
             codebooks.append(fitted.codebook)
     assert torch.equal(*codebooks)
     alone = build_quantizer(quantizer).eval()
-    alone.fit(latents.drawn)  # all of them, in the order in which the sample came
+    alone.fit(Drawn(latents.drawn))
     torch.testing.assert_close(codebooks[0], alone.codebook, rtol=1e-4, atol=1e-5)
+
+
+class Drawn(InMemory):
+    """All latents, in the order in which the sample came, of which a sample are the first."""
+
+    def sample(self, count: int, seed: int) -> Part:
+        return Part(self.part.latents[:count], None if self.part.weights is None else self.part.weights[:count])
 
 
 @pytest.mark.ray
@@ -197,7 +205,7 @@ def test_a_broken_shard_is_told_and_a_whole_corpus_is_not_made_of_a_part(place: 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_warm_start_keeps_to_the_seed_and_ends_as_well(place: Path):
+def test_a_warm_start_goes_on_from_the_size_below_also_in_a_later_run(place: Path):
     assert main(["codebook", config(place, "fresh", codebook={"size": [SIZE, 60]})]) == 0
     assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
     assert tokenizer_of(place, "warm").id == tokenizer_of(place, "fresh").id  # the smallest starts from nothing
@@ -207,7 +215,7 @@ def test_a_warm_start_keeps_to_the_seed_and_ends_as_well(place: Path):
     assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
     assert tokenizer_of(place, "warm", 60).id == whole
     warm, fresh = report_of(place, "warm", 60), report_of(place, "fresh", 60)
-    assert warm["mse"] == pytest.approx(fresh["mse"], rel=0.05)
+    assert warm["mse"] == pytest.approx(fresh["mse"], rel=0.15)
     assert 0 < fresh["perturbation_ratio"] < 3
 
 
