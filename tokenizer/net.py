@@ -13,12 +13,20 @@ class Net(nn.Module):
     """An encoder and a decoder without the quantizer between them.
 
     factor: input units per token and spatial dimension. channels: of the features between encoder and projection.
+    in_channels and spatial_dims: of the input, 3 and 2 for RGB pictures.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     factor: int
     channels: int
+    in_channels: int = 3
+    spatial_dims: int = 2
+
+    @property
+    def values_per_token(self) -> int:
+        """D_x / T: how many values of the input one token stands for, 48 for RGB at factor 4."""
+        return self.in_channels * self.factor**self.spatial_dims
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, input channels, H, W] with sides that are multiples of factor -> [B, channels, H/factor, W/factor]."""
@@ -52,6 +60,8 @@ class SequenceNet(Net):
     mask is. encode and decode raise ValueError for a mask of another shape, encode for a T that is no multiple.
     """
 
+    in_channels = 1
+    spatial_dims = 1
     window_frames: int  # of the windows that a frozen tokenizer computes in
 
     def encode_frozen(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -35,6 +35,9 @@ class Quantizer(nn.Module):
     name: ClassVar[str]
     Config: ClassVar[type]
     default_loss_weights: ClassVar[dict[str, float]] = {}
+    # Losses that the source sums over the T tokens of a picture, beside a squared error summed over its D_x values.
+    # Ours are means of both, so their default weights are multiplied by T / D_x: see `known_losses`.
+    per_token_losses: ClassVar[tuple[str, ...]] = ()
     training_state: ClassVar[tuple[str, ...]] = ()  # prefixes in state_dict that a frozen tokenizer leaves out
     fit_settings: ClassVar[tuple[str, ...]] = ()  # of Config, that `fit` alone reads: free to change after training
 
@@ -91,6 +94,10 @@ class Quantizer(nn.Module):
         """
         indices = self.encode(z).flatten()
         return torch.bincount(indices, minlength=self.codebook_size) / max(1, len(indices))
+
+    def lr_scales(self) -> dict[str, float]:
+        """Parameters that train faster or slower than the rest: name -> factor of the learning rate."""
+        return {}
 
     def overwritten_rows(self) -> dict[str, Tensor]:
         """Rows of parameters that the last training forward set by hand: name -> [rows] int64.

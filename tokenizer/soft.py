@@ -74,14 +74,6 @@ class SoftQuantizer(TableQuantizer):
         codes = self.codes
         return torch.cat([argmax_rows(self._logits(part, codes)) for part in self._split(z)])
 
-    @torch.no_grad()
-    def code_shares(self, z: Tensor) -> Tensor:
-        """Mean of q(c|z) over the batch, without noise: [..., in_dim] -> [K] float32."""
-        with torch.autocast(z.device.type, enabled=False):
-            flat, codes = self._flatten(z), self.codes
-            sums = [self._logits(part, codes).softmax(dim=1).sum(dim=0) for part in self._split(flat)]
-        return torch.stack(sums).sum(dim=0) / max(1, len(flat))
-
     def _split(self, z: Tensor) -> tuple[Tensor, ...]:
         return z.split(rows_per_chunk(self.codebook_size))
 
@@ -163,9 +155,12 @@ def exponential_temperature(step: Tensor, start: float, end: float, anneal_steps
 
 
 def cosine_temperature(step: Tensor, start: float, end: float, anneal_steps: int) -> Tensor:
-    """start at step 0, falling along half a cosine to end at anneal_steps, and there it stays."""
+    """start at step 0, falling along a quarter of a cosine to end at anneal_steps, and there it stays.
+
+    Source: `cos_anneal` of karpathy/deep-vector-quantization. It falls slowly at first and fastest at the end.
+    """
     progress = (step / anneal_steps).clamp(max=1)
-    return end + (start - end) * (1 + (math.pi * progress).cos()) / 2
+    return end + (start - end) * (math.pi / 2 * progress).cos()
 
 
 def decaying_temperature(step: Tensor, start: float, decay: float) -> Tensor:

@@ -84,7 +84,7 @@ class Trainer:
         self.losses = modality.losses(recipe.losses).to(self.device)
         self.loss_weights = known_losses(autoencoder, modality) | recipe.loss_weights
         self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in autoencoder.parameters() if parameter.requires_grad],
+            parameter_groups(autoencoder),
             betas=(recipe.betas[0], recipe.betas[1]),
             weight_decay=recipe.weight_decay,
         )
@@ -124,7 +124,7 @@ class Trainer:
     def _prepare(self, adversary: Adversary | None, step: int) -> None:
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.recipe)
+            group["lr"] = learning_rate(step, self.recipe) * group.get("lr_scale", 1.0)  # none in older checkpoints
         self.optimizer.zero_grad(set_to_none=True)
         if adversary is not None:
             adversary.optimizer.zero_grad(set_to_none=True)
@@ -250,8 +250,26 @@ def _summed(results: list[StepResult]) -> StepResult:
 
 
 def known_losses(autoencoder: Autoencoder, modality: Modality) -> dict[str, float]:
-    """Every loss that this training can have, with its default weight."""
-    return {**modality.default_loss_weights, **autoencoder.quantizer.default_loss_weights}
+    """Every loss that this training can have, with its default weight.
+
+    Weights of the quantizer's `per_token_losses` are times T / D_x, tokens per value of the input.
+    """
+    quantizer, values_per_token = autoencoder.quantizer, autoencoder.net.values_per_token
+    weights = {
+        name: weight / values_per_token if name in quantizer.per_token_losses else weight
+        for name, weight in quantizer.default_loss_weights.items()
+    }
+    return {**modality.default_loss_weights, **weights}
+
+
+def parameter_groups(autoencoder: Autoencoder) -> list[dict[str, Any]]:
+    """Groups for the optimizer: one of all parameters that train, and one for each `lr_scale` of the quantizer."""
+    scales = {f"quantizer.{name}": scale for name, scale in autoencoder.quantizer.lr_scales().items()}
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in autoencoder.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(scales.get(name, 1.0), []).append(parameter)
+    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

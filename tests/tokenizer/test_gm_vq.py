@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
+from tokenizer.autoencoder import Autoencoder
 from tokenizer.kmeans import kmeans
+from tokenizer.modality import build_modality
 from tokenizer.neighbors import nearest_codeword
 from tokenizer.quantizers.gm_vq import GMVQ, GMVQConfig
+from tokenizer.training import Recipe, Trainer, known_losses
 
 L = 8
 
@@ -249,3 +252,34 @@ def test_m6_gradients_averaged_as_ddp_does_are_those_of_the_whole_batch(ranks):
     torch.testing.assert_close(torch.cat([found["z"] for found in ranks]) / RANKS, whole["z"], rtol=1e-4, atol=1e-7)
     codes = torch.stack([found["codes"] for found in ranks]).mean(dim=0)
     torch.testing.assert_close(codes, whole["codes"], rtol=1e-4, atol=1e-6)
+
+
+# -- weights --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("net", "size", "beta"), [("resnet32", 32, 1.0), ("resnet32", 64, 5.0), ("vqgan", 32, 1.0)])
+def test_the_prior_weighs_beside_the_squared_error_as_where_both_are_sums(net, size, beta):
+    """Eq. 13 and 14: squared error summed over the D_x values of a picture + beta KL summed over its T tokens."""
+    settings = {"resnet32": {"channels": 8, "res_blocks": 1}, "vqgan": {"width": 8, "multipliers": [1], "channels": 8}}
+    quantizer = {"name": "gm_vq", "codebook_size": 16, "dim": 4, "beta": beta}
+    autoencoder = Autoencoder({"modality": "image", "net": {"name": net, **settings[net]}, "quantizer": quantizer})
+    x = torch.rand(2, 3, size, size)
+    z = autoencoder(x).z
+    num_values, num_tokens = x[0].numel(), z[0, ..., 0].numel()
+    weights = known_losses(autoencoder, build_modality("image", {}))
+    mse, kl = 0.01, 2.0
+    sums = num_values * mse + beta * num_tokens * kl
+    assert num_values * (mse + weights["prior"] * kl) == pytest.approx(sums)
+
+
+def test_the_prior_weighs_1_48th_at_factor_4_whatever_the_picture_size():
+    autoencoder = Autoencoder({"modality": "image", "net": {"name": "resnet32"}, "quantizer": {"name": "gm_vq"}})
+    assert known_losses(autoencoder, build_modality("image", {}))["prior"] == pytest.approx(1 / 48)
+    recipe = Recipe(loss_weights={"prior": 0.5})
+    assert Trainer(autoencoder, build_modality("image", {}), recipe, "cpu").loss_weights["prior"] == 0.5
+
+
+@pytest.mark.parametrize("beta", [-1.0, math.inf])
+def test_a_bad_beta_is_named(beta):
+    with pytest.raises(ValueError, match=f"quantizer.beta is {beta}; it must be"):
+        GMVQConfig(beta=beta)

@@ -99,14 +99,23 @@ def test_u3_codes_are_drawn_as_often_as_their_probabilities_say():
 def test_u4_temperature_goes_from_1_to_a_sixteenth():
     quantizer = Gumbel(GumbelConfig(codebook_size=32, dim=8, anneal_steps=4))
     found = [quantizer(torch.randn(3, 8)).metrics["temperature"].item() for _ in range(6)]
-    half = (1 + 1 / 16) / 2
-    assert [found[0], found[2], *found[4:]] == pytest.approx([1.0, half, 1 / 16, 1 / 16], abs=1e-6)
+    middle = 1 / 16 + 15 / 16 * math.sqrt(0.5)
+    assert [found[0], found[2], *found[4:]] == pytest.approx([1.0, middle, 1 / 16, 1 / 16], abs=1e-6)
 
 
-def test_shares_are_the_mean_of_the_probabilities():
+def test_shares_count_the_likeliest_codes_as_the_source_does():
     quantizer, z = started(), torch.randn(300, 8)
-    expected = logits(quantizer, z).softmax(dim=1).mean(dim=0).float()
-    torch.testing.assert_close(quantizer.code_shares(z), expected)
+    expected = torch.bincount(logits(quantizer, z).argmax(dim=1), minlength=32) / 300
+    assert torch.equal(quantizer.code_shares(z), expected)
+
+
+def test_kl_stands_beside_the_squared_error_as_in_the_source():
+    """karpathy: MSE / (2 * 0.0632704) + 5e-4 KL. Times 2 * 0.0632704: MSE + weight * KL."""
+    mse, kl = 0.004, 3.0
+    source = mse / (2 * 0.06327039811675479) + 5e-4 * kl
+    ours = mse + Gumbel.default_loss_weights["kl"] * kl
+    assert ours == pytest.approx(2 * 0.06327039811675479 * source)
+    assert Gumbel.default_loss_weights["kl"] == pytest.approx(6.3e-5, rel=0.01)
 
 
 def test_the_frozen_tokenizer_ships_the_projection_and_the_table():

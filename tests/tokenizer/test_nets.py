@@ -55,6 +55,7 @@ def test_features_are_smaller_by_the_factor_and_pictures_come_back(settings: dic
     x = torch.rand(2, 3, grid[0] * net.factor, grid[1] * net.factor)
     h = net.encode(x)
     assert h.shape == (2, net.channels, *grid)
+    assert x.numel() == net.values_per_token * h[:, 0].numel()
     assert net.decode(h).shape == x.shape
 
 

@@ -122,6 +122,7 @@ def test_losses_are_those_of_the_base(base):
     quantizer = trained(base)
     weights = quantizer.layers[0].default_loss_weights
     assert quantizer.default_loss_weights == weights
+    assert quantizer.per_token_losses == quantizer.layers[0].per_token_losses
     assert set(quantizer.train()(normals(quantizer)).losses) == set(weights)
 
 
@@ -324,3 +325,9 @@ def test_sizes_are_handed_to_the_base_unless_it_sets_or_lacks_them():
 def test_a_bad_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         build_quantizer({"name": "residual", **settings})
+
+
+def test_every_layer_of_sq_vae_has_its_theta_trained_as_fast_as_its_setting_says():
+    quantizer = build_quantizer({"name": "residual", "base": {"name": "sq_vae", "theta_lr": 7.0}, "num_quantizers": 2})
+    assert quantizer.lr_scales() == {"layers.0.theta": 7.0, "layers.1.theta": 7.0}
+    assert all(quantizer.get_parameter(name).ndim == 0 for name in quantizer.lr_scales())

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.modality import build_modality
 from tokenizer.neighbors import nearest_codeword
 from tokenizer.quantizers.sq_vae import SQVAE, SQVAEConfig
+from tokenizer.training import Recipe, Trainer, known_losses
 
 
 @pytest.fixture(autouse=True)
@@ -75,11 +78,14 @@ def test_s4_losses_are_those_computed_directly(theta):
     assert {name: loss.item() for name, loss in out.losses.items()} == pytest.approx(expected, rel=1e-5)
 
 
-def test_s4_default_weights_are_the_official_objective_over_half_of_the_pixels():
-    """D_x/2 ln(squared error) + (sum over T tokens) for a 32 x 32 picture of 8 x 8 tokens, up to a constant."""
-    pixels, tokens, mse, discrete, continuous = 3 * 32 * 32, 64, 0.01, -2.0, 3.0
+@pytest.mark.parametrize(("multipliers", "tokens"), [([1, 1], 256), ([1, 1, 1], 64)])
+def test_s4_default_weights_are_the_official_objective_over_half_of_the_pixels(multipliers, tokens):
+    """D_x/2 ln(squared error) + (sum over T tokens) for a 32 x 32 picture at factors 2 and 4, up to a constant."""
+    net = {"name": "vqgan", "width": 8, "multipliers": multipliers, "res_blocks": 1, "channels": 8, "attention": False}
+    autoencoder = Autoencoder({"modality": "image", "net": net, "quantizer": {"name": "sq_vae", "dim": 4}})
+    pixels, mse, discrete, continuous = 3 * 32 * 32, 0.01, -2.0, 3.0
     official = pixels / 2 * math.log(pixels * mse) + tokens * (discrete + continuous)
-    weights = SQVAE.default_loss_weights
+    weights = known_losses(autoencoder, build_modality("image", {}))
     ours = math.log(mse) + weights["kl_discrete"] * discrete + weights["kl_continuous"] * continuous
     assert official / (pixels / 2) - math.log(pixels) == pytest.approx(ours)
 
@@ -113,13 +119,31 @@ def test_codes_start_as_normal_numbers_whatever_the_first_batch():
     assert before.std().item() == pytest.approx(1, abs=0.05)
 
 
-def test_shares_are_the_mean_of_the_probabilities():
+def test_shares_count_the_hard_codes_that_the_official_evaluation_counts():
+    """At a variance of 21 the probabilities are nearly uniform; the codes that are written are not."""
     z, codes = torch.randn(300, 8), torch.randn(16, 8)
-    expected = probabilities(z, codes, 21.0).mean(dim=0).float()
-    torch.testing.assert_close(with_codes(codes).code_shares(z), expected)
+    chosen = torch.cdist(z.double(), codes.double()).argmin(dim=1)
+    expected = torch.bincount(chosen, minlength=16) / 300
+    assert torch.equal(with_codes(codes).code_shares(z), expected)
+    assert probabilities(z, codes, 21.0).mean(dim=0).max() < 0.5 * expected.max()
 
 
-@pytest.mark.parametrize(("key", "value"), [("temperature_start", 0.0), ("temperature_decay", -1.0)])
+def test_theta_starts_and_moves_as_its_settings_say():
+    """Adam's first step is its learning rate, whatever the gradient."""
+    net = {"name": "resnet32", "channels": 8, "res_blocks": 1}
+    for theta_lr in (1.0, 30.0):
+        quantizer = {"name": "sq_vae", "codebook_size": 16, "dim": 4, "theta_start": -2.0, "theta_lr": theta_lr}
+        autoencoder = Autoencoder({"modality": "image", "net": net, "quantizer": quantizer})
+        recipe = Recipe(steps=10, lr=1e-3, warmup_steps=0, weight_decay=0.0)
+        trainer = Trainer(autoencoder, build_modality("image", {}), recipe, "cpu")
+        trainer.update(torch.rand(2, 3, 16, 16), 0)
+        assert abs(autoencoder.quantizer.theta.item() + 2.0) == pytest.approx(1e-3 * theta_lr, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature_start", 0.0), ("temperature_decay", -1.0), ("theta_start", math.inf), ("theta_lr", 0.0)],
+)
 def test_a_bad_setting_is_named(key, value):
     with pytest.raises(ValueError, match=f"quantizer.{key} is {value}; it must be"):
         SQVAEConfig(**{key: value})

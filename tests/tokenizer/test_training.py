@@ -137,3 +137,17 @@ def test_compiled_nets_train_as_plain_ones_do_and_are_saved_the_same_way(tmp_pat
     assert compiled.autoencoder.net.encode is not plain.autoencoder.net.encode
     compiled.autoencoder.save(tmp_path)
     assert Autoencoder.load(tmp_path).state_dict().keys() == plain.autoencoder.state_dict().keys()
+
+
+# -- learning rates of their own ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_one_parameter_group_still_trains_on():
+    """Checkpoints of earlier versions have no lr_scale in their groups."""
+    trainer = trainer_of({"name": "fsq"})
+    trainer.update(pictures(), 0)
+    state = trainer.optimizer.state_dict()
+    del state["param_groups"][0]["lr_scale"]
+    trainer.optimizer.load_state_dict(state)
+    trainer.update(pictures(1), 1)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(RECIPE.lr)

@@ -219,15 +219,39 @@ def test_eval_before_fit_shows_the_decoder_the_latent_itself():
 # -- queue and perturbation -----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_perturbed_while_the_queue_fills():
+def test_nothing_is_perturbed_before_the_queue_holds_16_latents_a_code():
     quantizer = VPVAE(VPVAEConfig(codebook_size=64, dim=4))
-    for step in range(4):  # 4,000 of 4,096
-        z = normals(1000, 4, seed=step)
+    for step in range(4):  # 1,000 of 1,024
+        z = normals(250, 4, seed=step)
         out = quantizer(z)
         assert torch.equal(out.z_q, z)
         assert out.indices is None
     quantizer(z)
     assert not torch.equal(quantizer(z).z_q, z)
+
+
+def test_while_the_queue_fills_the_radius_is_that_of_one_code_of_what_it_holds():
+    """2,000 of 4,096 latents; what is searched grows by a quarter at a time: 1,024, 1,280, 1,600, 2,000."""
+    quantizer, samples, z = VPVAE(VPVAEConfig(codebook_size=64, dim=4)), normals(2000, 4), normals(100, 4, seed=1)
+    for part in samples.split(100):
+        quantizer(part)
+    distances = torch.cdist(z.double(), samples.double()).sort(dim=1).values
+    expected = distances[:, [7, 2000 // 64 - 1]].float()
+    torch.testing.assert_close(quantizer._distances(z), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batches", [7, 12, 30, 45])  # of 100 latents: too few, filling, filling, full
+def test_training_from_a_state_dict_goes_the_same_way_whatever_the_queue_holds(batches):
+    quantizer, loaded = (VPVAE(VPVAEConfig(codebook_size=64, dim=4, latents_per_code=64)) for _ in range(2))
+    for step in range(batches):
+        quantizer(normals(100, 4, seed=step))
+    loaded.load_state_dict(quantizer.state_dict())
+    for step in range(4):
+        found = []
+        for one in (quantizer, loaded):
+            torch.manual_seed(step)
+            found.append(one(normals(100, 4, seed=100 + step)).z_q)
+        assert torch.equal(*found)
 
 
 def test_while_it_fills_the_queue_takes_every_latent_and_then_a_share():
@@ -249,6 +273,46 @@ def test_the_share_that_enters_is_drawn_from_the_whole_batch():
     assert 350 < float(entered.mean()) < 650
 
 
+@pytest.mark.parametrize(
+    ("steps", "entering"),
+    [
+        (0, 655),  # 65,536 latents / 50 steps, of two ranks
+        (500, 655),
+        (2_000, 164),  # in 200 steps, a tenth of those so far
+        (10_000, 33),
+        (100_000, 20),  # the official 1 %
+    ],
+)
+def test_the_queue_renews_itself_within_a_tenth_of_the_steps_so_far(steps, entering):
+    quantizer = VPVAE(VPVAEConfig(codebook_size=1024, dim=4))
+    quantizer.steps.fill_(steps)
+    assert quantizer._num_entering(2048, ranks=2) == entering
+
+
+def test_a_short_run_renews_its_queue_without_any_setting():
+    """100 batches after the queue is full, nothing is left of what filled it."""
+    quantizer = VPVAE(VPVAEConfig(codebook_size=64, dim=4))
+    while not quantizer.queue.full:
+        quantizer(normals(512, 4))
+    for step in range(100):
+        quantizer(100 + normals(512, 4, seed=step))
+    assert quantizer.queue.samples.min() > 50
+
+
+def test_a_queue_smaller_than_a_batch_takes_no_more_than_the_batch():
+    quantizer = VPVAE(VPVAEConfig(codebook_size=1024, dim=4))
+    assert quantizer._num_entering(10, ranks=1) == 10
+    assert quantizer._num_entering(0, ranks=1) == 0
+
+
+def test_a_checkpoint_that_counts_no_steps_trains_on_at_the_official_rate():
+    quantizer, loaded = (VPVAE(VPVAEConfig(codebook_size=1024, dim=4)) for _ in range(2))
+    state = quantizer.state_dict()
+    del state["steps"]
+    loaded.load_state_dict(state)
+    assert loaded._num_entering(2048, ranks=1) == 20
+
+
 def test_gradient_to_z_is_the_upstream_gradient_bitwise():
     quantizer = with_queue(normals(64 * 64, 4), 64)
     z, upstream = normals(300, 4, seed=1).requires_grad_(), normals(300, 4, seed=2)
@@ -257,7 +321,8 @@ def test_gradient_to_z_is_the_upstream_gradient_bitwise():
 
 
 def test_queue_with_waiting_latents_survives_a_state_dict():
-    quantizer, loaded = (VPVAE(VPVAEConfig(codebook_size=64, dim=4, eta="auto")) for _ in range(2))
+    config = VPVAEConfig(codebook_size=64, dim=4, eta="auto", update_probability=0.01)
+    quantizer, loaded = VPVAE(config), VPVAE(config)
     for step in range(6):
         quantizer(normals(1000, 4, seed=step))
     loaded.load_state_dict(quantizer.state_dict())
@@ -366,6 +431,8 @@ def test_a_set_eta_stays():
         ({"eta": "automatic"}, "quantizer.eta is 'automatic'"),
         ({"mh_steps": 0}, "quantizer.mh_steps is 0"),
         ({"update_probability": 0.0}, "quantizer.update_probability is 0.0"),
+        ({"update_probability": 1.5}, "quantizer.update_probability is 1.5"),
+        ({"update_probability": "often"}, "quantizer.update_probability is 'often'"),
         ({"backend": "faiss"}, "choose one of: auto, kdtree, gemm, subsample"),
         ({"codebook_size": 2, "latents_per_code": 3}, "quantizer.density_k is 8"),
         ({"eta": 0.0}, "quantizer.eta is 0.0"),

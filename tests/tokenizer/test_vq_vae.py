@@ -168,6 +168,27 @@ def test_q4_a_new_code_is_as_searched_a_latent_of_the_batch_with_little_noise(op
     np.testing.assert_allclose(quantizer.codebook.numpy(), codes, atol=2e-6)
 
 
+def test_q4_noise_of_a_new_code_is_one_percent_of_its_length_in_each_dimension_as_in_vqtorch():
+    """One latent, so that every new code is it plus noise; at 64 dims the noise is 8 % of its length."""
+    quantizer = VQVAE(VQVAEConfig(codebook_size=1024, dim=64, replace_after=1))
+    z = torch.full((10, 64), 0.5)  # of length 4
+    quantizer(z)
+    rows = quantizer.overwritten_rows()["embedding"]
+    noise = quantizer.embedding.detach()[rows] - z[0]
+    assert len(rows) == 1023
+    assert noise.std().item() == pytest.approx(0.04, rel=0.02)
+    assert (noise.norm(dim=1) / 4).mean().item() == pytest.approx(0.08, rel=0.02)
+
+
+def test_q4_no_latent_is_taken_twice_while_there_are_others():
+    quantizer = initialised(torch.randn(500, 8), replace_after=1)
+    z = 5 + 100 * torch.randn(31, 8)
+    quantizer(z)
+    rows = quantizer.overwritten_rows()["embedding"]
+    nearest = torch.cdist(quantizer.embedding.detach()[rows], z).argmin(dim=1)
+    assert len(nearest.unique()) == len(rows) > 10
+
+
 @replacing
 def test_q4_overwritten_rows_are_those_that_the_batch_left_unused(options):
     quantizer = initialised(torch.randn(500, 8), replace_after=1, **options)
@@ -440,6 +461,30 @@ def test_training_lowers_the_error():
     assert errors[-1] < 0.8 * errors[0]
 
 
+# -- synchronized commitment ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "rotation"}, {"affine": 10.0}])
+def test_sync_nu_gives_the_chosen_codes_that_share_of_the_gradient_at_the_output(options):
+    """arXiv 2305.08842, section 4.3: a code's row gets nu times the sum of its latents' upstream gradients."""
+    z, upstream = torch.randn(300, 8), torch.randn(300, 8)
+    with_sync, without = (initialised(z, sync_nu=nu, **options) for nu in (0.3, 0.0))
+    without.load_state_dict(with_sync.state_dict())
+    out, plain = with_sync(z), without(z)
+    assert torch.equal(out.z_q, plain.z_q)
+    (gradient,) = torch.autograd.grad(out.z_q, with_sync.embedding, upstream)
+    expected = torch.zeros(32, 8).index_add_(0, out.indices, 0.3 * upstream)
+    if "affine" in options:  # the codes as they are searched are (1 + 10 scale) times the embedding, and shifted
+        expected *= 1 + 10.0 * with_sync.scale.detach()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_sync_nu_leaves_the_gradient_of_the_latents_alone():
+    z, upstream = torch.randn(300, 8, requires_grad=True), torch.randn(300, 8)
+    (gradient,) = torch.autograd.grad(initialised(z.detach(), sync_nu=2.0)(z).z_q, z, upstream)
+    assert torch.equal(gradient, upstream)
+
+
 # -- settings -------------------------------------------------------------------------------------------------------
 
 
@@ -448,7 +493,7 @@ def test_a_bad_gradient_is_named():
         VQVAEConfig(gradient="gumbel")
 
 
-@pytest.mark.parametrize("name", ["replace_after", "affine", "alternating_lr"])
+@pytest.mark.parametrize("name", ["replace_after", "affine", "alternating_lr", "sync_nu"])
 def test_a_negative_setting_is_named(name):
     with pytest.raises(ValueError, match=rf"quantizer.{name} is -1; it must be 0 \(off\) or more"):
         VQVAEConfig(**{name: -1})

@@ -83,6 +83,7 @@ class Residual(Quantizer):
         self.dim = self.in_dim = first.dim
         self.index_levels = first.index_levels
         self.default_loss_weights = dict(first.default_loss_weights)  # type: ignore[misc]
+        self.per_token_losses = first.per_token_losses  # type: ignore[misc]
         of_layers = (f"layers.{q}.{prefix}" for q in range(len(layers)) for prefix in first.training_state)
         self.training_state = ("measured", *of_layers)  # type: ignore[misc]
         self.register_buffer("scales", torch.ones(config.num_quantizers))
@@ -144,6 +145,10 @@ class Residual(Quantizer):
             return None
         dropped = [torch.full_like(found[0], DROPPED)] * (self.num_quantizers - used)
         return torch.stack([*found[:used], *dropped], dim=1)
+
+    def lr_scales(self) -> dict[str, float]:
+        scales = [(f"layers.{q}", layer.lr_scales()) for q, layer in enumerate(self.layers)]
+        return {f"{prefix}.{name}": scale for prefix, found in scales for name, scale in found.items()}
 
     def overwritten_rows(self) -> dict[str, Tensor]:
         rows = [(f"layers.{q}", layer.overwritten_rows()) for q, layer in enumerate(self.layers)]

@@ -23,19 +23,23 @@ from tokenizer.soft import (
 from tokenizer.table import check_table
 
 FIRST_THETA = math.log(20.0)
-# The official loss per picture is D_x/2 ln(squared error) + sums over its T tokens. Divided by D_x/2 that is ln(mse)
-# + 2T/D_x (means over tokens); with D_x = 3 * 4 * 4 T values of a picture and one token per 4 x 4 pixels: 1/24.
-WEIGHT_AT_F4 = 1 / 24
 
 
 @dataclass
 class SQVAEConfig:
-    """temperature_decay: of the exponent, per step."""
+    """temperature_decay: of the exponent, per step. theta_start: theta before training, ln 20 in the official code.
+
+    theta_lr: the factor by which theta's learning rate exceeds train.lr, 1 in the official code. Adam moves theta by at
+    most about its learning rate a step: training of a few thousand steps leaves the variance where it was, and the
+    decoder sees mixtures of codes only, unless theta starts lower or moves faster.
+    """
 
     codebook_size: int = 512
     dim: int = 64
     temperature_start: float = 1.0
     temperature_decay: float = 1e-5
+    theta_start: float = FIRST_THETA
+    theta_lr: float = 1.0
 
     def __post_init__(self) -> None:
         check_table(self.codebook_size, self.dim)
@@ -45,6 +49,10 @@ class SQVAEConfig:
             )
         if not 0 <= self.temperature_decay < math.inf:
             raise ValueError(f"quantizer.temperature_decay is {self.temperature_decay}; it must be 0 or more")
+        if not math.isfinite(self.theta_start):
+            raise ValueError(f"quantizer.theta_start is {self.theta_start}; it must be a number")
+        if not 0 < self.theta_lr < math.inf:
+            raise ValueError(f"quantizer.theta_lr is {self.theta_lr}; it must be a number above 0")
 
 
 @QUANTIZERS.register("sq_vae")
@@ -52,16 +60,22 @@ class SQVAE(SoftQuantizer):
     """Mixes all codes, by Gaussian probabilities with Gumbel noise; the nearest code once it is trained.
 
     Losses are means over tokens: "kl_discrete" sum_k p_k ln p_k, at least -ln K; "kl_continuous" |z - z_q|^2 / (2 s).
-    Default weights are for a net of factor 4 and train.loss_weights {mse: 0, log_mse: 1}; in general 2 tokens / values.
+    The official loss of a picture is D_x/2 ln(squared error) + sums over its T tokens. Divided by D_x/2 that is
+    ln(mse) + 2 T/D_x (means over tokens), so the default weights are 2 T/D_x, beside train.loss_weights
+    {mse: 0, log_mse: 1}.
     """
 
     Config = SQVAEConfig
-    default_loss_weights = {"kl_discrete": WEIGHT_AT_F4, "kl_continuous": WEIGHT_AT_F4}
+    default_loss_weights = {"kl_discrete": 2.0, "kl_continuous": 2.0}
+    per_token_losses = ("kl_discrete", "kl_continuous")
 
     def __init__(self, config: SQVAEConfig):
         super().__init__(config.codebook_size, config.dim)
         self.config = config
-        self.theta = nn.Parameter(torch.tensor(FIRST_THETA))
+        self.theta = nn.Parameter(torch.tensor(float(config.theta_start)))
+
+    def lr_scales(self) -> dict[str, float]:
+        return {"theta": self.config.theta_lr}
 
     @property
     def variance(self) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokenizer.distributed import gather_rows, mean_across_ranks
+from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
 from tokenizer.gradients import straight_through
 from tokenizer.kmeans import kmeans
 from tokenizer.latent_parts import Latents, weighted
@@ -25,6 +25,11 @@ RATIO_QUERIES = 4096
 MAX_SEARCHED = 2**18  # points whose nearest is looked for without a tree
 ETA_STEPS = 60  # until an eta that follows the error has settled
 ETA_RANGE = (0.25, 4.0)
+MIN_PER_CODE = 16  # latents a code that a queue must hold before radii are taken from it: they err by 6 % at d = 4
+RENEWAL_SHARE = 0.1  # of the steps so far: the queue holds what the encoder gave in the last tenth of them
+MIN_RENEWAL_STEPS = 50  # a queue that turns over faster would hold little more than the last batches
+MIN_UPDATE_PROBABILITY = 0.01  # the official rate, which long runs come down to
+UNKNOWN_STEPS = 2**40  # of a checkpoint that does not count them: as after a long run
 ETA_GAIN = 0.05  # of the log ratio per step: settles within some 50 steps, and averages over about 20
 
 
@@ -32,6 +37,10 @@ ETA_GAIN = 0.05  # of the log ratio per step: settles within some 50 steps, and 
 class VPVAEConfig:
     """eta: radius of the perturbation in units of D_M, or "auto", which matches the energy of the perturbation,
     all tokens counted, to the error that quantization to K codes will make: about twice that of 1, the default.
+
+    update_probability: share of a batch's latents that enter the queue once it is full, or "auto", which renews the
+    queue within a tenth of the steps so far: fast in a short run or an early phase, while latents still move, and in a
+    long run down to 0.01, the official rate.
 
     balance: 0 makes the codebook of least squared error, 1 one whose codes are all used about as often.
     Defaults by results/e3: auto was never better than 1, and 0.5 lifts CVU from .86 to .96 for .03 dB.
@@ -43,45 +52,56 @@ class VPVAEConfig:
     mh_steps: int = 1  # Metropolis-Hastings steps per token
     density_k: int = 8  # neighbours of the density estimate; `k4nn` in the official code
     latents_per_code: int = 0  # M; 0 takes 16 per dimension, as the official code does
-    update_probability: float = 0.01  # share of a batch's latents that enter the queue, once it is full
+    update_probability: int | float | str = "auto"
     balance: float = 0.5
     backend: str = "auto"  # of the neighbour search: auto, kdtree, gemm, subsample
 
     def __post_init__(self) -> None:
-        self.eta = self._eta()
+        self.eta = self._number_or_auto("eta")
+        self.update_probability = self._number_or_auto("update_probability")
         check_table(self.codebook_size, self.dim)
         if self.mh_steps < 1:
             raise ValueError(f"quantizer.mh_steps is {self.mh_steps}; it must be 1 or more")
         if not 0 <= self.balance <= 1:
             raise ValueError(f"quantizer.balance is {self.balance}; it must lie in 0..1")
-        if not 0 < self.update_probability <= 1:
-            raise ValueError(f"quantizer.update_probability is {self.update_probability}; it must lie in 0..1, above 0")
+        if self.update_probability != "auto" and float(self.update_probability) > 1:
+            raise ValueError(
+                f"quantizer.update_probability is {self.update_probability}; it must be at most 1, or auto"
+            )
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise ValueError(f"quantizer.backend is {self.backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
         self.latents_per_code = self.latents_per_code or 16 * self.dim
         if self.density_k > self.codebook_size * self.latents_per_code:
             raise ValueError(f"quantizer.density_k is {self.density_k}, more than the queue holds")
 
-    def _eta(self) -> float | str:
-        if self.eta == "auto":
+    def _number_or_auto(self, name: str) -> float | str:
+        value = getattr(self, name)
+        if value == "auto":
             return "auto"
         try:
-            eta = float(self.eta)
+            number = float(value)
         except ValueError:
-            eta = 0.0
-        if eta <= 0:
-            raise ValueError(f"quantizer.eta is {self.eta!r}; it must be a number above 0, or auto")
-        return eta
+            number = 0.0
+        if not 0 < number < math.inf:
+            raise ValueError(f"quantizer.{name} is {value!r}; it must be a number above 0, or auto")
+        return number
 
 
 @QUANTIZERS.register("vp_vae")
 class VPVAE(TableQuantizer):
-    """Moves each latent by what quantization would do to it; `fit` makes the codebook once training is over."""
+    """Moves each latent by what quantization would do to it; `fit` makes the codebook once training is over.
+
+    Differs: the queue starts empty and takes all latents of the first batches. Latents move once it holds 16 a code,
+    with M in proportion to what it holds. The official queue starts as N(0, I) noise, which 1 % of each batch replaces,
+    so that for the first 800 steps (K = 1024) to 16,000 steps (K = 16,384) the radius is not that of the latents. Once
+    full, ours is renewed at the pace of `update_probability`, where the official code has 0.01 from the first step on.
+    """
 
     log_eta: Tensor
+    steps: Tensor
     Config = VPVAEConfig
     default_loss_weights = {"norm_mean": 0.1, "norm_var": 0.07}
-    training_state = ("queue.", "log_eta")
+    training_state = ("queue.", "log_eta", "steps")
     fit_settings = ("balance",)
 
     def __init__(self, config: VPVAEConfig):
@@ -92,13 +112,16 @@ class VPVAE(TableQuantizer):
         self.queue = LatentQueue(capacity, config.dim, flush=round(FLUSH_SHARE * capacity))
         eta = 1.0 if config.eta == "auto" else float(config.eta)
         self.register_buffer("log_eta", torch.tensor(math.log(eta)))
+        self.register_buffer("steps", torch.tensor(0))
         self._index: NeighborIndex | None = None  # over queue.samples; rebuilt when they change, never saved
+        self._num_indexed = 0
 
     # -- training: no codebook ------------------------------------------------------------------------------------
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
         losses = moment_losses(z, variance=1.0)
-        if not self.queue.full or len(z) == 0:  # no estimate of the density yet: the plain autoencoder trains
+        self.steps.add_(1)
+        if self._num_searched() == 0 or len(z) == 0:  # no estimate of the density yet: the plain autoencoder trains
             self._remember(z)
             return QuantizerOutput(z, losses=losses, metrics={"queue_filled": self.queue.filled_share})
         moved, metrics = self._perturb(z.detach())
@@ -136,9 +159,25 @@ class VPVAE(TableQuantizer):
 
     def _distances(self, z: Tensor) -> Tensor:
         """D_k and D_M of each z: [N, d] -> [N, 2]."""
-        if self._index is None:
-            self._index = build_index(self.queue.samples, self.config.backend)
-        return self._index.kth_distances(z, [self.config.density_k, self.radius_k])
+        count = self._num_searched()
+        if self._index is None or self._num_indexed != count:
+            self._index = build_index(self.queue.samples[:count], self.config.backend)
+            self._num_indexed = count
+        return self._index.kth_distances(z, [self.config.density_k, count // self.config.codebook_size])
+
+    def _num_searched(self) -> int:
+        """How many of the queue's latents are searched: all once it is full, and 0 while it holds too few.
+
+        In between, a number that grows by a quarter at a time, so that the index is not rebuilt at every step.
+        """
+        if self.queue.full:
+            return self.queue.capacity
+        count, filled = min(self.radius_k, MIN_PER_CODE) * self.config.codebook_size, int(self.queue.filled)
+        if filled < count:
+            return 0
+        while count + count // 4 <= filled:
+            count += count // 4
+        return count
 
     def _follow(self, ratio: Tensor) -> None:
         """Energy grows about as eta, not eta^2, as longer moves are accepted less often."""
@@ -147,11 +186,20 @@ class VPVAE(TableQuantizer):
 
     def _remember(self, z: Tensor) -> None:
         """A random share of all ranks' latents to the queue; all of them while it fills. The same on every rank."""
-        if self.queue.full:
-            count = max(1, round(self.config.update_probability * len(z))) if len(z) else 0
-            z = z[torch.randperm(len(z), device=z.device)[:count]]
-        if self.queue.add(gather_rows(z)):
+        was_full = self.queue.full
+        if was_full:
+            z = z[torch.randperm(len(z), device=z.device)[: self._num_entering(len(z), world_size())]]
+        if self.queue.add(gather_rows(z)) and was_full:  # before that, what is searched stays as it is
             self._index = None
+
+    def _num_entering(self, num_latents: int, ranks: int) -> int:
+        """How many of the num_latents that each rank has in a step enter the full queue."""
+        share = self.config.update_probability
+        if share == "auto":
+            renewal_steps = max(MIN_RENEWAL_STEPS, RENEWAL_SHARE * int(self.steps))
+            share = self.queue.capacity / (renewal_steps * max(1, num_latents) * ranks)
+            share = min(1.0, max(MIN_UPDATE_PROBABILITY, share))
+        return min(num_latents, max(1, round(share * num_latents)))
 
     # -- after training: k-means makes the codebook ---------------------------------------------------------------
 
@@ -197,16 +245,18 @@ class VPVAE(TableQuantizer):
             return QuantizerOutput(z)
         return super()._eval_forward(z)
 
-    def _load_from_state_dict(self, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         self._index = None
-        super()._load_from_state_dict(*args)  # type: ignore[arg-type]
+        if f"{prefix}queue.samples" in state_dict:  # a checkpoint; those of earlier versions count no steps
+            state_dict.setdefault(f"{prefix}steps", torch.tensor(UNKNOWN_STEPS))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, *args: object, **kwargs: object) -> "VPVAE":
         self._index = None  # it lies on the device that the queue is leaving
         return super()._apply(*args, **kwargs)  # type: ignore[arg-type, return-value]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_index": None}
+        return {**self.__dict__, "_index": None, "_num_indexed": 0}
 
 
 def quantization_error(cell_radius: Tensor, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
 from tokenizer.table import TableQuantizer, check_table, first_codes
 
 MOMENTUM = 0.9  # of the alternating step, as in vqtorch's example
-REPLACE_NOISE = 0.01  # of the new code's length
+REPLACE_NOISE = 0.01  # standard deviation in each dimension, relative to the new code's length, as in vqtorch
 SMALLEST_LENGTH = 1e-6  # of a latent on its way to the sphere: keeps the gradient finite at 0
 SMALLEST_FACTOR = 1e-2  # that a new code is divided by: an affine scale that passes 0 would make it infinite
 
@@ -31,7 +31,8 @@ class VQVAEConfig:
 
     affine: the factor by which a learned scale and shift of the whole codebook outpace the codes, 0 for none (vqtorch:
     10). alternating_lr: of an SGD step on the codes alone before each step of the model, 0 for none (vqtorch: 50);
-    the optimizer then leaves the codes alone, and the paper gives the commitment no weight.
+    the optimizer then leaves the codes alone, and the paper gives the commitment no weight. sync_nu: share of the
+    gradient at the output that reaches the chosen code too, 0 for none (synchronized commitment; vqtorch: 0.2).
     """
 
     codebook_size: int = 1024
@@ -41,12 +42,13 @@ class VQVAEConfig:
     replace_after: int = 0
     affine: float = 0.0
     alternating_lr: float = 0.0
+    sync_nu: float = 0.0
 
     def __post_init__(self) -> None:
         check_table(self.codebook_size, self.dim)
         if self.gradient not in GRADIENTS:
             raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
-        for name in ("replace_after", "affine", "alternating_lr"):
+        for name in ("replace_after", "affine", "alternating_lr", "sync_nu"):
             if getattr(self, name) < 0:
                 raise ValueError(f"quantizer.{name} is {getattr(self, name)}; it must be 0 (off) or more")
 
@@ -93,7 +95,10 @@ class VQVAE(TableQuantizer):
             "codebook": mean_squared(z.detach() - e_q),
             "commitment": mean_squared(z - e_q.detach()),
         }
-        return QuantizerOutput(GRADIENTS[self.config.gradient](z, e_q), q, losses)
+        z_q = GRADIENTS[self.config.gradient](z, e_q)
+        if self.config.sync_nu:  # arXiv 2305.08842, section 4.3: adds nothing but a gradient to the codes
+            z_q = z_q + self.config.sync_nu * (e_q - e_q.detach())
+        return QuantizerOutput(z_q, q, losses)
 
     def overwritten_rows(self) -> dict[str, Tensor]:
         return {} if self._replaced is None else {"embedding": self._replaced}
@@ -119,16 +124,19 @@ class VQVAE(TableQuantizer):
 
     @torch.no_grad()
     def _replace_unused(self, z: Tensor, q: Tensor) -> None:
-        """Codes that no rank has used for `replace_after` steps become latents of this batch, with 1 % of noise."""
+        """Codes that no rank has used for `replace_after` steps become latents of this batch, with some noise."""
         counts = torch.bincount(q, minlength=self.codebook_size).float()
         self.unused_steps.add_(1)[mean_across_ranks(counts) > 0] = 0
         rows = (self.unused_steps >= self.config.replace_after).nonzero().flatten()
         if len(rows) == 0:
             return
         everyone = gather_rows(z)
-        new = everyone[torch.randint(len(everyone), (len(rows),), device=z.device)]
-        noise = normalize(torch.randn_like(new), dim=1) * torch.rand_like(new[:, :1])
-        new = from_first_rank(new + REPLACE_NOISE * new.norm(dim=1, keepdim=True) * noise)
+        order = torch.randperm(len(everyone), device=z.device)
+        new = everyone[
+            order.repeat(1 + len(rows) // len(order))[: len(rows)]
+        ]  # no latent twice before all have had a turn
+        noise = REPLACE_NOISE * new.norm(dim=1, keepdim=True) * torch.randn_like(new)
+        new = from_first_rank(new + noise)
         if self.config.affine:  # undo what _effective will do to them
             factor = 1 + self.config.affine * self.scale
             new = (new - self.config.affine * self.shift) / factor.abs().clamp(min=SMALLEST_FACTOR).copysign(factor)
