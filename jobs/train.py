@@ -27,7 +27,9 @@ from pipeline import storage
 from pipeline.manifest import find_shards
 from pipeline.stream import Lanes
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import build_modality
+from tokenizer.modality import MODALITIES, build_modality
+from tokenizer.net import NETS
+from tokenizer.quantizer import QUANTIZERS
 from tokenizer.training import build_adversary, known_losses
 
 MAY_CHANGE = (
@@ -100,7 +102,7 @@ def _claim(url: str, config: Config) -> None:
         return
     except FileExistsError:
         there = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
-    defaults = _flat({"train": asdict(TrainConfig())})  # for keys that there were not yet when the run began
+    defaults = _flat(_defaults_of(there))  # for keys that did not exist yet when the run began
     before, now = {**defaults, **_flat(there)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
@@ -109,6 +111,18 @@ def _claim(url: str, config: Config) -> None:
         raise ConfigError(
             f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or leave it at that"
         )
+
+
+def _defaults_of(there: dict[str, Any]) -> dict[str, Any]:
+    """Of every key whose meaning depends on the names that a run's config.yaml gives, and of `train`."""
+    net, quantizer = NETS.get(there["model"]["net"]["name"]), QUANTIZERS.get(there["quantizer"]["name"])
+    modality = MODALITIES.get(there["model"]["modality"])
+    return {
+        "data": {"preprocess": asdict(modality.Config())},
+        "model": {"net": asdict(net.Config())},
+        "quantizer": asdict(quantizer.Config()),
+        "train": asdict(TrainConfig()),
+    }
 
 
 def _check_lanes(url: str, config: Config) -> None:

@@ -277,6 +277,16 @@ def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path
         _claim(str(tmp_path / "run"), load_config([config(tmp_path), "train.ema=0.5"]))
 
 
+def test_a_run_that_began_before_a_quantizers_setting_existed_goes_on_with_its_default(tmp_path: Path):
+    sq_vae = [config(tmp_path), "quantizer.name=sq_vae", "quantizer.dim=4"]
+    _claim(str(tmp_path / "run"), load_config(sq_vae))
+    file = tmp_path / "run/config.yaml"
+    file.write_text(file.read_text().replace("  theta_lr: 1.0\n", ""))
+    _claim(str(tmp_path / "run"), load_config(sq_vae))
+    with pytest.raises(ConfigError, match=r"quantizer\.theta_lr=1\.0, not 5\.0; choose another `run`"):
+        _claim(str(tmp_path / "run"), load_config([*sq_vae, "quantizer.theta_lr=5"]))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
