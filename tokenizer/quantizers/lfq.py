@@ -28,7 +28,7 @@ class LFQConfig:
         if self.codebook_size < 2 or self.codebook_size & (self.codebook_size - 1):
             below = max(1, self.codebook_size.bit_length() - 1) if self.codebook_size > 0 else 1
             raise ValueError(
-                f"quantizer.codebook_size is {self.codebook_size}; lfq has a power of two of codes: "
+                f"quantizer.codebook_size is {self.codebook_size}; it must be a power of two: "
                 f"choose {2**below} or {2 ** (below + 1)}"
             )
         if self.inverse_temperature <= 0:
@@ -82,8 +82,7 @@ class LFQ(Quantizer):
         p = logits.sigmoid()
         if self.dim <= MAX_JOINT_DIM:
             return entropy(mean_over_all_rows(joint_sums(p), len(p)))
-        share = mean_over_all_rows(p.sum(dim=0), len(p))
-        return entropy(torch.stack([share, 1 - share], dim=1)).sum() if len(p) else share.sum()
+        return entropy_of_mean_bits(p)
 
     def _encode(self, z: Tensor) -> Tensor:
         return self.radix.pack((z > 0).long())
@@ -104,6 +103,12 @@ def binary_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of a bit with these logits; exact and with a finite gradient however large they are."""
     size = logits.abs()
     return softplus(-size) + size * torch.sigmoid(-size)
+
+
+def entropy_of_mean_bits(p: Tensor) -> Tensor:
+    """Sum over bits of the entropies of their mean probabilities over all ranks' rows: p [N, d] -> []."""
+    share = mean_over_all_rows(p.sum(dim=0), len(p))
+    return entropy(torch.stack([share, 1 - share], dim=1)).sum() if len(p) else share.sum()
 
 
 def joint_sums(p: Tensor) -> Tensor:
