@@ -35,6 +35,9 @@ class IBQ(SoftQuantizer):
     Losses, as means over elements: "quantization" is |z_q - z|^2 with the gradient through the choice, "commitment" and
     "codebook" are VQ-VAE's. In nats: "entropy_per_token" is E H(p') and "entropy_of_mean" -H(E p'), where
     p' = softmax(z.e / entropy_temperature).
+
+    Differs: the paper weighs "codebook" by 1 and "commitment" by .25 (SEED-Voken issue 60), its code, whose weights
+    these are, the other way round. That code also adds 1e-5 to the mean probabilities inside the logarithm.
     """
 
     Config = IBQConfig
