@@ -102,6 +102,7 @@ def _claim(url: str, config: Config) -> None:
         return
     except FileExistsError:
         there = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
+    assert isinstance(there, dict)
     defaults = _flat(_defaults_of(there))  # for keys that did not exist yet when the run began
     before, now = {**defaults, **_flat(there)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
@@ -113,7 +114,7 @@ def _claim(url: str, config: Config) -> None:
         )
 
 
-def _defaults_of(there: dict[str, Any]) -> dict[str, Any]:
+def _defaults_of(there: dict[Any, Any]) -> dict[str, Any]:
     """Of every key whose meaning depends on the names that a run's config.yaml gives, and of `train`."""
     net, quantizer = NETS.get(there["model"]["net"]["name"]), QUANTIZERS.get(there["quantizer"]["name"])
     modality = MODALITIES.get(there["model"]["modality"])

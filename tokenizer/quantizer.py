@@ -121,7 +121,7 @@ class Quantizer(nn.Module):
         """Energy of what training did to latents in place of quantizing, over the squared error of the codes.
 
         latents [N, in_dim]. 1 says that the decoder was trained against what it will meet; below, against less. None
-        where training quantizes, the latents are too few to tell, or (residual, token_bridge) nobody has worked it out.
+        where training quantizes, the latents are too few to tell, or (residual, product, token_bridge) it is not known.
         """
         return None
 

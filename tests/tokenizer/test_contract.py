@@ -44,6 +44,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vp_vae", {"eta": "auto", "mh_steps": 2, "balance": 0.0}),
     ("fsp", {"mixing": "vector", "activation": "normal"}),
     ("fsp", {"activation": "cauchy"}),
+    ("fsp", {"activation": "laplace", "inverse_activation": True}),
     ("fsq", {"edges": "original"}),
     ("fsq", {"noise_rate": 0.5}),
     ("vq_vae", {"l2": True, "replace_after": 2}),
@@ -56,6 +57,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("residual", {"base": {"name": "fsp"}}),
     ("residual", {"base": {"name": "vp_vae", "latents_per_code": 16}}),
     ("residual", {"base": {"name": "vq_vae", "replace_after": 2}, "dropout": True}),
+    ("product", {"base": {"name": "residual", "base": {"name": "fsp"}, "num_quantizers": 2, "dropout": True}}),
+    ("product", {"base": {"name": "vp_vae", "latents_per_code": 16}}),
+    ("product", {"base": {"name": "gm_vq"}, "groups": 4}),  # which reads more channels than it gives
 ]
 TRAIN_STEPS = 7
 

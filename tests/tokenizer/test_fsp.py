@@ -202,6 +202,75 @@ def test_saturated_latents_stay_finite_and_in_range():
         assert make(activation=name).encode(a).tolist() == [7 + 0 * 8 + 4 * 40 + 0 * 200]
 
 
+# -- inverse activation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_inverse_of_an_activation_is_the_quantile_function_of_its_law(name):
+    p = np.linspace(1e-4, 1 - 1e-4, 401)
+    found = ACTIVATIONS[name].inverse(torch.from_numpy(p)).numpy()
+    np.testing.assert_allclose(found, LAWS[name].ppf(p), rtol=1e-9, atol=1e-9)
+
+
+def test_the_decoder_sees_the_inverse_of_the_middle_of_the_cell():
+    """By hand: middles 1/6, 1/2 and 5/6 of three cells, and artanh(2/3) = ln(5) / 2."""
+    codes = make([3, 3], inverse_activation=True).decode(torch.arange(3))
+    half = math.log(5) / 2
+    torch.testing.assert_close(codes, torch.tensor([[-half, -half], [0.0, -half], [half, -half]]))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_inverse_codes_are_the_quantiles_of_the_law_at_the_middles_of_the_cells(name):
+    found = make([16], activation=name, inverse_activation=True).codebook[:, 0].numpy()
+    np.testing.assert_allclose(found, LAWS[name].ppf((np.arange(16) + 0.5) / 16), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("quantize_rate", [0.0, 0.5, 1.0])
+def test_the_gradient_through_the_inverse_is_the_upstream_gradient(name, quantize_rate):
+    quantizer = make(activation=name, quantize_rate=quantize_rate, inverse_activation=True)
+    a, upstream = torch.randn(500, 4, requires_grad=True), torch.randn(500, 4)
+    (gradient,) = torch.autograd.grad(quantizer(a).z_q, a, upstream)
+    assert torch.equal(gradient, upstream)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_inverse_changes_no_index(name):
+    a = 2 * torch.randn(5000, 4)
+    plain, inverse = (make(activation=name, inverse_activation=on) for on in (False, True))
+    assert torch.equal(plain.encode(a), inverse.encode(a))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_training_shows_the_inverse_of_p_moved_by_at_most_half_a_cell(name):
+    a = torch.randn(20_000, 4)
+    shown = make(activation=name, inverse_activation=True)(a).z_q
+    p, moved = (ACTIVATIONS[name].cdf(x.double()) for x in (a, shown))
+    ratio = (moved - p).abs() * 2 * torch.tensor(PAPER)
+    assert 0.99 < float(ratio.max()) < 1 + 1e-3
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("quantize_rate", [0.0, 1.0])
+def test_saturated_latents_have_finite_inverses(name, quantize_rate):
+    quantizer = make(activation=name, quantize_rate=quantize_rate, inverse_activation=True)
+    a = torch.tensor([[1e4, -1e4, 1e30, -1e30]], requires_grad=True)
+    shown = quantizer(a).z_q
+    assert shown.isfinite().all()
+    assert (shown.sign() == a.sign()).all()
+    assert quantizer.codebook.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["tanh", "normal", "laplace"])
+def test_perturbation_ratio_of_the_inverse_is_measured_on_what_the_decoder_sees(name):
+    quantizer = make(activation=name, inverse_activation=True)
+    a = torch.randn(20_000, 4)
+    ratio = quantizer.perturbation_ratio(a)
+    torch.manual_seed(0)  # the noise that the ratio is measured with
+    energy, error = ((shown.z_q - a).square().sum() for shown in (quantizer(a), quantizer.eval()(a)))
+    assert ratio == pytest.approx(float(energy / error), rel=1e-3)
+
+
 # -- mixing ---------------------------------------------------------------------------------------------------------
 
 

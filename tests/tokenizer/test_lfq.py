@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.quantizers import lfq
-from tokenizer.quantizers.lfq import LFQ, LFQConfig, binary_entropy, joint_sums
+from tokenizer.quantizers.lfq import LFQ, LFQConfig, binary_entropy, entropy_of_mean_bits, joint_sums
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +145,12 @@ def test_above_the_limit_the_entropy_of_the_mean_is_bounded_by_its_bits(monkeypa
     share = (400 * z[:, 0].double()).sigmoid().mean()
     assert bound == pytest.approx(-4 * brute_entropy(torch.stack([share, 1 - share])).item(), rel=1e-4)
     assert bound < 0.5 * exact < 0
+
+
+def test_entropy_of_the_mean_bits_is_the_sum_over_bits():
+    """By hand: shares of 1/2, 0 and 1/4 have ln 2, 0 and 2 ln 2 - 3/4 ln 3."""
+    p = torch.tensor([[1.0, 0, 0.5], [0, 0, 0]])
+    assert entropy_of_mean_bits(p).item() == pytest.approx(3 * math.log(2) - 0.75 * math.log(3), rel=1e-5)
 
 
 def test_above_the_limit_a_step_takes_little_memory_and_is_finite():

@@ -316,6 +316,7 @@ def test_sizes_are_handed_to_the_base_unless_it_sets_or_lacks_them():
         ({"num_quantizers": 1}, r"num_quantizers is 1; it must be 2 or more"),
         ({"base": {}}, r"must name a quantizer"),
         ({"base": {"name": "residual"}}, "raise quantizer.num_quantizers instead"),
+        ({"base": {"name": "product"}}, "use product with residual as its base instead"),
         ({"base": {"name": "gumbel"}}, "leave no residual"),
         ({"base": {"name": "gm_vq"}}, "gm_vq, which reads 128 channels and gives 64"),
         ({"base": {"name": "token_bridge"}}, "token_bridge, which reads 10 channels and gives 5"),

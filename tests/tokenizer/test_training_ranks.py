@@ -21,7 +21,11 @@ from tokenizer.training import Recipe, Trainer
 NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}
 STEPS, BATCH = 3, 4
 # without noise, once their codes are there: k-means puts them there in the first step
-EXACT = [case for case in NAMED if case.name in ("fsq", "lfq", "vq_vae", "ema_vq", "sim_vq", "residual")]
+EXACT = [
+    case
+    for case in NAMED
+    if case.name in ("fsq", "lfq", "bsq", "ibq", "vq_vae", "ema_vq", "sim_vq", "residual", "product")
+]
 
 
 def pictures(rank: int, step: int) -> Tensor:

@@ -17,14 +17,16 @@ from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
 from tokenizer.scalar import MixedRadix, check_levels, levels_for
 
 UNIT_STD = math.sqrt(12.0)  # one over the standard deviation of U(0, 1)
+SMALLEST_P = 2.0**-23  # as in the official code: the inverse of 0 or 1, where an activation saturates, is infinite
 MIXING = ("element", "vector")
 
 
 @dataclass(frozen=True)
 class Activation:
-    """A distribution function, and the variance of the latents that it makes uniform (None: it has no variance)."""
+    """A distribution function and its inverse, and the variance of the latents that it makes uniform (None: none)."""
 
     cdf: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
     variance: float | None
 
 
@@ -32,8 +34,16 @@ def _tanh_cdf(a: Tensor) -> Tensor:
     return (torch.tanh(a) + 1) / 2
 
 
+def _tanh_inverse(p: Tensor) -> Tensor:
+    return torch.logit(p) / 2
+
+
 def _cauchy_cdf(a: Tensor) -> Tensor:
     return torch.atan(a) / math.pi + 0.5
+
+
+def _cauchy_inverse(p: Tensor) -> Tensor:
+    return torch.tan(math.pi * (p - 0.5))
 
 
 def _laplace_cdf(a: Tensor) -> Tensor:
@@ -41,12 +51,16 @@ def _laplace_cdf(a: Tensor) -> Tensor:
     return torch.where(a < 0, tail, 1 - tail)
 
 
+def _laplace_inverse(p: Tensor) -> Tensor:
+    return torch.where(p < 0.5, torch.log(2 * p), -torch.log(2 * (1 - p)))
+
+
 ACTIVATIONS = {  # named functions, not lambdas: Ray pickles the module
-    "tanh": Activation(_tanh_cdf, math.pi**2 / 12),  # logistic of scale 1/2
-    "sigmoid": Activation(torch.sigmoid, math.pi**2 / 3),
-    "normal": Activation(torch.special.ndtr, 1.0),
-    "laplace": Activation(_laplace_cdf, 2.0),
-    "cauchy": Activation(_cauchy_cdf, None),
+    "tanh": Activation(_tanh_cdf, _tanh_inverse, math.pi**2 / 12),  # logistic of scale 1/2
+    "sigmoid": Activation(torch.sigmoid, torch.logit, math.pi**2 / 3),
+    "normal": Activation(torch.special.ndtr, torch.special.ndtri, 1.0),
+    "laplace": Activation(_laplace_cdf, _laplace_inverse, 2.0),
+    "cauchy": Activation(_cauchy_cdf, _cauchy_inverse, None),
 }
 
 
@@ -55,7 +69,8 @@ class FSPConfig:
     """levels [] takes those of codebook_size. quantize_rate: share that is rounded in training, not perturbed: 0.5 in
     the paper; 0, the official code's default, was better in every pair of results/e3.
 
-    eta scales the perturbation; 1 is one quantization cell.
+    eta scales the perturbation; 1 is one quantization cell. inverse_activation: the decoder sees the inverse of the
+    activation, straight-through to the latent, and not p at unit variance (the official need_inv_act).
     """
 
     codebook_size: int = 1024
@@ -64,6 +79,7 @@ class FSPConfig:
     mixing: str = "element"
     quantize_rate: float = 0.0
     eta: float = 1.0
+    inverse_activation: bool = False
 
     def __post_init__(self) -> None:
         check_levels(self.levels)
@@ -105,8 +121,9 @@ class FSP(Quantizer):
         choose = torch.rand_like(p[:, :1] if self.vector_wise else p) < self.quantize_rate
         p_out = torch.where(choose, straight_through(p, self._centroid(self._digits(p))), perturbed)
         accepted_share = accepted.float().mean() if len(a) else p.new_zeros(())
+        shown = self._shown(p_out)
         return QuantizerOutput(
-            _standardise(p_out),
+            straight_through(a, shown) if self.config.inverse_activation else shown,
             losses=moment_losses(a, self.activation.variance),
             metrics={"accepted": accepted_share},
         )
@@ -122,22 +139,23 @@ class FSP(Quantizer):
 
     @torch.no_grad()
     def perturbation_ratio(self, latents: Tensor) -> float | None:
-        """Both measured on p, where U(-eta/2L, eta/2L) and rounding are alike in law if eta is 1. The share of scalars
-        that training rounds has the error of the codes itself."""
+        """Both measured on what the decoder sees; on p, U(-eta/2L, eta/2L) and rounding are alike in law if eta is 1.
+        The share of scalars that training rounds has the error of the codes itself."""
         if len(latents) == 0:
             return None
         p = self.activation.cdf(latents.float())
         with torch.random.fork_rng(devices=[p.device] if p.is_cuda else []):
             torch.manual_seed(0)
             moved, _ = self._perturb(p)
-        energy, error = ((other - p).square().sum() for other in (moved, self._centroid(self._digits(p))))
+        before, rounded = self._shown(p), self._shown(self._centroid(self._digits(p)))
+        energy, error = ((after - before).square().sum() for after in (self._shown(moved), rounded))
         return self.quantize_rate + (1 - self.quantize_rate) * float(energy / error) if error > 0 else None
 
     def _encode(self, a: Tensor) -> Tensor:
         return self.radix.pack(self._digits(self.activation.cdf(a)))
 
     def _decode(self, indices: Tensor) -> Tensor:
-        return _standardise(self._centroid(self.radix.unpack(indices)))
+        return self._shown(self._centroid(self.radix.unpack(indices)))
 
     def _digits(self, p: Tensor) -> Tensor:
         cell = torch.floor(self.levels * p).nan_to_num(0.0)
@@ -146,7 +164,8 @@ class FSP(Quantizer):
     def _centroid(self, digits: Tensor) -> Tensor:
         return (digits + 0.5) / self.levels
 
-
-def _standardise(p: Tensor) -> Tensor:
-    """Uniform on (0, 1) to mean 0 and variance 1, which is what the decoder sees."""
-    return (p - 0.5) * UNIT_STD
+    def _shown(self, p: Tensor) -> Tensor:
+        """What the decoder sees of p in (0, 1): its inverse, or p with the mean 0 and the variance 1 of uniform p."""
+        if self.config.inverse_activation:
+            return self.activation.inverse(p.clamp(SMALLEST_P, 1 - SMALLEST_P))
+        return (p - 0.5) * UNIT_STD

@@ -4,12 +4,13 @@ Legend: z [N, d] latents, Q num_quantizers, K codes of each layer, r_q = z - sum
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tokenizer.compound import CompoundQuantizer, base_settings, check_base, means
 from tokenizer.distributed import mean_across_ranks
 from tokenizer.gradients import straight_through
 from tokenizer.latent_parts import Latents, Part
@@ -37,21 +38,20 @@ class ResidualConfig:
             raise ValueError(
                 f"quantizer.num_quantizers is {self.num_quantizers}; it must be 2 or more (for 1, use the base itself)"
             )
-        if "name" not in self.base:
-            raise ValueError(f"quantizer.base is {dict(self.base)}; it must name a quantizer, as {{name: vq_vae}}")
+        check_base(self.base)
         if self.base["name"] == "residual":
             raise ValueError("quantizer.base is residual itself; raise quantizer.num_quantizers instead")
+        if self.base["name"] == "product":
+            raise ValueError("quantizer.base is product; use product with residual as its base instead")
         if self.base["name"] == "gumbel":
             raise ValueError("quantizer.base is gumbel, whose codes do not lie near the latent: they leave no residual")
 
     def base_settings(self) -> dict[str, Any]:
-        known = {field.name for field in fields(QUANTIZERS.get(self.base["name"]).Config)}
-        sizes = {"codebook_size": self.codebook_size, "dim": self.dim}
-        return {**{key: size for key, size in sizes.items() if size and key in known}, **self.base}
+        return base_settings(self.base, self.codebook_size, self.dim)
 
 
 @QUANTIZERS.register("residual")
-class Residual(Quantizer):
+class Residual(CompoundQuantizer):
     """Q layers of one method; indices [..., Q], of which any prefix decodes: -1 stands for a code of zeros.
 
     Differs: a layer sees its residual divided by `scales`, so that it has the spread of z; methods that expect latents
@@ -62,40 +62,24 @@ class Residual(Quantizer):
     codes before it being constants, and counts in the unit of z. Losses are means over the layers in use.
     """
 
-    layers: Sequence[Quantizer]
     scales: Tensor
     measured: Tensor
     Config = ResidualConfig
 
     def __init__(self, config: ResidualConfig):
-        super().__init__()
+        layers = [build_quantizer(config.base_settings()) for _ in range(config.num_quantizers)]
+        super().__init__(layers)
         self.config = config
-        self.num_quantizers = config.num_quantizers
-        settings = config.base_settings()
-        layers = [build_quantizer(settings) for _ in range(config.num_quantizers)]
         first = layers[0]
         if first.in_dim != first.dim:
             raise ValueError(
                 f"quantizer.base is {first.name}, which reads {first.in_dim} channels and gives {first.dim}: "
                 "a residual needs as many; choose another base"
             )
-        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.dim = self.in_dim = first.dim
-        self.index_levels = first.index_levels
-        self.default_loss_weights = dict(first.default_loss_weights)  # type: ignore[misc]
-        self.per_token_losses = first.per_token_losses  # type: ignore[misc]
-        of_layers = (f"layers.{q}.{prefix}" for q in range(len(layers)) for prefix in first.training_state)
-        self.training_state = ("measured", *of_layers)  # type: ignore[misc]
+        self.training_state = ("measured", *self.training_state)  # type: ignore[misc]
         self.register_buffer("scales", torch.ones(config.num_quantizers))
         self.register_buffer("measured", torch.arange(config.num_quantizers) < 1)
-
-    @property
-    def codebook_size(self) -> int:  # type: ignore[override]
-        return self.layers[0].codebook_size  # which `fit` or a loaded table may change
-
-    @property
-    def target_size(self) -> int:
-        return self.layers[0].target_size
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -118,7 +102,8 @@ class Residual(Quantizer):
             coded = coded + codes[-1].detach()
         used = min(len(outs), self._draw())
         z_q = sum((code.detach() for code in codes[1:used]), codes[0])
-        return QuantizerOutput(z_q, self._train_indices(outs, used), _losses(outs, used), _mean_metrics(outs))
+        metrics = means([out.metrics for out in outs])
+        return QuantizerOutput(z_q, self._train_indices(outs, used), _losses(outs, used), metrics)
 
     def _draw(self) -> int:
         """How many layers this step uses: the same for all its tokens. On the CPU, so that no GPU waits."""
@@ -146,18 +131,7 @@ class Residual(Quantizer):
         dropped = [torch.full_like(found[0], DROPPED)] * (self.num_quantizers - used)
         return torch.stack([*found[:used], *dropped], dim=1)
 
-    def lr_scales(self) -> dict[str, float]:
-        scales = [(f"layers.{q}", layer.lr_scales()) for q, layer in enumerate(self.layers)]
-        return {f"{prefix}.{name}": scale for prefix, found in scales for name, scale in found.items()}
-
-    def overwritten_rows(self) -> dict[str, Tensor]:
-        rows = [(f"layers.{q}", layer.overwritten_rows()) for q, layer in enumerate(self.layers)]
-        return {f"{prefix}.{name}": which for prefix, found in rows for name, which in found.items()}
-
     # -- afterwards -------------------------------------------------------------------------------------------------
-
-    def check_size(self, codebook_size: int | None) -> None:
-        self.layers[0].check_size(codebook_size)
 
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
         """Layer by layer, each on what the fitted layers before it leave over; their curves, one after the other."""
@@ -232,9 +206,3 @@ def _losses(outs: list[QuantizerOutput], used: int) -> dict[str, Tensor]:
         name: torch.stack([share * out.losses[name] for share, out in zip(shares, outs, strict=True)]).sum()
         for name in outs[0].losses
     }
-
-
-def _mean_metrics(outs: list[QuantizerOutput]) -> dict[str, Tensor]:
-    """Means over the layers that have a metric."""
-    found = {name: [out.metrics[name] for out in outs if name in out.metrics] for out in outs for name in out.metrics}
-    return {name: torch.stack(values).mean() for name, values in found.items()}
