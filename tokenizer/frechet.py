@@ -199,10 +199,9 @@ def frechet_distance(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """A with A A^T = covariance. What rounding made of zero eigenvalues is taken for zero: its root would be large."""
+    """A with A A^T = covariance."""
     values, vectors = scipy.linalg.eigh(covariance)
-    noise = values.max(initial=0) * len(values) * np.finfo(np.float64).eps
-    return vectors * np.sqrt(np.where(values > noise, values, 0))
+    return vectors * np.sqrt(values.clip(min=0))  # rounding makes some zeros of a singular one negative
 
 
 def about(name: str, numbers: dict[str, Any]) -> str:
