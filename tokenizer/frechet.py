@@ -112,7 +112,7 @@ EXTRACTORS: dict[str, tuple[Callable[[str], tuple[str, nn.Module]], str]] = {
 class FeatureSums:
     """Of n features f [D]: the sums of f [D] and of f f^T [D, D], int64, in units of 2^-18 and 2^-36.
 
-    Integers add up exactly, so that no bit of the result depends on batches, workers or their order. 8 D^2 bytes:
+    Integers add up exactly, so that no bit of the sums depends on how samples are split or in which order. 8 D^2 bytes:
     34 MB at D=2048. Differs: f is rounded to 2^-18 for this, which adds 1e-12 to a variance.
     """
 

@@ -71,3 +71,9 @@ def test_a_missing_file_of_weights_is_told_in_one_line_before_ray_starts(tmp_pat
     said = capsys.readouterr().err
     assert "metrics: frechet=inception needs weights, and frechet_weights is 'nowhere.pth'; set it to a copy of" in said
     assert said.count("\n") == 1
+
+
+def test_what_preprocessing_decides_is_no_setting_of_the_metrics(tmp_path, tokenizer, capsys):
+    write_corpus(tmp_path, [1])
+    assert main(arguments(tmp_path, tokenizer, "metrics.pictures=crop256")) == 2
+    assert "metrics.pictures: there is no such setting" in capsys.readouterr().err

@@ -186,7 +186,6 @@ class ImageMetrics(Metrics):
     def __init__(
         self,
         pictures: str,
-        /,
         *,
         perceptual: str = "",
         perceptual_weights: str = "",
