@@ -14,6 +14,7 @@ import numpy as np
 from jobs.config import Config
 from jobs.report import against_png, gallery_png
 from pipeline import storage
+from tokenizer.frechet import about
 
 Column = tuple[str, str, Callable[[float], str]]  # name in `numbers`, heading, format of a value
 QUALITY: dict[str, Column] = {  # what is not told better than by its own name and four digits
@@ -93,8 +94,12 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def columns_of(rows: list[dict[str, Any]]) -> list[Column]:
     """Those that any row has a value in; metrics of quality under their own names, in the modality's order."""
-    quality = [QUALITY.get(name, (name, name, "{:.4f}".format)) for name in _quality(rows)]
     there = {name for row in rows for name in row}
+    quality: list[Column] = []
+    for name in _quality(rows):
+        quality.append(QUALITY.get(name, (name, name, "{:.4f}".format)))
+        if f"{name}_samples" in there:  # a Frechet distance, which nobody can read without it
+            quality.append((f"{name}_samples", "of samples", "{:,.0f}".format))
     if all(row.get("num_quantizers", 1) == 1 for row in rows):
         there -= {"num_quantizers"}
     return [column for column in [*SIZES, *quality, *USAGE] if column[0] in there]
@@ -136,6 +141,7 @@ def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
         "Mean ± standard deviation over the seeds. CVU is by the actual number of codes, `CVU of K` by that asked for.",
         f"`perplexity` is that of all tokens together; `per batch` the mean over batches of "
         f"{numbers.get('tokens_per_batch', 0):.0f} tokens, from the codes' probabilities where a method has them.",
+        *[f"{about(one, numbers)}." for one in numbers.get("quality", ()) if f"{one}_samples" in numbers],
         f"Metrics: {config.metrics or 'the default ones'}. s/step and tokens/s depend on the machine "
         "and on what ran beside it: compare within this table only.",
         f"Machine: {'; '.join(sorted({one['machine'] for one in results}))}. Last trial finished "

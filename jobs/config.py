@@ -277,7 +277,7 @@ def checked(section: str) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        unknown = re.search(r"(?:unexpected keyword|multiple values for) argument '(\w+)'", str(error))
         if unknown is None:
             raise
         raise ConfigError(f"{section}.{unknown[1]}: there is no such setting") from error

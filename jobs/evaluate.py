@@ -21,8 +21,8 @@ from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens.output import Quarantined
 from tokenizer.evaluation import Evaluation
+from tokenizer.frechet import about
 from tokenizer.quantizer import Quantizer
-from tokenizer.tokenizer import Tokenizer
 
 PLOTTED_LATENTS = 4000
 
@@ -54,12 +54,15 @@ def run(config: Config) -> int:
     }
     progress = Progress("evaluate", total=len(shards), unit="shards")
     parts: dict[str, Part] = {}
+    whole = Evaluation.empty(tokenizer)
     for shard_url, part in map_shards(shards, EvaluateWorker, settings, config.workers):
         parts[shard_url] = part
+        if part.evaluation is not None:
+            whole.take_sums(part.evaluation)  # 67 MB a shard, so they must not pile up here
         progress.advance(samples=len(part.evaluation.sizes) if part.evaluation else 0, bad_samples=part.num_bad)
     progress.close()
     ordered = [parts[shard.url] for shard in shards]  # so that the report does not depend on who was first
-    whole = _merged(ordered, tokenizer)
+    _merge(whole, ordered)
     num_bad = sum(part.num_bad for part in ordered)
     numbers = {"tokenizer_id": tokenizer.id, "num_bad": num_bad, **whole.summary(tokenizer)}
     _write(url, config, numbers, whole, ordered, tokenizer.autoencoder.quantizer)
@@ -113,14 +116,12 @@ class EvaluateWorker(ShardWorker):
             part.examples.append(Example(item.sample.key, tokenizer.modality.mime, views, files))
 
 
-def _merged(parts: list[Part], tokenizer: Tokenizer) -> Evaluation:
-    whole = Evaluation.empty(tokenizer)
+def _merge(whole: Evaluation, parts: list[Part]) -> None:
     for part in parts:
         if part.evaluation is not None:
             whole.merge(part.evaluation)
     if not whole.sizes:
         raise ConfigError("no sample could be evaluated: every shard failed or is empty")
-    return whole
 
 
 def _write(
@@ -144,7 +145,9 @@ def _write(
     if examples:
         storage.replace(f"{base}.png", sheet_png([example.views for example in examples]))
     used = ("cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation")
-    shown = ("num_samples", *whole.metrics, *used, "bits_per_pixel", "kbps")
+    shown = ("num_samples", *whole.quality, *used, "bits_per_pixel", "kbps")
     told = [f"{key} {numbers[key]:{'' if isinstance(numbers[key], int) else '.4g'}}" for key in shown if key in numbers]
     print(f"evaluate: {'  '.join(told)}")
+    for name in whole.sums:
+        print(f"evaluate: {about(name, numbers)}")
     print(f"evaluate: report at {base}.html, pictures at {base}.png")

@@ -7,22 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from tokenizer.frechet import FrechetSums
 from tokenizer.metrics import count_codes, digit_usage, perplexity, usage
-from tokenizer.modality import Decoded
+from tokenizer.modality import Decoded, Metrics
 from tokenizer.tokenizer import Tokenizer
 
 
 @dataclass
 class Evaluation:
-    """counts [Q, K]: how often each code was chosen. metrics: one value per sample. bits: of all tokens together."""
+    """counts [Q, K]: how often each code was chosen. metrics: one value per sample. sums: of metrics of all samples."""
 
     counts: np.ndarray
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     batch_perplexities: list[float] = field(default_factory=list)
     batch_tokens: list[int] = field(default_factory=list)
     sizes: list[dict[str, int]] = field(default_factory=list)
+    sums: dict[str, FrechetSums] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, tokenizer: Tokenizer) -> "Evaluation":
@@ -30,7 +31,7 @@ class Evaluation:
         return cls(np.zeros((quantizer.num_quantizers, quantizer.codebook_size), dtype=np.int64))
 
     @torch.inference_mode()
-    def add(self, tokenizer: Tokenizer, samples: list[Decoded], quality: nn.Module) -> list[np.ndarray]:
+    def add(self, tokenizer: Tokenizer, samples: list[Decoded], quality: Metrics) -> list[np.ndarray]:
         """Encodes, decodes and compares samples of one bucket; returns the reconstructions. Raises BadSample."""
         arrays = [sample.array for sample in samples]
         latents = tokenizer.latents(arrays)
@@ -40,6 +41,10 @@ class Evaluation:
         x, x_hat = (tokenizer.modality.batch(group, factor=1).to(tokenizer.device) for group in (arrays, rebuilt))
         for name, values in quality(x, x_hat).items():
             self.metrics[name] += values.tolist()
+        for name, (original, again) in quality.features(x, x_hat).items():
+            if name not in self.sums:
+                self.sums[name] = FrechetSums.empty(original.shape[1], original.device)
+            self.sums[name].add(original, again)
         num_quantizers, codebook_size = self.counts.shape
         by_quantizer = np.concatenate([t.reshape(num_quantizers, -1) for t in tokens], axis=1)
         self.counts += count_codes(by_quantizer, codebook_size)
@@ -57,6 +62,21 @@ class Evaluation:
         self.batch_perplexities += other.batch_perplexities
         self.batch_tokens += other.batch_tokens
         self.sizes += other.sizes
+        self.take_sums(other)
+
+    def take_sums(self, other: "Evaluation") -> None:
+        """Adds the sums of other to these and drops them there: they are large, and any order gives the same bits."""
+        while other.sums:
+            name, sums = other.sums.popitem()
+            if name in self.sums:
+                self.sums[name].merge(sums)
+            else:
+                self.sums[name] = sums
+
+    @property
+    def quality(self) -> list[str]:
+        """Names of the metrics of quality, as `summary` has them."""
+        return [*self.metrics, *self.sums]
 
     def summary(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Means over the samples where a metric is defined, usage of the codes, and the rate.
@@ -71,6 +91,8 @@ class Evaluation:
             numbers[name] = float(np.mean(defined)) if defined else math.nan
             if len(defined) < len(values):  # else a mean could hide what has no value, as silence has no PESQ
                 numbers[f"{name}_undefined"] = len(values) - len(defined)
+        for name, sums in self.sums.items():
+            numbers |= sums.numbers(name)
         numbers |= usage(self.counts, quantizer.target_size)
         if quantizer.index_levels:
             numbers["cvu_per_dim"] = digit_usage(self.counts[0], quantizer.index_levels)

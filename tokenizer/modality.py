@@ -32,6 +32,14 @@ class Decoded:
     size: dict[str, int]
 
 
+class Metrics(nn.Module):
+    """Two Batches, x and x_hat, to the quality of each sample: name -> [B]; NaN where not defined."""
+
+    def features(self, x: Batch, x_hat: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """For Frechet distances between all x and all x_hat: name -> features of both, [B, D] each."""
+        return {}
+
+
 class Modality:
     """Bytes to arrays and back, losses, quality metrics. `Config` holds the preprocessing, part of a tokenizer's id."""
 
@@ -99,8 +107,7 @@ class Modality:
         """A module that maps (x, x_hat) to named, unweighted reconstruction losses."""
         raise AssertionError
 
-    def metrics(self, settings: dict[str, Any]) -> nn.Module:
-        """A module that maps two Batches, x and x_hat, to the quality of each: name -> [B]; NaN where not defined."""
+    def metrics(self, settings: dict[str, Any]) -> Metrics:
         raise AssertionError
 
     def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:

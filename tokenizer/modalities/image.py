@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from tokenizer.errors import BadSample
-from tokenizer.modality import MODALITIES, Batch, Decoded, Modality
+from tokenizer.frechet import FrechetFeatures
+from tokenizer.modality import MODALITIES, Batch, Decoded, Metrics, Modality
 from tokenizer.perceptual import load_perceptual
 
 # named, since Pillow would open any it knows, EPS by running Ghostscript; JPEG opens the MPO of phones too
@@ -146,8 +147,13 @@ class Image(Modality):
     def losses(self, settings: dict[str, Any]) -> nn.Module:
         return ImageLosses(**settings)
 
-    def metrics(self, settings: dict[str, Any]) -> nn.Module:
-        return ImageMetrics(**settings)
+    def metrics(self, settings: dict[str, Any]) -> Metrics:
+        return ImageMetrics(self._preprocessed(), **settings)
+
+    def _preprocessed(self) -> str:
+        """What the pictures are, in the name of a metric: full, short256, crop or crop256."""
+        kind = "crop" if self.config.center_crop else "short" if self.config.short_side else "full"
+        return f"{kind}{self.config.short_side or ''}"
 
     def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
         return {"bits_per_pixel": num_bits / max(1, sum(size["height"] * size["width"] for size in sizes))}
@@ -171,12 +177,24 @@ class ImageLosses(nn.Module):
         return losses
 
 
-class ImageMetrics(nn.Module):
-    """Batches x, x_hat -> {"mse", "psnr", "ssim", and a perceptual distance under its own name}, each [B]."""
+class ImageMetrics(Metrics):
+    """{"mse", "psnr", "ssim", and a perceptual distance under its own name}, each [B]; features for a Frechet distance.
 
-    def __init__(self, perceptual: str = "", perceptual_weights: str = ""):
+    pictures: what preprocessing left of them, for the name of the Frechet distance.
+    """
+
+    def __init__(
+        self,
+        pictures: str,
+        *,
+        perceptual: str = "",
+        perceptual_weights: str = "",
+        frechet: str = "",
+        frechet_weights: str = "",
+    ):
         super().__init__()
         self.perceptual = load_perceptual(perceptual, perceptual_weights or None) if perceptual else None
+        self.frechet = FrechetFeatures(frechet, frechet_weights, pictures) if frechet else None
 
     @torch.no_grad()
     def forward(self, original: Batch, rebuilt: Batch) -> dict[str, Tensor]:
@@ -186,6 +204,9 @@ class ImageMetrics(nn.Module):
         if self.perceptual is not None:
             found[self.perceptual.name] = self.perceptual(x, x_hat)
         return found
+
+    def features(self, x: Batch, x_hat: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        return {} if self.frechet is None else {self.frechet.name: (self.frechet(x.x), self.frechet(x_hat.x))}
 
 
 def to_rgb(picture: PIL.Image) -> np.ndarray:
