@@ -249,6 +249,7 @@ def num_saved(quantizer: Quantizer, z: Tensor) -> int:
 def test_no_tensor_of_a_training_step_has_n_times_k_elements(settings, monkeypatch):
     quantizer, z = started(settings)
     monkeypatch.setattr(soft, "MAX_SCORES", SMALL_CHUNK)
+    monkeypatch.setattr(soft, "MAX_KEPT", 0)
     with Largest() as largest:
         step(quantizer, z)
     assert 16 * K <= largest.num_elements < N * K / 8
@@ -258,8 +259,9 @@ def test_no_tensor_of_a_training_step_has_n_times_k_elements(settings, monkeypat
 def test_nothing_of_a_chunk_is_kept_for_backward(settings, monkeypatch):
     quantizer, z = started(settings)
     monkeypatch.setattr(soft, "MAX_SCORES", SMALL_CHUNK)
+    monkeypatch.setattr(soft, "MAX_KEPT", 0)
     assert num_saved(quantizer, z) < N * K / 4
-    monkeypatch.setattr(soft, "checkpoint", lambda function, part, **_: function(part))
+    monkeypatch.setattr(soft, "MAX_KEPT", N * K)
     assert num_saved(quantizer, z) > N * K  # what is measured is there to be seen
 
 
@@ -267,10 +269,10 @@ def test_nothing_of_a_chunk_is_kept_for_backward(settings, monkeypatch):
 def test_chunks_change_no_output_and_no_gradient(settings, monkeypatch):
     """On the CPU, whose generator deals its numbers one by one; a GPU draws other noise in other chunks."""
     quantizer, z = started(settings)
-    monkeypatch.setattr(soft, "checkpoint", lambda function, part, **_: function(part))
+    monkeypatch.setattr(soft, "MAX_KEPT", N * K)
     whole = step(quantizer, z)
-    monkeypatch.undo()
     monkeypatch.setattr(soft, "MAX_SCORES", SMALL_CHUNK)
+    monkeypatch.setattr(soft, "MAX_KEPT", 0)
     torch.testing.assert_close(step(quantizer, z), whole, rtol=1e-4, atol=1e-6)
 
 
