@@ -22,6 +22,7 @@ QUALITY: dict[str, Column] = {  # what is not told better than by its own name a
     "psnr": ("psnr", "PSNR", "{:.3f}".format),
     "ssim": ("ssim", "SSIM", "{:.4f}".format),
 }
+RECIPE_SHOWN = ("steps", "batch_size", "segment", "lr", "precision")
 SIZES: list[Column] = [
     ("codebook_size", "codes", "{:.0f}".format),
     ("num_quantizers", "quantizers", "{:.0f}".format),
@@ -129,7 +130,7 @@ def _cell(row: dict[str, Any], name: str, form: Callable[[float], str]) -> str:
 def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
     """What one must know to read the table."""
     recipe = asdict(config.train)
-    told = ", ".join(f"{key} {recipe[key]}" for key in ("steps", "batch_size", "segment", "lr", "precision"))
+    told = ", ".join(f"{key} {recipe[key]}" for key in RECIPE_SHOWN)
     numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})
     seeds = ", ".join(str(seed) for seed in config.compare.seeds)
     evaluated = config.compare.others[name] if name else config.compare.heldout
@@ -138,6 +139,7 @@ def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
         f"{numbers.get('num_samples')} samples, {numbers.get('num_tokens')} tokens.",
         f"Net {config.model.net}; {told}; seeds {seeds}. One seed gives all methods the same nets to start from, "
         "samples, order and crops.",
+        *[f"With a recipe of its own: {one}." for one in _own_recipes(results, recipe)],
         "Mean ± standard deviation over the seeds. CVU is by the actual number of codes, `CVU of K` by that asked for.",
         f"`perplexity` is that of all tokens together; `per batch` the mean over batches of "
         f"{numbers.get('tokens_per_batch', 0):.0f} tokens, from the codes' probabilities where a method has them.",
@@ -148,6 +150,17 @@ def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
         f"{max(one['finished'] for one in results)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _own_recipes(results: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
+    """Methods that were trained by other settings than the comparison's, and which these are."""
+    found: dict[str, str] = {}
+    for result in results:
+        own = result["settings"]["recipe"]
+        differing = [f"{key} {own[key]}" for key in RECIPE_SHOWN if own[key] != recipe[key]]
+        if differing:
+            found[result["label"]] = f"{result['label']} ({', '.join(differing)})"
+    return list(found.values())
 
 
 def to_csv(rows: list[dict[str, Any]], names: list[str]) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -153,12 +154,23 @@ def test_a_frechet_distance_stands_beside_its_number_of_samples(tmp_path):
     name = "rfid-inception-crop256-originals"
     numbers = {"psnr": 20.0, name: 3.25, f"{name}_samples": 1000, f"{name}_features": 2048, "quality": ["psnr", name]}
     one = {"label": "a", "size": 16, "seed": 0, "machine": "m", "finished": "today", "numbers": numbers}
+    one["settings"] = {"recipe": asdict(load_config([config(tmp_path)]).train)}
     rows = summarise([one])
     text = markdown(rows, columns_of(rows))
     assert f"| PSNR | {name} | of samples |" in text
     assert "| a | 16 | 20.000 | 3.2500 | 1,000 |" in text
     about = notes([one], load_config([config(tmp_path)]))
     assert f"{name} is a Frechet distance of 1,000 samples, lower is better; they are fewer than its 2,048" in about
+
+
+def test_a_method_that_was_trained_by_a_recipe_of_its_own_is_named_with_it(tmp_path):
+    given = load_config([config(tmp_path)])
+    one = {"size": 16, "seed": 0, "machine": "m", "finished": "today", "numbers": {"quality": []}}
+    same = {**one, "label": "VQ-VAE", "settings": {"recipe": asdict(given.train)}}
+    other = {**one, "label": "GM-VQ", "settings": {"recipe": asdict(replace(given.train, lr=0.01))}}
+    text = notes([same, other, {**other, "seed": 1}], given)
+    assert text.count("With a recipe of its own: GM-VQ (lr 0.01).") == 1
+    assert "VQ-VAE (" not in text
 
 
 def test_a_diverged_trial_is_counted_and_spoils_no_mean():
