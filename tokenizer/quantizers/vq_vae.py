@@ -32,7 +32,7 @@ class VQVAEConfig:
     affine: the factor by which a learned scale and shift of the whole codebook outpace the codes, 0 for none (vqtorch:
     10). alternating_lr: of an SGD step on the codes alone before each step of the model, 0 for none (vqtorch: 50);
     the optimizer then leaves the codes alone, and the paper gives the commitment no weight. sync_nu: share of the
-    gradient at the output that reaches the chosen code too, 0 for none (synchronized commitment; 1 in vqtorch's example).
+    gradient at the output that reaches the chosen code too, 0 for none (synchronized commitment; vqtorch's example: 1).
     """
 
     codebook_size: int = 1024
