@@ -1,4 +1,4 @@
-"""Run the experiments E1, E2 and E3 at the papers' length on one GPU, without Ray.
+r"""Run the experiments E1, E2 and E3 at the papers' length on one GPU, without Ray.
 
   python scripts/gpu_experiments.py e1 e2 --data cifar10_jpg_train.parquet --out runs/gpu --minutes 9 --parallel 4
 
@@ -21,11 +21,13 @@ s/step and tokens/s in the tables then also measure the other trials.
 
 On a machine that is lent for minutes and has no internet:
   1. Here, collect what it lacks in folders that git ignores, and copy them there with the working tree:
-       python -c "import pyarrow.parquet as pq; t = pq.read_table('cifar10_jpg_train.parquet')
-       pq.write_table(t, 'runs/cifar10.parquet', compression='zstd')"     (15 MB instead of 48)
-       python scripts/make_squeeze_weights.py runs/squeeze.safetensors    (for e2 and e3)
-       pip download --no-deps -d build/wheels omegaconf braceexpand       (if they are not installed there)
-     Ray, faiss, s3fs, webdataset and tensorboardX are not needed. runs/gpu.tar.gz of step 2, if there is one.
+       mkdir -p runs
+       python -c "import pyarrow.parquet as pq; t = pq.read_table('cifar10_jpg_train.parquet'); \
+       pq.write_table(t, 'runs/cifar10.parquet', compression='zstd')"
+       python scripts/make_squeeze_weights.py runs/squeeze.safetensors
+       pip download --no-deps -d build/wheels omegaconf braceexpand
+     The new Parquet file has 15 MB instead of 48. The weights are for e2 and e3. The wheels are for a machine without
+     these two packages; Ray, faiss, s3fs, webdataset and tensorboardX are not needed.
   2. There, run this as often as needed. $OUT is the folder that comes back; --minutes 9 is for a limit of 10 minutes.
        python3 -m pip install -q --no-index --no-deps --target /tmp/site build/wheels/*.whl
        export PYTHONPATH=/tmp/site; mkdir -p /tmp/gpu; [ ! -f runs/gpu.tar.gz ] || tar xzf runs/gpu.tar.gz -C /tmp/gpu
@@ -38,7 +40,7 @@ On a machine that is lent for minutes and has no internet:
      compare.json in it has every trial's numbers and settings.
 
 Exit codes: 0 all trials are done; 2 a mistake in the command, its configuration or the data; 3 trials are left or
-failed.
+failed; 130 interrupted.
 """
 
 import argparse
@@ -114,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"gpu_experiments: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("gpu_experiments: interrupted; rerun the same command to continue", file=sys.stderr)
+        return 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -182,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
     for title, reason in failed.items():
         print(f"failed: {title}: {reason}")
     if left:
-        print(f"{len(left)} trials are left; rerun the same command to continue. Next: {'; '.join(left[:4])}")
+        print(f"trials left: {len(left)}; rerun the same command to continue. Next: {'; '.join(left[:4])}")
     return 3 if failed or left else 0
 
 
@@ -194,6 +199,8 @@ def read_pictures(path: str, heldout: int) -> tuple[dict[str, np.ndarray], str]:
 
     heldout: how many of the last rows. Raises ConfigError.
     """
+    if not Path(path).is_file():
+        raise ConfigError(f"--data {path}: there is no such file")
     try:
         column = pq.read_table(path, columns=["jpg"])["jpg"].to_pylist()
     except (OSError, pa.ArrowException, KeyError) as error:
@@ -264,7 +271,13 @@ def run_jobs(jobs: list[Job], parallel: int, took: dict[tuple[str, int], float])
                     running[pool.submit(run_job, job)] = job
             if not running:
                 break
-            for future in wait(running, return_when=FIRST_COMPLETED)[0]:
+            try:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt:  # worker processes get it themselves; a thread would train to the end
+                for job in running.values():
+                    job.deadline = 0.0
+                raise
+            for future in done:
                 job, error = running.pop(future), future.exception()
                 if isinstance(error, OutOfTime):
                     left.append(job.title)

@@ -105,7 +105,7 @@ def test_a_killed_run_continues_with_what_is_missing_and_without_ray(done):
 def test_a_trial_that_fails_is_named_and_the_others_run(done):
     said = (done / "said.txt").read_text()
     assert "failed: e1 bad K=16 seed=0: ValueError: k-means needs at least one point" in said
-    assert "trials are left" not in said
+    assert "trials left" not in said
 
 
 def test_a_rerun_of_a_finished_run_only_makes_the_report(done, script, capsys):
@@ -125,7 +125,7 @@ def test_a_time_limit_ends_a_trial_that_has_begun_and_says_what_is_left(tmp_path
     arguments = command(tmp_path, "--minutes", "0.1", "train.steps=100000", methods=("VQ-VAE", "GM-VQ"))
     assert script.main(arguments) == 3
     said = capsys.readouterr().out
-    assert "2 trials are left; rerun the same command to continue. Next: e1 VQ-VAE K=16 seed=0; e1 GM-VQ" in said
+    assert "trials left: 2; rerun the same command to continue. Next: e1 VQ-VAE K=16 seed=0; e1 GM-VQ" in said
     assert "no trial has a result yet" in said
     assert not trials(tmp_path)
 
@@ -165,7 +165,8 @@ def test_the_data_are_in_the_order_of_the_rows_and_known_by_their_content(tmp_pa
         (["e4"], r"experiments are ['e1', 'e4']; give one or more of: e1, e2, e3"),
         (["--length", "long"], "--length is 'long'; it must be paper, quick, or a number of steps above 0"),
         (["--device", "gpu"], "invalid choice: 'gpu'"),
-        (["--data", "nope.parquet"], "nope.parquet"),
+        (["--data", "nope.parquet"], "--data nope.parquet: there is no such file"),
+        (["--data", str(SCRIPT)], "gpu_experiments.py: Could not open Parquet"),
         (["--only", "VQVAE"], "--only 'VQVAE': e1 has: VQ-VAE; VQ-VAE+ (l2)"),
         (["--heldout", "120"], "--heldout is 120; it must be 1 or more and below the 120 rows"),
         (["--parallel", "0"], "--parallel is 0"),
