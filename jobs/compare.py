@@ -12,17 +12,18 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jobs import cluster
+from jobs.checks import check
 from jobs.compare_report import write_report
 from jobs.config import Config, ConfigError, checked, with_method
 from jobs.progress import clock
 from jobs.reading import Item, decode_sample
-from jobs.train import check
 from pipeline import storage
 from pipeline.batches import map_in_threads
 from pipeline.errors import ShardError
@@ -68,7 +69,7 @@ def run(config: Config) -> int:
     if todo:
         failed = _run_trials(todo, {name: _load(m, modality, config) for name, m in corpora.items()}, config)
     originals = _load(heldout, modality, config, config.compare.pictures) if config.compare.pictures else []
-    write_report(url, _results(planned), [modality.view(array) for array in originals], config)
+    write_report(url, results_of(planned), [modality.view(array) for array in originals], config)
     for name, reason in failed.items():
         print(f"compare: failed trial {name}: {reason}")
     return 3 if failed else 0
@@ -183,23 +184,38 @@ def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: float, n
     import ray
     import torch
 
-    from tokenizer.trial import run_trial
-
     torch.set_num_threads(max(1, int(cpus)))  # Ray would leave one thread per process
-    device = cluster.device_for(gpu)
 
     def report(row: dict[str, float]) -> None:
         # not news.put, which waits: Ray gives the CPU of a task that waits to another one
         news.actor.put_nowait.remote({"name": one.name, "steps": one.trial.recipe.steps, **row})
 
     arrays = dict(zip(shared, ray.get(list(shared.values())), strict=True))  # in shared memory, not copied
-    train, heldout = arrays.pop("train"), arrays.pop("heldout")
-    others = {name.removeprefix("others."): part for name, part in arrays.items()}
+    return run_planned(one, arrays, cluster.device_for(gpu), cpus=cpus, report=report)
+
+
+def run_planned(
+    one: Planned,
+    arrays: dict[str, Any],
+    device: str,
+    *,
+    cpus: float,
+    report: Callable[[dict[str, float]], None],
+    resident: bool = False,
+) -> str:
+    """Runs one trial, writes its result, and returns a line about it. Needs no Ray.
+
+    arrays: train, heldout, and others.<name>. resident: see `run_trial`.
+    """
+    from tokenizer.trial import run_trial
+
+    others = {name.removeprefix("others."): part for name, part in arrays.items() if name.startswith("others.")}
     started = time.time()
     result: dict[str, Any] = {"label": one.label, "size": one.size, "seed": one.seed}
     result |= {"settings": dataclasses.asdict(one.trial), "machine": _machine(device, cpus)}
     try:
-        found = run_trial(one.trial, train, heldout, others=others, device=device, report=report)
+        train, heldout = arrays["train"], arrays["heldout"]
+        found = run_trial(one.trial, train, heldout, others=others, device=device, report=report, resident=resident)
         examples = [base64.b64encode(png).decode() for png in found.examples]
         result |= {"numbers": found.numbers, "others": found.others, "history": found.history, "examples": examples}
         line = "  ".join(f"{name} {found.numbers[name]:.4g}" for name in (*found.numbers["quality"], "cvu"))
@@ -257,6 +273,7 @@ class _Board:
         )
 
 
-def _results(planned: list[Planned]) -> list[dict[str, Any]]:
+def results_of(planned: list[Planned]) -> list[dict[str, Any]]:
+    """The results that exist, in the order of the plan."""
     there = [(one, json.loads(storage.read(one.url))) for one in planned if storage.exists(one.url)]
     return [{**result, "label": one.label} for one, result in there]

@@ -15,22 +15,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 
 from jobs import cluster
-from jobs.config import Config, ConfigError, TrainConfig, checked
+from jobs.checks import check
+from jobs.config import Config, ConfigError, TrainConfig
 from jobs.mailbox import open_mailbox
 from jobs.progress import LOG_EVERY_S, clock
 from jobs.train_loop import LANES_FILE, train_worker
 from pipeline import storage
 from pipeline.manifest import find_shards
 from pipeline.stream import Lanes
-from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import MODALITIES, build_modality
+from tokenizer.modality import MODALITIES
 from tokenizer.net import NETS
 from tokenizer.quantizer import QUANTIZERS
-from tokenizer.training import build_adversary, known_losses
 
 MAY_CHANGE = (
     *("workers", "decode_threads", "log_every", "evaluate_every", "pictures", "profile"),
@@ -71,24 +69,6 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
         key: str(Path(value).resolve()) if isinstance(value, str) and Path(value).is_file() else value
         for key, value in settings.items()
     }
-
-
-def check(config: Config) -> None:
-    """What can be known to be wrong before Ray starts."""
-    try:
-        modality = build_modality(config.model.modality, config.data.preprocess)
-        autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
-        build_adversary(config.train, modality, torch.device("cpu"))
-    except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual's base
-        raise ConfigError(str(error)) from error
-    known, factor = known_losses(autoencoder, modality), autoencoder.factor
-    for name in config.train.loss_weights:
-        if name not in known:
-            raise ConfigError(f"train.loss_weights.{name}: there is no such loss; there are: {', '.join(known)}")
-    with checked("train.losses"):
-        modality.losses(config.train.losses)
-    if config.train.segment % factor:
-        raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
 
 
 def _claim(url: str, config: Config) -> None:

@@ -16,6 +16,7 @@ from tokenizer.autoencoder import Autoencoder
 from tokenizer.evaluation import Evaluation
 from tokenizer.latents import LatentEncoder
 from tokenizer.modality import Decoded, Modality, build_modality
+from tokenizer.resident import endless_order, resident_batches
 from tokenizer.tokenizer import Tokenizer
 from tokenizer.training import Recipe, Trainer
 
@@ -53,9 +54,11 @@ def run_trial(
     others: Mapping[str, Sequence[np.ndarray]] | None = None,
     device: str = "cpu",
     report: Callable[[dict[str, float]], None] = lambda row: None,
+    resident: bool = False,
 ) -> TrialResult:
     """train, heldout, and others to evaluate on: samples as the modality reads them. report gets each row of the log.
 
+    resident: keep all training pictures on the device and make the same batches there (`resident_batches`).
     Two trials that differ in the quantizer alone see the same samples in the same order, the same crops, and nets
     that start from the same weights. Raises FloatingPointError if training diverges.
     """
@@ -63,7 +66,11 @@ def run_trial(
     autoencoder = Autoencoder(trial.model)
     modality = build_modality(trial.model["modality"], trial.preprocess)
     trainer = Trainer(autoencoder, modality, trial.recipe, device)
-    history, seconds = _train(trainer, modality, train, report)
+    if resident:
+        batches = resident_batches(train, trial.recipe, autoencoder.factor, trainer.device)
+    else:
+        batches = training_batches(modality, train, trial.recipe, autoencoder.factor)
+    history, seconds = _train(trainer, batches, report)
     started = time.perf_counter()
     curve = _fit(trial, autoencoder, train, device)
     fit_s = time.perf_counter() - started
@@ -80,27 +87,20 @@ def training_batches(
     modality: Modality, arrays: Sequence[np.ndarray], recipe: Recipe, factor: int
 ) -> Iterator[tuple[int, Tensor]]:
     """(step, x) for every step. Order and crops depend on the recipe's seed alone: each epoch is a new permutation."""
-    places = _endless_order(len(arrays), recipe.seed)
+    places = endless_order(len(arrays), recipe.seed)
     for step in range(recipe.steps):
         rng = np.random.default_rng([recipe.seed, 1, step])
         crops = [modality.segment(arrays[next(places)], recipe.segment, rng) for _ in range(recipe.batch_size)]
         yield step, modality.batch(crops, factor).x
 
 
-def _endless_order(count: int, seed: int) -> Iterator[int]:
-    epoch = 0
-    while True:
-        yield from np.random.default_rng([seed, 0, epoch]).permutation(count).tolist()
-        epoch += 1
-
-
 def _train(
-    trainer: Trainer, modality: Modality, arrays: Sequence[np.ndarray], report: Callable[[dict[str, float]], None]
+    trainer: Trainer, batches: Iterator[tuple[int, Tensor]], report: Callable[[dict[str, float]], None]
 ) -> tuple[list[dict[str, float]], list[float]]:
     """The training log, and the seconds of each update (data and logging left out)."""
     recipe, history, seconds = trainer.recipe, [], []
     every = max(1, recipe.steps // LOG_POINTS)
-    for step, x in training_batches(modality, arrays, recipe, trainer.autoencoder.factor):
+    for step, x in batches:
         started = time.perf_counter()
         result = trainer.update(x, step)
         if trainer.device.type == "cuda":
