@@ -40,7 +40,20 @@ def command(folder: Path, *more: str, methods: tuple[str, ...] = METHODS) -> lis
         write_parquet(folder / "cifar.parquet", [encoded(picture(32, 32, seed=i), "jpeg") for i in range(120)])
     places = ["--data", f"{folder}/cifar.parquet", "--out", f"{folder}/out", "--device", "cpu"]
     rows = [part for method in methods for part in ("--only", method)]
-    return ["e1", *places, *rows, "--length", "60", "--heldout", "20", "train.batch_size=8", *SMALL, *BAD, *more]
+    return [
+        "e1",
+        *places,
+        *rows,
+        "--length",
+        "60",
+        "--heldout",
+        "20",
+        "train.batch_size=8",
+        "compare.seeds=[0]",
+        *SMALL,
+        *BAD,
+        *more,
+    ]
 
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
