@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a training before it starts. Imports no Ray."""
+"""Checks of a training's configuration before it starts. Imports no Ray."""
 
 from dataclasses import asdict
 
@@ -26,3 +26,10 @@ def check(config: Config) -> None:
         modality.losses(config.train.losses)
     if config.train.segment % factor:
         raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """Those that a training of this configuration has, defaults included."""
+    autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
+    modality = build_modality(config.model.modality, config.data.preprocess)
+    return {**known_losses(autoencoder, modality), **config.train.loss_weights}

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs import cluster
-from jobs.checks import check
+from jobs.checks import check, loss_weights
 from jobs.config import Config, ConfigError, TrainConfig
 from jobs.mailbox import open_mailbox
 from jobs.progress import LOG_EVERY_S, clock
@@ -74,7 +74,7 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 def _claim(url: str, config: Config) -> None:
     """Writes RUN/config.yaml, or checks that it says what we are asked to train."""
     mine = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
-    mine["train"] = asdict(config.train)
+    mine["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
     text = OmegaConf.to_yaml(OmegaConf.create(mine))
     place = storage.join(url, "config.yaml")
     try:
@@ -85,6 +85,13 @@ def _claim(url: str, config: Config) -> None:
     assert isinstance(there, dict)
     defaults = _flat(_defaults_of(there))  # for keys that did not exist yet when the run began
     before, now = {**defaults, **_flat(there)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
+    unknown = [key for key in now if key.startswith("train.loss_weights.") and key not in before]
+    if unknown:
+        print(
+            f"train: {url} was begun by an earlier version, which did not note its default loss weights; it continues"
+        )
+        print(f"train: with {', '.join(f'{key} {now[key]:.4g}' for key in unknown)}; set them to keep the former ones")
+        before |= {key: now[key] for key in unknown}
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
     if differing:
@@ -95,7 +102,7 @@ def _claim(url: str, config: Config) -> None:
 
 
 def _defaults_of(there: dict[Any, Any]) -> dict[str, Any]:
-    """Of every key whose meaning depends on the names that a run's config.yaml gives, and of `train`."""
+    """Default values of the run's net, quantizer and modality, and of `train`."""
     net, quantizer = NETS.get(there["model"]["net"]["name"]), QUANTIZERS.get(there["quantizer"]["name"])
     modality = MODALITIES.get(there["model"]["modality"])
     return {

@@ -4,7 +4,8 @@ r"""Run the experiments E1, E2 and E3 at the papers' length on one GPU, without 
 
 Each finished trial is one file OUT/<experiment>/trials/<name>.json, as `tokenmill compare` writes it. Rerun the same
 command to continue: it runs only the trials that have no file yet. At its end each run writes the tables and plots of
-the trials that have finished to OUT/<experiment>/reports. Trials of the first seed run first.
+the trials that have finished to OUT/<experiment>/reports. Trials of the first seed run first. --minutes is looked at when
+a trial starts and at each row of its log, so a run may exceed it by a fiftieth of a trial and by its evaluation.
 
 --length paper   E1: 100 epochs of 45,000 pictures at batch 256 with 10 epochs of warm-up, GM-VQ at lr up to 1e-2, the
                  other rows at the lr of the config (configs/compare/e1_paper.yaml). E2 and E3: 50 epochs at batch 256;
@@ -54,7 +55,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -281,6 +290,10 @@ def run_jobs(jobs: list[Job], parallel: int, took: dict[tuple[str, int], float])
                 job, error = running.pop(future), future.exception()
                 if isinstance(error, OutOfTime):
                     left.append(job.title)
+                elif isinstance(error, BrokenExecutor):  # the system killed a process; no other can be started
+                    failed[job.title] = "its process, or one beside it, was killed: out of memory? Lower --parallel"
+                    left += [other.title for other in waiting]
+                    waiting.clear()
                 elif error is not None:
                     failed[job.title] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 else:

@@ -1,4 +1,4 @@
-"""What the quantizers share that consist of several quantizers of one method, their base: residual and product."""
+"""Shared code of quantizers that contain several quantizers of one method, their base: residual and product."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,8 +20,11 @@ class CompoundQuantizer(Quantizer):
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.num_quantizers = sum(layer.num_quantizers for layer in layers)
         self.index_levels = layers[0].index_levels
-        self.default_loss_weights = dict(layers[0].default_loss_weights)  # type: ignore[misc]
         self.per_token_losses = layers[0].per_token_losses  # type: ignore[misc]
+        # losses are means over the layers; what a paper sums over tokens, it would sum over the tokens of all layers
+        sums = {name: len(layers) for name in self.per_token_losses}
+        weights = {name: sums.get(name, 1) * weight for name, weight in layers[0].default_loss_weights.items()}
+        self.default_loss_weights = weights  # type: ignore[misc]
         states = (f"layers.{q}.{prefix}" for q, layer in enumerate(layers) for prefix in layer.training_state)
         self.training_state = tuple(states)  # type: ignore[misc]
 
@@ -52,13 +55,13 @@ def check_base(base: dict[str, Any]) -> None:
 
 
 def base_settings(base: dict[str, Any], codebook_size: int, dim: int) -> dict[str, Any]:
-    """base with the sizes that are not 0, unless it sets or lacks them."""
+    """base, with each size that is not 0, that its Config has, and that base does not set itself."""
     known = {field.name for field in fields(QUANTIZERS.get(base["name"]).Config)}
     sizes = {"codebook_size": codebook_size, "dim": dim}
     return {**{key: size for key, size in sizes.items() if size and key in known}, **base}
 
 
 def means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of each name, the mean over those that have it."""
+    """Mean of each name over the dicts that contain it."""
     names = dict.fromkeys(name for values in found for name in values)
     return {name: torch.stack([values[name] for values in found if name in values]).mean() for name in names}

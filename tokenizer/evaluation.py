@@ -82,7 +82,7 @@ class Evaluation:
         """Means over the samples where a metric is defined, usage of the codes, and the rate.
 
         `perplexity` is that of all tokens; `perplexity_per_batch` the mean over batches of `tokens_per_batch` tokens,
-        from q(c|x) where the method has one (as GM-VQ reports it). With several quantizers, means over them.
+        for GM-VQ from q(c|x), as its paper reports it. With several quantizers, means over them.
         """
         quantizer = tokenizer.autoencoder.quantizer
         numbers: dict[str, Any] = {"num_samples": len(self.sizes)}

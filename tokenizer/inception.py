@@ -14,7 +14,7 @@ from torch import Tensor, nn
 SIDE = 299  # of the pictures that the net takes, in pixels
 NUM_FEATURES = 2048
 Kernel = int | tuple[int, int]
-Layer = Any  # (name, channels, kernel[, stride]), a list of such that read the same input, or the name of a pooling
+Layer = Any  # (name, channels, kernel[, stride]), a list of layers that share an input, or the name of a pooling
 
 
 class ConvNorm(nn.Module):

@@ -33,7 +33,7 @@ class Decoded:
 
 
 class Metrics(nn.Module):
-    """Two Batches, x and x_hat, to the quality of each sample: name -> [B]; NaN where not defined."""
+    """Maps two Batches, x and x_hat, to the quality of each sample: name -> [B]; NaN where not defined."""
 
     def features(self, x: Batch, x_hat: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """For Frechet distances between all x and all x_hat: name -> features of both, [B, D] each."""

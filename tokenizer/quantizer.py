@@ -88,9 +88,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def code_shares(self, z: Tensor) -> Tensor:
-        """Mean of q(c|z) over the batch, of which GM-VQ's perplexity is made: [..., in_dim] -> [K] float32.
+        """How often each code is chosen, as a share of the batch: [..., in_dim] -> [K] float32.
 
-        Soft where the method has probabilities; else, as here, how often each code is chosen.
+        GM-VQ alone overrides it with the mean of q(c|z), from which its paper computes the perplexity.
         """
         indices = self.encode(z).flatten()
         return torch.bincount(indices, minlength=self.codebook_size) / max(1, len(indices))

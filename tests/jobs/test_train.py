@@ -278,6 +278,30 @@ def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path
         _claim(str(tmp_path / "run"), load_config([config(tmp_path), "train.ema=0.5"]))
 
 
+def test_a_run_keeps_the_loss_weights_that_it_began_with(tmp_path: Path):
+    """Also the default ones, which another version may change."""
+    gm_vq = [config(tmp_path), "quantizer.name=gm_vq", "quantizer.dim=4"]
+    _claim(str(tmp_path / "run"), load_config(gm_vq))
+    file = tmp_path / "run/config.yaml"
+    noted = yaml.safe_load(file.read_text())["train"]["loss_weights"]
+    assert noted["prior"] == pytest.approx(1 / 192)  # factor 8
+    file.write_text(file.read_text().replace(f"prior: {noted['prior']}", "prior: 0.00033"))
+    with pytest.raises(ConfigError, match=r"train\.loss_weights\.prior=0\.00033, not 0\.0052"):
+        _claim(str(tmp_path / "run"), load_config(gm_vq))
+    _claim(str(tmp_path / "run"), load_config([*gm_vq, "train.loss_weights.prior=0.00033"]))
+
+
+def test_a_run_that_noted_no_default_loss_weights_says_with_which_it_continues(tmp_path: Path, capsys):
+    loaded = load_config([config(tmp_path)])
+    _claim(str(tmp_path / "run"), loaded)
+    file = tmp_path / "run/config.yaml"
+    there = yaml.safe_load(file.read_text())
+    there["train"]["loss_weights"] = {}
+    file.write_text(yaml.safe_dump(there))
+    _claim(str(tmp_path / "run"), loaded)
+    assert "it continues\ntrain: with train.loss_weights.l1 1, " in capsys.readouterr().out
+
+
 def test_a_run_that_began_before_a_quantizers_setting_existed_goes_on_with_its_default(tmp_path: Path):
     sq_vae = [config(tmp_path), "quantizer.name=sq_vae", "quantizer.dim=4"]
     _claim(str(tmp_path / "run"), load_config(sq_vae))

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import tokenizer.quantizers
+from jobs.checks import loss_weights
 from jobs.config import load_config
 from tests.corpus import picture
 from tokenizer.autoencoder import Autoencoder
@@ -481,6 +482,24 @@ def test_overwritten_rows_are_rows_of_parameters(case):
 
 
 # -- shipped configurations -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("gm_vq", {"l1": 0.0, "mse": 1.0, "prior": 1 / 48, "latent": 1e-2}),
+        ("gm_vq_entropy", {"l1": 0.0, "mse": 1.0, "prior": 5 / 48, "latent": 1e-2}),
+        ("sq_vae", {"l1": 0.0, "log_mse": 1.0, "kl_discrete": 1 / 24, "kl_continuous": 1 / 24}),
+        ("gumbel", {"kl": 2 * 0.06327039811675479 * 5e-4}),
+        ("lfq", {"entropy_per_token": 0.02, "entropy_of_mean": 0.02}),
+        ("vq_vae_opt", {"commitment": 0.0}),
+    ],
+)
+def test_shipped_methods_train_with_the_weights_of_their_sources(file, expected):
+    config = load_config([str(CONFIGS / "cifar10.yaml"), str(CONFIGS / "quantizers" / f"{file}.yaml")])
+    found = loss_weights(config)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert config.train.lr == (1e-2 if file.startswith("gm_vq") else 1e-4)
 
 
 @pytest.mark.parametrize("file", METHOD_FILES, ids=lambda file: file.stem)

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.modality import build_modality
 from tokenizer.quantizer import Quantizer, build_quantizer
 from tokenizer.quantizers.product import Product, ProductConfig
+from tokenizer.training import known_losses
 
 BASES = {  # small enough to train here
     "vq_vae": {},
@@ -146,3 +149,15 @@ def test_dim_is_that_of_all_groups_and_the_size_of_each():
 def test_a_bad_setting_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         build_quantizer({"name": "product", **settings})
+
+
+@pytest.mark.parametrize("settings", [{"name": "product", "groups": 4}, {"name": "residual", "num_quantizers": 3}])
+def test_losses_that_a_paper_sums_over_tokens_are_summed_over_the_quantizers_too(settings):
+    """A latent has as many tokens as there are quantizers: D_x mse + the sum over all tokens of the KL terms."""
+    count = settings.get("groups") or settings["num_quantizers"]
+    quantizer = {**settings, "base": {"name": "sq_vae"}, "codebook_size": 16, "dim": 8}
+    net = {"name": "resnet32", "channels": 8, "res_blocks": 1}
+    autoencoder = Autoencoder({"modality": "image", "net": net, "quantizer": quantizer})
+    alone = Autoencoder({"modality": "image", "net": net, "quantizer": {"name": "sq_vae", "dim": 8}})
+    weights, of_one = (known_losses(one, build_modality("image", {})) for one in (autoencoder, alone))
+    assert weights["kl_discrete"] == pytest.approx(count * of_one["kl_discrete"]) == pytest.approx(count / 24)

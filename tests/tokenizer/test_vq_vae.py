@@ -507,3 +507,8 @@ def test_all_options_at_once_keep_the_codebook_in_use():
     shares = quantizer.code_shares(3 + torch.randn(2000, 8))
     assert quantizer.codebook.isfinite().all()
     assert (shares > 0).float().mean() > 0.8
+
+
+def test_sync_nu_is_refused_where_it_would_do_nothing():
+    with pytest.raises(ValueError, match=r"sync_nu is 0.5 and alternating_lr 50.0; .* set one of them to 0"):
+        VQVAEConfig(sync_nu=0.5, alternating_lr=50.0)

@@ -60,9 +60,10 @@ class GMVQ(SoftQuantizer):
     A training step mixes all codes and adds noise as wide as z_hat lies from them; every code has a gradient.
 
     Losses: "latent" is E |z - mu_c|^2 per dimension, which at variance 1/2 is VQ-VAE's commitment weighted by q(c|x);
-    gamma of the paper is unknown, and the default was tuned (configs/quantizers/gm_vq.yaml): VQ-VAE's 0.25 collapses.
+    gamma of the paper is unknown (configs/quantizers/gm_vq.yaml tells what was tried).
     "prior" is KL(mean q(c|x) || uniform). The paper sums it over the T tokens of a picture and the squared error over
-    its D_x values (eq. 13 and 14). Ours are means of both, so the default weight is beta T / D_x: 1/48 at factor 4.
+    its D_x values (eq. 13 and 14). Ours are means of both, so the default weight is beta T / D_x, 1/48 at factor 4, beside
+    train.loss_weights {l1: 0, mse: 1}. A weight that is given replaces all of that, beta too.
     """
 
     Config = GMVQConfig
@@ -89,7 +90,7 @@ class GMVQ(SoftQuantizer):
 
     @torch.no_grad()
     def code_shares(self, z: Tensor) -> Tensor:
-        """Mean of q(c|x) over the batch, without noise: [..., 2 dim] -> [K] float32. The paper's perplexity is its."""
+        """Mean of q(c|x) over the batch, without noise: [..., 2 dim] -> [K] float32. The paper's perplexity."""
         with torch.autocast(z.device.type, enabled=False):
             flat, codes = self._flatten(z), self.codes
             sums = [self._logits(part, codes).softmax(dim=1).sum(dim=0) for part in self._split(flat)]

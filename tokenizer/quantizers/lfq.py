@@ -91,14 +91,6 @@ class LFQ(Quantizer):
     def _decode(self, indices: Tensor) -> Tensor:
         return 2 * self.radix.unpack(indices).float() - 1
 
-    @torch.no_grad()
-    def code_shares(self, z: Tensor) -> Tensor:
-        if self.dim > MAX_JOINT_DIM:
-            return super().code_shares(z)
-        with torch.autocast(z.device.type, enabled=False):
-            flat = self._flatten(z)
-            return joint_sums(self._logits(flat).sigmoid()) / max(1, len(flat))
-
 
 def binary_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of a bit with these logits; exact and with a finite gradient however large they are."""

@@ -45,7 +45,7 @@ class ProductConfig:
 
 @QUANTIZERS.register("product")
 class Product(CompoundQuantizer):
-    """G quantizers that know nothing of one another; indices [..., G * Q], those of the first group first.
+    """G independent quantizers; indices [..., G * Q], those of the first group first.
 
     Codes of a group are 0 outside its channels, so that a latent's codes add up. Losses and metrics are means over the
     groups.

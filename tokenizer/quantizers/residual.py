@@ -18,6 +18,7 @@ from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_qu
 
 SCALE_DECAY = 0.99  # per step, of the average that a layer's scale is
 SMALLEST_SCALE = 1e-6  # relative to z: below, what is left is rounding
+FAR_CODES = ("gumbel", "ibq", "bsq")  # bases that choose by a logit or a direction, not by a distance
 DROPPED = -1  # index of a quantizer that is not used: decodes to zero
 
 
@@ -43,8 +44,10 @@ class ResidualConfig:
             raise ValueError("quantizer.base is residual itself; raise quantizer.num_quantizers instead")
         if self.base["name"] == "product":
             raise ValueError("quantizer.base is product; use product with residual as its base instead")
-        if self.base["name"] == "gumbel":
-            raise ValueError("quantizer.base is gumbel, whose codes do not lie near the latent: they leave no residual")
+        if self.base["name"] in FAR_CODES:
+            raise ValueError(
+                f"quantizer.base is {self.base['name']}, whose codes do not lie near the latent: they leave no residual"
+            )
 
     def base_settings(self) -> dict[str, Any]:
         return base_settings(self.base, self.codebook_size, self.dim)

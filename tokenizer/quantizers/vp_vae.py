@@ -125,6 +125,8 @@ class VPVAE(TableQuantizer):
             self._remember(z)
             return QuantizerOutput(z, losses=losses, metrics={"queue_filled": self.queue.filled_share})
         moved, metrics = self._perturb(z.detach())
+        if not self.queue.full:
+            metrics["queue_filled"] = self.queue.filled_share
         self._remember(z)  # after perturbing, so that no token is its own neighbour
         return QuantizerOutput(straight_through(z, moved), losses=losses, metrics=metrics)
 

@@ -51,6 +51,11 @@ class VQVAEConfig:
         for name in ("replace_after", "affine", "alternating_lr", "sync_nu"):
             if getattr(self, name) < 0:
                 raise ValueError(f"quantizer.{name} is {getattr(self, name)}; it must be 0 (off) or more")
+        if self.sync_nu and self.alternating_lr:
+            raise ValueError(
+                f"quantizer.sync_nu is {self.sync_nu} and alternating_lr {self.alternating_lr}; with the latter the model's "
+                "step leaves the codes alone, so set one of them to 0"
+            )
 
 
 @QUANTIZERS.register("vq_vae")
@@ -131,10 +136,9 @@ class VQVAE(TableQuantizer):
         if len(rows) == 0:
             return
         everyone = gather_rows(z)
-        order = torch.randperm(len(everyone), device=z.device)
-        new = everyone[
-            order.repeat(1 + len(rows) // len(order))[: len(rows)]
-        ]  # no latent twice before all have had a turn
+        # as in vqtorch, no latent is taken twice before all have been taken once
+        order = torch.randperm(len(everyone), device=z.device).repeat(1 + len(rows) // len(everyone))
+        new = everyone[order[: len(rows)]]
         noise = REPLACE_NOISE * new.norm(dim=1, keepdim=True) * torch.randn_like(new)
         new = from_first_rank(new + noise)
         if self.config.affine:  # undo what _effective will do to them
