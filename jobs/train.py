@@ -87,10 +87,9 @@ def _claim(url: str, config: Config) -> None:
     before, now = {**defaults, **_flat(there)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
     unknown = [key for key in now if key.startswith("train.loss_weights.") and key not in before]
     if unknown:
-        print(
-            f"train: {url} was begun by an earlier version, which did not note its default loss weights; it continues"
-        )
-        print(f"train: with {', '.join(f'{key} {now[key]:.4g}' for key in unknown)}; set them to keep the former ones")
+        weights = ", ".join(f"{key} {now[key]:.4g}" for key in unknown)
+        print(f"train: {url} was begun by an earlier version, which did not note its default loss weights;")
+        print(f"train: it continues with {weights}; set them to keep the former ones")
         before |= {key: now[key] for key in unknown}
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]

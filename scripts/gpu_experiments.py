@@ -4,8 +4,8 @@ r"""Run the experiments E1, E2 and E3 at the papers' length on one GPU, without 
 
 Each finished trial is one file OUT/<experiment>/trials/<name>.json, as `tokenmill compare` writes it. Rerun the same
 command to continue: it runs only the trials that have no file yet. At its end each run writes the tables and plots of
-the trials that have finished to OUT/<experiment>/reports. Trials of the first seed run first. --minutes is looked at when
-a trial starts and at each row of its log, so a run may exceed it by a fiftieth of a trial and by its evaluation.
+the trials that have finished to OUT/<experiment>/reports. Trials of the first seed run first. --minutes is looked at
+when a trial starts and at each row of its log: a run may exceed it by a fiftieth of a trial and by its evaluation.
 
 --length paper   E1: 100 epochs of 45,000 pictures at batch 256 with 10 epochs of warm-up, GM-VQ at lr up to 1e-2, the
                  other rows at the lr of the config (configs/compare/e1_paper.yaml). E2 and E3: 50 epochs at batch 256;

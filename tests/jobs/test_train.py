@@ -299,7 +299,7 @@ def test_a_run_that_noted_no_default_loss_weights_says_with_which_it_continues(t
     there["train"]["loss_weights"] = {}
     file.write_text(yaml.safe_dump(there))
     _claim(str(tmp_path / "run"), loaded)
-    assert "it continues\ntrain: with train.loss_weights.l1 1, " in capsys.readouterr().out
+    assert "train: it continues with train.loss_weights.l1 1, " in capsys.readouterr().out
 
 
 def test_a_run_that_began_before_a_quantizers_setting_existed_goes_on_with_its_default(tmp_path: Path):

@@ -62,8 +62,8 @@ class GMVQ(SoftQuantizer):
     Losses: "latent" is E |z - mu_c|^2 per dimension, which at variance 1/2 is VQ-VAE's commitment weighted by q(c|x);
     gamma of the paper is unknown (configs/quantizers/gm_vq.yaml tells what was tried).
     "prior" is KL(mean q(c|x) || uniform). The paper sums it over the T tokens of a picture and the squared error over
-    its D_x values (eq. 13 and 14). Ours are means of both, so the default weight is beta T / D_x, 1/48 at factor 4, beside
-    train.loss_weights {l1: 0, mse: 1}. A weight that is given replaces all of that, beta too.
+    its D_x values (eq. 13 and 14). Ours are means of both, so the default weight is beta T / D_x, 1/48 at factor 4,
+    beside train.loss_weights {l1: 0, mse: 1}. A weight that is given replaces all of that, beta too.
     """
 
     Config = GMVQConfig

@@ -53,8 +53,8 @@ class VQVAEConfig:
                 raise ValueError(f"quantizer.{name} is {getattr(self, name)}; it must be 0 (off) or more")
         if self.sync_nu and self.alternating_lr:
             raise ValueError(
-                f"quantizer.sync_nu is {self.sync_nu} and alternating_lr {self.alternating_lr}; with the latter the model's "
-                "step leaves the codes alone, so set one of them to 0"
+                f"quantizer.sync_nu is {self.sync_nu} and alternating_lr {self.alternating_lr}; with the latter the "
+                "model's step leaves the codes alone, so set one of them to 0"
             )
 
 
