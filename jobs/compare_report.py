@@ -142,7 +142,7 @@ def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
         *[f"With a recipe of its own: {one}." for one in _own_recipes(results, recipe)],
         "Mean ± standard deviation over the seeds. CVU is by the actual number of codes, `CVU of K` by that asked for.",
         f"`perplexity` is that of all tokens together; `per batch` the mean over batches of "
-        f"{numbers.get('tokens_per_batch', 0):.0f} tokens, of hard codes; for GM-VQ of the mean q(c|x), as in its paper.",
+        f"{numbers.get('tokens_per_batch', 0):.0f} tokens, of hard codes; for GM-VQ of the mean q(c|x), as it has it.",
         *[f"{about(one, numbers)}." for one in numbers.get("quality", ()) if f"{one}_samples" in numbers],
         f"Metrics: {config.metrics or 'the default ones'}. s/step and tokens/s depend on the machine "
         "and on what ran beside it: compare within this table only.",
