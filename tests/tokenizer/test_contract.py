@@ -48,10 +48,12 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fsq", {"noise_rate": 0.5}),
     ("vq_vae", {"l2": True, "replace_after": 2}),
     ("vq_vae", {"l2": True, "replace_after": 2, "affine": 10.0, "alternating_lr": 50.0, "gradient": "rotation"}),
+    ("ema_vq", {"revive_below": 2.0}),
     ("gumbel", {"hard": True}),
     ("residual", {"base": {"name": "fsp"}}),
     ("residual", {"base": {"name": "vp_vae", "latents_per_code": 16}}),
     ("residual", {"base": {"name": "vq_vae", "replace_after": 2}, "dropout": True}),
+    ("residual", {"base": {"name": "ema_vq", "revive_below": 2.0}, "dropout": True}),
 ]
 TRAIN_STEPS = 7
 
