@@ -37,7 +37,7 @@ MAY_CHANGE = (
 )
 SHOWN = (
     *("loss", "psnr", "perplexity", "soft_perplexity"),
-    *("accepted", "energy_ratio", "queue_filled", "posterior_std"),
+    *("accepted", "energy_ratio", "queue_filled", "posterior_std", "revived"),
 )
 
 

@@ -54,6 +54,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sq_vae", {"theta_start": -2.0, "theta_lr": 20.0}),
     ("gm_vq", {"beta": 5.0}),
     ("vp_vae", {"update_probability": 0.01}),
+    ("ema_vq", {"revive_below": 2.0}),
     ("gumbel", {"hard": True}),
     ("residual", {"base": {"name": "fsp"}}),
     ("residual", {"base": {"name": "vp_vae", "latents_per_code": 16}}),
@@ -61,6 +62,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("product", {"base": {"name": "residual", "base": {"name": "fsp"}, "num_quantizers": 2, "dropout": True}}),
     ("product", {"base": {"name": "vp_vae", "latents_per_code": 16}}),
     ("product", {"base": {"name": "gm_vq"}, "groups": 4}),  # which reads more channels than it gives
+    ("residual", {"base": {"name": "ema_vq", "revive_below": 2.0}, "dropout": True}),
 ]
 TRAIN_STEPS = 7
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
 from tokenizer.moments import moment_losses
+from tokenizer.quantizers.ema_vq import EMAVQ, EMAVQConfig
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
 from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig
 
@@ -49,6 +50,13 @@ def vq_steps(settings: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
     return {"state": quantizer.state_dict(), "rows": rows, "codebook": quantizer.codebook}
 
 
+def ema_steps(batches: list[Tensor]) -> dict[str, Any]:
+    """The state of an EMA VQ-VAE after these steps, and how many codes each of them revived."""
+    quantizer = EMAVQ(EMAVQConfig(codebook_size=100, dim=4, decay=0.5, revive_below=2.0))
+    revived = [float(quantizer(z).metrics["revived"]) for z in batches]
+    return {"state": quantizer.state_dict(), "revived": revived}
+
+
 def measure(rank: int) -> dict[str, Any]:
     """All that the tests below ask of one rank."""
     found: dict[str, Any] = {"world_size": world_size(), "rows": gather_rows(batch(rank))}
@@ -70,6 +78,9 @@ def measure(rank: int) -> dict[str, Any]:
     for name, settings in VQ_OPTIONS.items():
         torch.manual_seed(rank)
         found[f"vq_{name}"] = vq_steps(settings, [batch(rank, step) for step in range(4)])
+
+    torch.manual_seed(rank)
+    found["ema"] = ema_steps([batch(rank), batch(rank), batch(rank) + 20, batch(rank) + 20])
 
     vp = vp_vae()
     torch.manual_seed(rank)  # as in training: each rank draws its own noise
@@ -176,6 +187,29 @@ def test_vq_vae_new_codes_are_latents_of_either_rank(ranks, name):
     distances = torch.cdist(found["codebook"][found["rows"][3]], last) / last.norm(dim=1)
     assert distances.min(dim=1).values.max() < 0.05
     assert {int(index) // ROWS for index in distances.argmin(dim=1)} == {0, 1}
+
+
+def test_ema_vq_codes_revived_are_the_same_on_every_rank(ranks):
+    """The ranks draw different random numbers, and rank 0's decide."""
+    first, second = (found["ema"] for found in ranks)
+    assert first["revived"] == second["revived"]
+    assert first["revived"][-1] > 10
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+
+
+def test_ema_vq_codes_are_revived_from_latents_of_either_rank(ranks):
+    found = ranks[0]["ema"]
+    last = whole() + 20
+    same = (found["state"]["embedding"][:, None] == last).all(dim=2)
+    assert int(same.any(dim=1).sum()) >= found["revived"][-1]
+    assert {int(index) // ROWS for index in same.nonzero()[:, 1]} == {0, 1}
+
+
+def test_ema_vq_use_is_counted_over_both_ranks(ranks):
+    """A revived code counts as one of 100 codes for 2 * 300 latents."""
+    codes = ranks[0]["ema"]["state"]
+    same = (codes["embedding"][:, None] == whole() + 20).all(dim=2).any(dim=1)
+    assert (codes["cluster_size"][same] == 6).sum() == ranks[0]["ema"]["revived"][-1]
 
 
 @pytest.mark.parametrize("name", ["queue.samples", "queue.filled", "queue.head", "queue.waiting", "queue.num_waiting"])

@@ -1,13 +1,19 @@
-"""EMA VQ-VAE: test Q8, the averages against numpy, codes without latents, and the sums over ranks."""
+"""EMA VQ-VAE: test Q8, the averages against numpy, codes without latents, their revival, and the sums over ranks."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from jobs.config import load_config
 from tokenizer.errors import CodebookMissing
+from tokenizer.quantizer import build_quantizer
 from tokenizer.quantizers import ema_vq
 from tokenizer.quantizers.ema_vq import EMAVQ, EMAVQConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +137,106 @@ def test_counts_and_sums_are_those_of_all_ranks(monkeypatch):
     torch.testing.assert_close(quantizer.embedding, torch.tensor([[4 / 3, 4 / 3], [9.0, 9.0]]), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("settings", [{"decay": 1.0}, {"decay": -0.1}, {"gradient": "gumbel"}, {"codebook_size": 0}])
+# -- reviving codes -------------------------------------------------------------------------------------------------
+
+
+def two_places(**settings) -> tuple[EMAVQ, Tensor, Tensor]:
+    """16 codes over latents around -9 and +9, those latents near +9, and which codes lie near -9."""
+    z = torch.cat([torch.randn(100, 4) - 9, torch.randn(100, 4) + 9])
+    quantizer = initialised(z, **settings)
+    return quantizer, z[100:], quantizer.embedding[:, 0] < 0
+
+
+def test_dead_codes_become_latents_of_the_batch_and_are_chosen_from_then_on():
+    quantizer, z, dead = two_places(decay=0.5, revive_below=2.0)
+    revived = sum(int(quantizer(z).metrics["revived"]) for _ in range(6))
+    assert revived >= int(dead.sum())
+    assert (quantizer.embedding > 0).all()
+    assert set(quantizer(z).indices.tolist()) == set(range(16))
+
+
+def test_without_revival_dead_codes_stay_dead():
+    """So that the test above can fail."""
+    quantizer, z, dead = two_places(decay=0.5)
+    for _ in range(6):
+        assert quantizer(z).metrics == {}
+    assert torch.equal(quantizer.embedding[:, 0] < 0, dead)
+    assert dead.any()
+
+
+def test_a_revived_code_starts_with_the_averages_of_its_latent_used_a_fair_share_of_times():
+    """By hand: 8 latents for 2 codes are 4 each. Code 1 had 4, decays to 2, then 1, which is below 1.5."""
+    quantizer = initialised(torch.tensor([[0.0], [9.0]]).repeat(4, 1), codebook_size=2, decay=0.5, revive_below=1.5)
+    quantizer.embedding.copy_(torch.tensor([[0.0], [9.0]]))
+    quantizer.cluster_size.fill_(4.0)
+    near_0 = torch.linspace(-1, 1, 8)[:, None]
+    assert [float(quantizer(near_0).metrics["revived"]) for _ in range(2)] == [0, 1]
+    assert (quantizer.embedding[1] == near_0).any()
+    assert quantizer.cluster_size[1] == 4
+    assert torch.equal(quantizer.embedding_sum[1], 4 * quantizer.embedding[1])
+
+
+def test_the_averages_of_the_next_steps_keep_a_revived_code():
+    """EnCodec's code sets the table alone: the next average puts the dead code back to where it was."""
+    quantizer, z, dead = two_places(decay=0.9, revive_below=2.0)
+    while not quantizer(z).metrics["revived"]:
+        pass
+    revived = dead & (quantizer.embedding[:, 0] > 0)
+    assert revived.any()
+    quantizer.config.revive_below = 0.0  # so that nothing but the averages moves them
+    quantizer(z)
+    assert (quantizer.embedding[revived] > 0).all()
+
+
+def test_a_batch_too_small_for_the_threshold_leaves_codes_of_fair_use_alone():
+    """64 places, each in every second batch: half a latent a step for each code, where 2 are asked for."""
+    z = 10.0 * torch.arange(64.0)[:, None]
+    quantizer = initialised(z, codebook_size=64, revive_below=2.0)
+    assert sum(float(quantizer(z[step % 2 :: 2]).metrics["revived"]) for step in range(300)) == 0
+
+
+def test_one_short_batch_revives_nothing():
+    quantizer = initialised(torch.randn(500, 4), revive_below=2.0)
+    before = quantizer.cluster_size.clone()
+    assert quantizer(torch.randn(1, 4)).metrics["revived"] == 0
+    assert quantizer(torch.empty(0, 4)).metrics["revived"] == 0
+    assert (quantizer.cluster_size >= 0.98 * before).all()
+
+
+def test_no_two_codes_are_revived_from_one_latent():
+    quantizer = initialised(torch.randn(200, 4), decay=0.0, revive_below=2.0)
+    z = torch.randn(5, 4) + 50
+    assert quantizer(z).metrics["revived"] == 5  # of the 15 codes that no latent chose
+    assert (quantizer.embedding[:, None] == z).all(dim=2).sum(dim=0).tolist() == [1] * 5
+
+
+def test_a_state_from_before_codes_were_revived_goes_on_with_it():
+    quantizer, z, _ = two_places(decay=0.5)
+    later = EMAVQ(EMAVQConfig(codebook_size=16, dim=4, decay=0.5, revive_below=2.0))
+    later.load_state_dict(quantizer.state_dict())
+    assert sum(float(later(z).metrics["revived"]) for _ in range(6)) > 0
+
+
+def test_the_24_khz_codec_revives_codes():
+    settings = load_config([str(ROOT / "configs/sound_24khz.yaml")]).quantizer
+    quantizer = build_quantizer({**settings, "codebook_size": 16, "dim": 4})
+    assert "revived" in quantizer(torch.randn(100, 4)).metrics
+
+
+def test_without_revival_training_draws_no_random_number():
+    quantizer, z, _ = two_places()
+    before = torch.get_rng_state()
+    quantizer(z)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"decay": 1.0}, {"decay": -0.1}, {"gradient": "gumbel"}, {"codebook_size": 0}),
+        *({"revive_below": -1.0}, {"revive_below": float("nan")}),
+    ],
+)
 def test_a_bad_setting_is_named(settings):
     with pytest.raises(ValueError, match=rf"quantizer\.{next(iter(settings))} is "):
         EMAVQConfig(**settings)

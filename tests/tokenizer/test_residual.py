@@ -126,6 +126,17 @@ def test_losses_are_those_of_the_base(base):
     assert set(quantizer.train()(normals(quantizer)).losses) == set(weights)
 
 
+def test_dead_codes_of_every_layer_are_revived():
+    """Latents that move away from half of the codes. The metric is the mean over the layers."""
+    quantizer, revived = built("ema_vq", decay=0.5, revive_below=2.0), 0.0
+    for step in range(12):
+        z = normals(quantizer, 500, seed=step)
+        revived += float(quantizer(z if step < 2 else z.abs()).metrics["revived"])
+    assert revived > 16
+    indices = quantizer(normals(quantizer, 2000).abs()).indices
+    assert [len(layer.unique()) for layer in indices.T] == [64] * 4
+
+
 def test_vp_vae_layers_fill_their_queues_one_after_the_other():
     quantizer = built("vp_vae")
     filled = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenizer.distributed import mean_across_ranks, world_size
+from tokenizer.distributed import from_first_rank, gather_rows, mean_across_ranks, world_size
 from tokenizer.errors import CodebookMissing
 from tokenizer.gradients import GRADIENTS
 from tokenizer.neighbors import nearest_codeword
@@ -16,21 +16,31 @@ from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
 from tokenizer.table import TableQuantizer, check_table, first_codes
 
 SMOOTHING = 1e-5  # latents that every code is taken to have, besides its own (Laplace)
+# The largest threshold, as a share of a batch's latents per code: without it, a small batch would replace every code in
+# every step. EnCodec's own threshold is a share of .43: 2 of 64 * 75 / 1024
+LARGEST_SHARE = 0.5
 
 
 @dataclass
 class EMAVQConfig:
-    """decay: of the averages, per step; 0 takes the batch alone. gradient: straight_through or rotation."""
+    """decay: of the averages, per step; 0 takes the batch alone. gradient: straight_through or rotation.
+
+    revive_below: a code whose average number of latents per step, of all ranks, falls below it starts anew from a
+    random latent of the batch; 0 for never (EnCodec: 2). Where N / 2K is less, of N latents, that is the threshold.
+    """
 
     codebook_size: int = 1024
     dim: int = 64
     decay: float = 0.99
     gradient: str = "straight_through"
+    revive_below: float = 0.0
 
     def __post_init__(self) -> None:
         check_table(self.codebook_size, self.dim)
         if not 0 <= self.decay < 1:
             raise ValueError(f"quantizer.decay is {self.decay}; it must lie in 0..1, below 1")
+        if not self.revive_below >= 0:
+            raise ValueError(f"quantizer.revive_below is {self.revive_below}; it must be 0 (off) or more")
         if self.gradient not in GRADIENTS:
             raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
 
@@ -41,6 +51,10 @@ class EMAVQ(TableQuantizer):
 
     Differs: a code that no latent of the batch chose stays exactly where it is. With Laplace smoothing alone it would
     drift to 0 as its average count falls below the smoothing. Starts from k-means over the first batch.
+
+    Reviving codes: as in EnCodec (arXiv 2210.13438, section 3.2). Differs: its code (quantization/core_vq.py) puts the
+    latent into the table alone, which the averages of the same step overwrite, so that the code stays dead. Here the
+    averages are set too, as if the latent had been chosen N / K times per step.
     """
 
     embedding: Tensor
@@ -67,7 +81,9 @@ class EMAVQ(TableQuantizer):
         q = nearest_codeword(z, self.embedding)
         e_q = self.embedding[q]
         self._update(z.detach(), q)  # after the lookup: this batch still sees the codes that it chose
-        return QuantizerOutput(GRADIENTS[self.config.gradient](z, e_q), q, {"commitment": mean_squared(z - e_q)})
+        metrics = {"revived": self._revive(z.detach())} if self.config.revive_below else {}
+        losses = {"commitment": mean_squared(z - e_q)}
+        return QuantizerOutput(GRADIENTS[self.config.gradient](z, e_q), q, losses, metrics)
 
     def _live_codes(self) -> Tensor:
         if not self.initialised:
@@ -94,6 +110,25 @@ class EMAVQ(TableQuantizer):
         smoothed = (self.cluster_size + SMOOTHING) / (total + self.codebook_size * SMOOTHING) * total
         means = self.embedding_sum / smoothed[:, None]
         self.embedding.copy_(torch.where(counts[:, None] > 0, means, self.embedding))
+
+    @torch.no_grad()
+    def _revive(self, z: Tensor) -> Tensor:
+        """Codes in too little use become latents of this batch, of any rank; returns how many, float32 [].
+
+        Never two codes from one latent: where there are more codes than latents, the others wait for the next step.
+        """
+        fair = len(z) * world_size() / self.codebook_size
+        threshold = min(self.config.revive_below, LARGEST_SHARE * fair)
+        # the same on all ranks, since the averages are: of sums of whole numbers
+        rows = (self.cluster_size < threshold).nonzero().flatten()
+        if len(rows):
+            everyone = gather_rows(z)
+            new = everyone[torch.randperm(len(everyone), device=z.device)[: len(rows)]]
+            new, rows = from_first_rank(new), rows[: len(everyone)]
+            self.embedding[rows] = new
+            self.cluster_size[rows] = fair  # at the threshold itself, one step of little use would end it again
+            self.embedding_sum[rows] = fair * new
+        return torch.tensor(float(len(rows)), device=z.device)
 
     def _totals(self, z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         """How many latents of all ranks chose each code [K], and their sums [K, d]."""
