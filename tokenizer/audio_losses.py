@@ -95,7 +95,10 @@ class MultiScaleMel(nn.Module):
     """Mean over the windows of the L1 distance of log10 mel magnitudes, [B]; 0.05 is a distance of 1 dB. Lower: better.
 
     W = N = 32, 64 ... 2048 samples with 5, 10 ... 320 mel bands, hop W/4, as in DAC (arXiv 2306.06546; its 16khz.yml).
-    Differs: the mean over windows and not the sum, so that short clips compare; DAC's floor lies lower.
+    Differs: the mean over windows and not the sum, so that short clips compare; DAC's floor lies lower. DAC weighs the
+    sum over seven windows by 15, which is 105 for this mean. The default weight is 1, so that l1, stft and mel weigh
+    about alike and train.grad_clip of 1 suits; losses of the quantizer then weigh 105 times more beside it than in DAC.
+    A VQ-VAE gained nothing from more weight on mel (results/e4). configs/sound_44khz.yaml has DAC's weights.
     """
 
     def __init__(self, sample_rate: int):

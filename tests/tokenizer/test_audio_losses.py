@@ -1,12 +1,14 @@
 """Losses of sound against cases solved by hand; finite wherever the input is."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from jobs.config import load_config
 from tokenizer.audio_losses import (
     FLOOR,
     MEL_BANDS,
@@ -14,12 +16,14 @@ from tokenizer.audio_losses import (
     AudioLosses,
     Magnitudes,
     _fitting,
+    _spectra,
     hz_to_mel,
     mel_filterbank,
     mel_to_hz,
 )
 
 RATE = 16_000
+ROOT = Path(__file__).parents[2]
 
 
 def noise(*shape: int, rms: float = 0.1, seed: int = 0) -> Tensor:
@@ -154,3 +158,13 @@ def test_under_autocast_the_losses_are_those_of_float32(losses):
 def test_nothing_of_it_is_stored_with_a_model(losses):
     assert losses.state_dict() == {}
     assert list(losses.parameters()) == []
+
+
+def test_the_44_khz_codec_weighs_mel_against_its_quantizers_as_dac_does(losses):
+    """DAC: 15 times the sum over seven windows, and the sums over nine layers of 1 codebook + .25 commitment."""
+    weights = load_config([str(ROOT / "configs/sound_44khz.yaml")]).train.loss_weights
+    x, x_hat = noise(1, 1, 8000), noise(1, 1, 8000, seed=1)
+    windows = [losses.mel._term(scale, *_spectra(scale, x, x_hat)) for scale in losses.mel.scales]
+    assert weights["mel"] * losses(x, x_hat)["mel"].item() == pytest.approx(15 * sum(map(float, windows)), rel=1e-5)
+    assert (weights["l1"], weights["stft"]) == (0.0, 0.0)
+    assert (weights["codebook"], weights["commitment"]) == (9 * 1.0, 9 * 0.25)
