@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from benchmarks.measure import Table, ratio_text, timed
 from jobs import cluster
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
-from jobs.reading import Item, decoded_batches
+from jobs.shards import Item, decoded_batches
 from jobs.shard_pool import ShardWorker, map_shards
 from jobs.tokenize_corpus import ShardResult, TokenizeWorker, layout_of
 from pipeline.manifest import Manifest, Shard, find_shards

@@ -1,11 +1,17 @@
 """`tokenmill COMMAND CONFIG.yaml... [key=value ...]`, the same as `python -m jobs COMMAND ...`.
 
 Exit codes: 0 all well; 2 a mistake in the configuration or command; 3 incomplete, or verification failed; 4 done, but
-more was quarantined than tokens.max_bad_fraction allows; 1 anything unforeseen.
+more was quarantined than tokens.max_bad_fraction allows; 130 and 143 interrupted by ctrl-C or SIGTERM; 1 anything
+unforeseen.
 """
 
+import contextlib
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 COMMANDS = {  # name: (module, what it does); modules are imported when their turn comes, since torch and ray are slow
     "pack": ("jobs.pack", "a folder of files, or a Parquet or CSV file of bytes, to WebDataset shards"),
@@ -20,7 +26,14 @@ COMMANDS = {  # name: (module, what it does); modules are imported when their tu
     "compare": ("jobs.compare", "several methods and sizes under one recipe, one table with seeds and plots"),
     "evaluate": ("jobs.evaluate", "quality and codebook usage on held-out shards, with a picture report"),
 }
-OUTCOMES = {2: "a mistake in the command or its configuration", 3: "incomplete or not sound", 4: "too many bad samples"}
+RERUN = "rerun the same command to continue"
+OUTCOMES = {
+    2: "a mistake in the command or its configuration",
+    3: "incomplete or not sound",
+    4: "too many bad samples",
+    130: f"interrupted (ctrl-C); {RERUN}",
+    143: f"terminated (SIGTERM); {RERUN}",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,13 +57,37 @@ def main(arguments: list[str] | None = None) -> int:
 
     mistakes = (ConfigError, NoShards, OutputMismatch, BrokenOutput, UnsafeStorage, TokenizerMismatch, CodebookMissing)
     try:
-        config = load_config([_as_setting(argument) for argument in rest])
-        storage.configure(config.storage.options, config.storage.create_only)
-        return _finish(command, job.run(config))
+        with _raising_at_sigterm():
+            config = load_config([_as_setting(argument) for argument in rest])
+            storage.configure(config.storage.options, config.storage.create_only)
+            return _finish(command, job.run(config))
     except (*mistakes, PermissionError) as error:
         return _finish(command, 2, str(error))
     except StorageError as error:  # what was committed stays: the same command goes on from there
         return _finish(command, 3, str(error))
+    except KeyboardInterrupt:
+        return _finish(command, 130)
+    except Terminated:
+        return _finish(command, 143)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextlib.contextmanager
+def _raising_at_sigterm() -> Iterator[None]:
+    def handle(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _finish(command: str, code: int, error: str = "") -> int:

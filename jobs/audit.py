@@ -5,40 +5,38 @@ is not, or if a sample cannot be read and tokenized any more. `tokenizer`: the r
 """
 
 import io
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs import cluster
-from jobs.config import Config, TokensConfig
+from jobs.actors.run import SHOWN, EncodeWorker, ShardResult, run_shards
+from jobs.config import Config
 from jobs.frozen import load_tokenizer, writer_url
-from jobs.progress import Progress
-from jobs.reading import Tally, decoded_batches, rows_of
-from jobs.shard_pool import ShardWorker, map_shards
+from jobs.shards import encode_shard
 from jobs.status import open_output
 from pipeline.manifest import Shard, look_up
-from pipeline.tokens import Commit, Output, Quarantined, TokenRow
+from pipeline.tokens import Commit, Output, TokenRow
 from pipeline.tokens.entry import shard_name
 from pipeline.tokens.layout import tokens_as_lists
+from tokenizer.tokenizer import Tokenizer
 
-SHOWN = 10
 Drawn = dict[str, list[int]]  # name of an entry: which of its rows
 
 
 @dataclass
-class Part:
-    """What one shard adds. differing: sentences that begin with the key. failure: why it could not be compared."""
+class Compared(ShardResult):
+    """differing: sentences that begin with the key. failure: why the shard could not be compared."""
 
     num_rows: int = 0
     num_tokens: int = 0
     num_tokens_differing: int = 0
     differing: list[str] = field(default_factory=list)
-    failure: str | None = None
+
+    def counts(self) -> dict[str, float]:
+        return {"rows": self.num_rows, "differing": len(self.differing)}
 
 
 def run(config: Config) -> int:
@@ -50,7 +48,10 @@ def run(config: Config) -> int:
     urls = sorted({entry.source_shard for entry in entries if entry.name in drawn})
     shards = look_up(urls).shards
     output.refuse_replaced(shards)
-    return _outcome(_compare(shards, drawn, url, output, config), output)
+    settings = {"load": partial(load_tokenizer, url), "options": replace(config.tokens, passthrough=[])}
+    settings |= {"output_url": output.url, "drawn": drawn}
+    results = list(run_shards("audit", shards, AuditWorker, settings, config.workers)) if shards else []
+    return _outcome(results, output)
 
 
 def draw(entries: list[Commit], count: int, seed: int) -> Drawn:
@@ -64,25 +65,11 @@ def draw(entries: list[Commit], count: int, seed: int) -> Drawn:
     return drawn
 
 
-def _compare(shards: list[Shard], drawn: Drawn, url: str, output: Output, config: Config) -> list[Part]:
-    if not shards:
-        return []
-    cluster.start()
-    settings = {"tokenizer_url": url, "output_url": output.url, "options": config.tokens, "drawn": drawn}
-    progress = Progress("audit", total=len(shards), unit="shards")
-    parts = []
-    for part in map_shards(shards, AuditWorker, settings, config.workers):
-        parts.append(part)
-        progress.advance(rows=part.num_rows, differing=len(part.differing))
-    progress.close()
-    return parts
-
-
-def _outcome(parts: list[Part], output: Output) -> int:
+def _outcome(parts: list[Compared], output: Output) -> int:
     failures = [part.failure for part in parts if part.failure]
     differing = sorted(row for part in parts for row in part.differing)
     for failure in failures[:SHOWN]:
-        print(f"audit: not compared: {failure}")
+        print(f"audit: not compared: {failure.splitlines()[0]}")
     for row in differing[:SHOWN]:
         print(f"audit: differs: {row}")
     rows, tokens = sum(part.num_rows for part in parts), sum(part.num_tokens for part in parts)
@@ -97,33 +84,29 @@ def _outcome(parts: list[Part], output: Output) -> int:
     return 0
 
 
-class AuditWorker(ShardWorker):
-    """Holds the tokenizer, and makes the drawn rows of one shard after the other again."""
+class AuditWorker(EncodeWorker[Tokenizer]):
+    """Holds the tokenizer, and encodes the drawn rows of one shard after the other again."""
 
-    def __init__(self, tokenizer_url: str, output_url: str, options: TokensConfig, drawn: Drawn, **resources: Any):
-        super().__init__(**resources)
-        self.tokenizer = load_tokenizer(tokenizer_url, self.device)
-        self.output = Output.open(output_url)
-        self.options, self.drawn = options, drawn
+    result = Compared
 
-    def process(self, shard: Shard) -> Part:
-        try:
-            stored = self._stored(shard)
-            rows, quarantined = self._again(shard, stored)
-        except (OSError, pa.ArrowInvalid) as error:
-            return Part(failure=str(error))
-        part = Part(num_rows=len(stored))
-        reasons = {sample.source_index: f"{sample.stage}: {sample.message}" for sample in quarantined}
+    def __init__(self, output_url: str, drawn: Drawn, **rest: Any):
+        super().__init__(**rest)
+        self.output, self.drawn = Output.open(output_url), drawn
+
+    def work(self, shard: Shard) -> ShardResult:
+        stored = self._stored(shard)
+        found = encode_shard(
+            shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard), only=stored
+        )
+        again = {row.source_index: row for row in found.rows}
+        reasons = {sample.source_index: f"{sample.stage}: {sample.message}" for sample in found.quarantined}
+        compared = Compared(shard, num_rows=len(stored))
         for index, row in stored.items():
-            part.num_tokens += row.tokens.size
-            part.num_tokens_differing += _num_differing(row.tokens, rows.get(index))
-            if what := _difference(row, rows.get(index), reasons.get(index, "the shard ends before it")):
-                part.differing.append(f"{row.key} (sample {index} of {shard.url}): {what}")
-        return part
-
-    @staticmethod
-    def failed(shard: Shard, reason: str) -> Part:
-        return Part(failure=f"{shard.url}: {reason}")
+            compared.num_tokens += row.tokens.size
+            compared.num_tokens_differing += _num_differing(row.tokens, again.get(index))
+            if what := _difference(row, again.get(index), reasons.get(index, "the shard ends before it")):
+                compared.differing.append(f"{row.key} (sample {index} of {shard.url}): {what}")
+        return compared
 
     def _stored(self, shard: Shard) -> dict[int, TokenRow]:
         """The drawn rows of a shard by source_index, as they were committed."""
@@ -136,20 +119,6 @@ class AuditWorker(ShardWorker):
             for tokens, key, index, shape in zip(lists, *columns, strict=True):
                 stored[index] = TokenRow(key, index, np.array(tokens.values).reshape(shape), {})
         return stored
-
-    def _again(self, shard: Shard, stored: Collection[int]) -> tuple[dict[int, TokenRow], list[Quarantined]]:
-        rows: dict[int, TokenRow] = {}
-        quarantined: list[Quarantined] = []
-        batches = decoded_batches(
-            *(shard.url, self.tokenizer, self.options, quarantined),
-            version=shard.version,
-            only=stored,
-            tally=Tally(partial(self.tick, shard)),
-        )
-        for batch in batches:
-            rows |= {row.source_index: row for row in rows_of(batch, self.tokenizer, (), quarantined)}
-            self.tick(shard)
-        return rows, quarantined
 
 
 def _num_differing(tokens: np.ndarray, row: TokenRow | None) -> int:

@@ -1,158 +1,187 @@
-"""All latents of a cache, held by the actors of a pool, as the k-means of a codebook asks for them."""
+"""All latents of a cache in Ray's object store, as the k-means of a codebook needs them.
 
-import itertools
+A Ray Data dataset of groups of shards is read once and materialised: its blocks stay on the nodes that read them, and
+spill to disk if memory is short. Each iteration of k-means maps a function over them; only sums come to the driver.
+"""
+
+import contextlib
 import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any, TypeVar
 
 import torch
 
+from jobs.actors.pool import configure
+from jobs.cluster import device_for
+from jobs.config import WorkersConfig
 from jobs.latent_cache import read_latents
-from jobs.shard_pool import ShardPool, ShardWorker
+from pipeline.errors import StorageError
 from pipeline.reservoir import Reservoir
-from pipeline.tokens import Output
-from pipeline.tokens.entry import Commit
+from pipeline.tokens import Commit, Output
 from tokenizer.latent_parts import Part
 
 T = TypeVar("T")
 Function = Callable[[Part], Part]
-GROUPS = 128  # at most: as many sums come to the driver in an iteration, and as many workers can share it
-HELD_BYTES = 2 * 2**30  # at most, of latents that a worker keeps in memory between two iterations
+# At most. As many sums come to the driver in an iteration, and as many workers can share the work. The result of a sum
+# of floats depends on it, and with it the codebook's id.
+GROUPS = 128
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
-    """Neighbouring shards of a cache, whose latents are added up one after the other, always in this order."""
+    """Neighbouring shards of a cache. Their latents are added up one after the other, always in this order."""
 
-    name: str
-    entries: tuple[Commit, ...]
+    number: int
+    entries: list[Commit]
+    parts: list[Part] = field(default_factory=list)  # one an entry, once they are read
+
+
+@dataclass
+class Result:
+    """What a function gives for a group."""
+
+    number: int
+    value: Any
 
 
 class CachedLatents:
-    """All latents of a cache, as the k-means of a codebook wants them. They stay with the workers that read them."""
+    """All latents of a cache, in groups. See tokenizer.latent_parts.Latents."""
 
-    def __init__(self, pool: ShardPool, groups: list[Group], count: int, drawn: torch.Tensor):
-        self.pool, self.groups, self.count, self.drawn = pool, groups, count, drawn
-        self.functions: tuple[Function, ...] = ()
-        self._numbers = itertools.count(1)
-        self.number = 0  # of this view of the latents, by which workers know what they hold
+    def __init__(
+        self, groups: Any, count: int, drawn: torch.Tensor, workers: WorkersConfig, functions: tuple[Function, ...] = ()
+    ):
+        self.groups, self.count, self.drawn, self.workers = groups, count, drawn, workers
+        self.functions = functions  # that the groups went through, and the drawn sample did not
 
     @classmethod
     def of(
-        cls, entries: list[Commit], pool: ShardPool, dim: int, capacity: int, seed: int, num_groups: int = GROUPS
+        cls,
+        cache: Output,
+        entries: list[Commit],
+        dim: int,
+        capacity: int,
+        seed: int,
+        workers: WorkersConfig,
+        num_groups: int = GROUPS,
     ) -> "CachedLatents | None":
         """Those of these shards; None if there are none. capacity: of the sample that comes to the driver."""
+        import ray.data
+
         entries = sorted(entries, key=lambda entry: entry.source_shard)
         count = sum(entry.num_tokens for entry in entries) // dim
         if not count:
             return None
         size = math.ceil(len(entries) / num_groups)
-        groups = [Group(entries[i].name, tuple(entries[i : i + size])) for i in range(0, len(entries), size)]
-        share = capacity / count  # and five deviations more, so that hardly ever too few come back
-        for below in (share + 5 * math.sqrt(share / count), 1.0):
-            drawn = Reservoir(capacity, seed)
-            for _, part in pool.map(groups, partial(tuple, ("draw", capacity, seed, below))):
-                drawn.merge(part)
-            if drawn.rows is not None and len(drawn.rows) >= min(capacity, count):
-                break
-        assert drawn.rows is not None
-        return cls(pool, groups, count, torch.from_numpy(drawn.rows))
+        starts = range(0, len(entries), size)
+        rows = [{"value": Group(number, entries[start : start + size])} for number, start in enumerate(starts)]
+        source = ray.data.from_items(rows, override_num_blocks=len(rows))
+        configure(source.context)
+        with _explained():
+            groups = _map(source, partial(_read, cache.url, dim), workers).materialize()
+        latents = cls(groups, count, torch.empty(0), workers)
+        latents.drawn = latents._draw(capacity, seed)
+        return latents
 
     def __len__(self) -> int:
         return self.count
 
     def sample(self, count: int, seed: int) -> Part:
-        """Of the sample that was drawn at first, whose rows are in random order: more than that there is not."""
-        return _through(self.functions, Part(self.drawn[:count]))
+        """Of the sample that was drawn at first, whose rows are in random order; there are no others."""
+        return reduce(lambda so_far, function: function(so_far), self.functions, Part(self.drawn[:count]))
 
     def total(self, function: Callable[[Part], T]) -> T:
-        """What the groups come to is added up in their order as it comes, so that few wait for one before them."""
-        import ray
-
-        work = ray.put((self.number, self.functions, function))
-        early: dict[str, T] = {}
-        waited_for = [group.name for group in self.groups]
-        total: T | None = None
-        for name, found in self.pool.map(self.groups, lambda: ("total", work)):
-            early[name] = found
-            while waited_for and waited_for[0] in early:
-                part: Any = early.pop(waited_for.pop(0))
-                total = part if total is None else total + part
-        assert total is not None
+        """The sums of the groups are added in the groups' order, each as soon as those before it have come."""
+        early: dict[int, Any] = {}
+        total: Any = None
+        num_added = 0
+        for result in self._each(partial(_total, function)):
+            early[result.number] = result.value
+            while num_added in early:
+                value = early.pop(num_added)
+                total = value if total is None else total + value
+                num_added += 1
+        assert num_added
+        assert not early
         return total
 
     def mapped(self, function: Function) -> "CachedLatents":
-        other = CachedLatents(self.pool, self.groups, self.count, self.drawn)
-        other.functions, other._numbers = (*self.functions, function), self._numbers
-        other.number = next(self._numbers)
-        return other
+        with _explained():
+            groups = _map(self.groups, partial(_change, function), self.workers).materialize()
+        return CachedLatents(groups, self.count, self.drawn, self.workers, (*self.functions, function))
+
+    def _draw(self, capacity: int, seed: int) -> torch.Tensor:
+        share = capacity / self.count  # and five deviations more, so that hardly ever too few come back
+        for below in (share + 5 * math.sqrt(share / self.count), 1.0):
+            drawn = Reservoir(capacity, seed)
+            for result in self._each(partial(_draw, capacity, seed, below)):
+                drawn.merge(result.value)
+            if drawn.rows is not None and len(drawn.rows) >= min(capacity, self.count):
+                break
+        assert drawn.rows is not None
+        return torch.from_numpy(drawn.rows)
+
+    def _each(self, function: Callable[[Group], Any]) -> Iterator[Result]:
+        """What the function gives for each group, in the order in which they are done."""
+        with _explained():
+            for row in _map(self.groups, partial(_result, function), self.workers).iter_rows():
+                yield row["value"]
 
 
-class CacheReader(ShardWorker):
-    """Totals over the latents of groups, of which it holds what it has room for. process gives (group's name, result).
+def _map(groups: Any, function: Callable[[Group], Any], workers: WorkersConfig) -> Any:
+    """By tasks, whose processes Ray keeps from one iteration to the next, also with a GPU (max_calls)."""
+    import ray.data
 
-    held_bytes: of latents in memory; without it, a quarter of this worker's share of the machine's.
-    """
-
-    def __init__(self, cache_url: str, dim: int, held_bytes: int | None = None, **resources: Any):
-        super().__init__(**resources)
-        self.cache, self.dim = Output.open(cache_url), dim
-        self.room = _room(resources["num_cpus"]) if held_bytes is None else held_bytes
-        self.held: dict[tuple[str, int], Part] = {}  # by shard and view
-
-    def process(self, group: Group, task: str, *arguments: Any) -> tuple[str, Any]:
-        return group.name, (self._draw if task == "draw" else self._total)(group, *arguments)
-
-    @staticmethod
-    def failed(shard: Any, reason: str) -> Any:
-        raise RuntimeError(
-            f"the latents of {shard.name} and its neighbours could not be read or summed: {reason}; is there memory "
-            "enough for each worker, and workers.stall_timeout_s for the latents of one shard?"
-        )
-
-    def _draw(self, group: Group, capacity: int, seed: int, below: float) -> Reservoir:
-        drawn = Reservoir(capacity, seed, below)
-        for entry in group.entries:
-            drawn.add(read_latents(self.cache, entry, self.dim), place=entry.source_shard)
-            self.tick(group)
-        return drawn
-
-    def _total(self, group: Group, work: tuple[int, tuple[Function, ...], Callable[[Part], Any]]) -> Any:
-        number, functions, function = work
-        total = None
-        for entry in group.entries:
-            found = function(self._part(entry, number, functions))
-            total = found if total is None else total + found
-            self.tick(group)
-        return total
-
-    def _part(self, entry: Commit, number: int, functions: tuple[Function, ...]) -> Part:
-        for name, other in list(self.held):
-            if other not in (0, number):  # of an earlier view, which nobody will ask for again
-                del self.held[name, other]
-        if (entry.name, number) in self.held:
-            return self.held[entry.name, number]
-        raw = self.held.get((entry.name, 0))
-        if raw is None:
-            raw = Part(torch.from_numpy(read_latents(self.cache, entry, self.dim)).to(self.device))
-        part = _through(functions, raw)
-        if _num_bytes(part) + sum(map(_num_bytes, self.held.values())) <= self.room:
-            self.held[entry.name, number] = part
-        return part
+    cpus, gpus = workers.cpus or 1, workers.gpus
+    return groups.map(
+        partial(_apply, function, cpus, gpus),
+        compute=ray.data.TaskPoolStrategy(size=workers.count),
+        num_cpus=cpus,
+        **({"num_gpus": gpus, "max_calls": 0} if gpus else {}),
+    )
 
 
-def _through(functions: tuple[Function, ...], part: Part) -> Part:
-    return reduce(lambda so_far, function: function(so_far), functions, part)
+def _apply(function: Callable[[Group], Any], cpus: float, gpus: float, row: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(max(1, int(cpus)))  # the last bit of a sum depends on it
+    group, device = row["value"], device_for(gpus)
+    return {"value": function(Group(group.number, group.entries, [part.to(device) for part in group.parts]))}
 
 
-def _num_bytes(part: Part) -> int:
-    return part.latents.nbytes + (0 if part.weights is None else part.weights.nbytes)
+def _read(cache_url: str, dim: int, group: Group) -> Group:
+    cache = Output.open(cache_url)
+    parts = [Part(torch.from_numpy(read_latents(cache, entry, dim))) for entry in group.entries]
+    return Group(group.number, group.entries, parts)
 
 
-def _room(num_cpus: float) -> int:
-    """A quarter of the share of this machine's memory that falls to so many of its CPUs, in bytes."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(HELD_BYTES, memory * num_cpus / (os.cpu_count() or 1) / 4))
+def _change(function: Function, group: Group) -> Group:
+    return Group(group.number, group.entries, [function(part).to("cpu") for part in group.parts])
+
+
+def _result(function: Callable[[Group], Any], group: Group) -> Result:
+    return Result(group.number, function(group))
+
+
+def _total(function: Callable[[Part], Any], group: Group) -> Any:
+    return reduce(lambda total, value: total + value, map(function, group.parts))
+
+
+def _draw(capacity: int, seed: int, below: float, group: Group) -> Reservoir:
+    drawn = Reservoir(capacity, seed, below)
+    for entry, part in zip(group.entries, group.parts, strict=True):
+        drawn.add(part.latents.cpu().numpy(), entry.source_shard)
+    return drawn
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        reason = next(line for line in reversed(str(error).splitlines()) if line.strip()).strip()
+        raise StorageError(
+            f"codebook.full: the cached latents could not be read or summed: {reason}. Check that the cache is whole "
+            "and that each worker has enough memory, then rerun the same command"
+        ) from error

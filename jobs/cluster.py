@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+import threading
+from typing import Any
 
 from jobs.config import WorkersConfig
 from pipeline import storage
@@ -22,6 +25,7 @@ def start() -> None:
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    handler = signal.getsignal(signal.SIGTERM)
     # what workers print is Ray's own chatter: results, progress and errors come back as values and exceptions
     ray.init(
         address=address,
@@ -30,6 +34,8 @@ def start() -> None:
         include_dashboard=None if address != "local" else False,
         runtime_env=_runtime_env(),
     )
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
 
 
 def _runtime_env() -> dict[str, dict[str, str]] | None:
@@ -62,6 +68,30 @@ def room(workers: WorkersConfig) -> int:
     if workers.gpus:
         count = min(count, int(resources.get("GPU", 0) // workers.gpus))
     return max(1, count)
+
+
+def described(workers: WorkersConfig) -> str:
+    """What one worker needs, with the keys that say so."""
+    gpus = f" and {workers.gpus:g} GPU (workers.gpus)" if workers.gpus else ""
+    return f"{workers.cpus or 1:g} CPU (workers.cpus){gpus}"
+
+
+def have() -> str:
+    """What the cluster has, and what of it is free."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    parts = [f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU")]
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return f"the cluster has {' and '.join(parts)} free on {nodes} node{'s' * (nodes != 1)}"
+
+
+def on_this_node() -> Any:
+    """Places an actor on the caller's node, so that it lives as long as the caller."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def device_for(num_gpus: float) -> str:

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs import cluster
-from jobs.cached_latents import CachedLatents, CacheReader
+from jobs.actors.run import FIX_AND_RERUN
+from jobs.cached_latents import CachedLatents
 from jobs.config import Config, ConfigError
 from jobs.frozen import load_tokenizer, load_trained
 from jobs.latent_pass import draw_latents, fill_cache
 from jobs.report import latents_png, line_png, page, picture, table, usage_png
-from jobs.shard_pool import ShardPool
 from pipeline import storage
 from pipeline.manifest import Manifest, find_shards
 from tokenizer.autoencoder import Autoencoder
@@ -49,12 +48,11 @@ def run(config: Config) -> int:
     ready = {size for size, place in places.items() if _is_ready(place, made_by)}
     if ready == set(places):
         return 0
-    with contextlib.ExitStack() as stack:
-        latents, num_failed = _gather(config, run_url, inputs, autoencoder.quantizer.in_dim, stack)
-        if latents is None:
-            print(f"codebook: incomplete: {num_failed} shards failed; mend them and run the same command again")
-            return 3
-        _make_all(autoencoder, latents, places, ready, {**made_by, "num_failed_shards": num_failed}, config)
+    latents, num_failed = _gather(config, run_url, inputs, autoencoder.quantizer.in_dim)
+    if latents is None:
+        print(f"codebook: incomplete: {num_failed} shards failed; {FIX_AND_RERUN}")
+        return 3
+    _make_all(autoencoder, latents, places, ready, {**made_by, "num_failed_shards": num_failed}, config)
     if num_failed:
         print(f"codebook: incomplete: {num_failed} shards failed, and the codebooks are of the others")
     return 3 if num_failed else 0
@@ -81,19 +79,16 @@ def _is_ready(place: str, made_by: dict[str, Any]) -> bool:
                 f"{place} was made with another {what}: {before.get(name)}, not {value}; delete it to make it anew, or "
                 "leave that as it was"
             )
-    print(f"codebook: {place} is there already")
+    print(f"codebook: {place} already exists")
     return True
 
 
-def _gather(
-    config: Config, run_url: str, inputs: Manifest, dim: int, stack: contextlib.ExitStack
-) -> tuple[Latents | None, int]:
-    """Latents of the corpus, and how many shards failed: a sample of them in memory, or all, with the workers.
+def _gather(config: Config, run_url: str, inputs: Manifest, dim: int) -> tuple[Latents | None, int]:
+    """Latents of the corpus, and how many shards failed: a sample of them in memory, or all, on the cluster's nodes.
 
-    None where a cache lacks shards: what is made of all latents is not made of some.
+    None if a cache lacks shards: a codebook of all latents is not made from a part of them.
     """
     options = config.codebook
-    cluster.start()
     if not (options.cache or options.full):
         rows, num_failed = draw_latents(run_url, inputs, config)
         return _some(None if rows is None else InMemory(torch.from_numpy(rows))), num_failed
@@ -102,8 +97,7 @@ def _gather(
     entries = [entry for entry in cache.commits() if entry.name in names]
     if len(entries) < len(names):
         return None, len(names) - len(entries)
-    pool = stack.enter_context(ShardPool(CacheReader, {"cache_url": cache.url, "dim": dim}, config.workers))
-    cached = CachedLatents.of(entries, pool, dim, options.max_latents, options.seed)
+    cached = CachedLatents.of(cache, entries, dim, options.max_latents, options.seed, config.workers)
     return _some(cached if options.full or cached is None else InMemory(cached.drawn)), 0
 
 

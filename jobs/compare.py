@@ -23,7 +23,7 @@ from jobs.checks import check
 from jobs.compare_report import write_report
 from jobs.config import Config, ConfigError, checked, with_method
 from jobs.progress import clock
-from jobs.reading import Item, decode_sample
+from jobs.shards import Item, decode_sample
 from pipeline import storage
 from pipeline.batches import map_in_threads
 from pipeline.errors import ShardError

@@ -5,17 +5,16 @@ Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstruc
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jobs import cluster
-from jobs.config import Config, ConfigError, TokensConfig, checked
+from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
+from jobs.config import Config, ConfigError, checked
 from jobs.frozen import load_tokenizer, tokenizer_url
-from jobs.progress import Progress
-from jobs.reading import Item, decoded_batches, one_by_one_if_bad
 from jobs.report import Example, latents_png, page, picture, sheet_png, side_by_side, table, usage_png
-from jobs.shard_pool import ShardWorker, map_shards
+from jobs.shards import Item, decoded_batches, one_by_one_if_bad
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, find_shards
@@ -23,19 +22,22 @@ from pipeline.tokens.output import Quarantined
 from tokenizer.evaluation import Evaluation
 from tokenizer.frechet import about
 from tokenizer.quantizer import Quantizer
+from tokenizer.tokenizer import Tokenizer
 
 PLOTTED_LATENTS = 4000
 
 
 @dataclass
-class Part:
+class Evaluated(ShardResult):
     """What one shard adds to the report; evaluation is None where its workers died."""
 
-    evaluation: Evaluation | None
+    evaluation: Evaluation | None = None
     examples: list[Example] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)
     num_bad: int = 0
-    failure: str | None = None
+
+    def counts(self) -> dict[str, float]:
+        return {"samples": len(self.evaluation.sizes) if self.evaluation else 0, "bad_samples": self.num_bad}
 
 
 def run(config: Config) -> int:
@@ -45,61 +47,52 @@ def run(config: Config) -> int:
     shards = find_shards(config.data.shards).shards
     with checked("metrics"):
         tokenizer.modality.metrics(config.metrics)
-    cluster.start()
     settings = {
-        "tokenizer_url": url,
+        "load": partial(load_tokenizer, url),
         "options": config.tokens,
         "metrics": config.metrics,
         "pictures": -(-config.limit // len(shards)),
     }
-    progress = Progress("evaluate", total=len(shards), unit="shards")
-    parts: dict[str, Part] = {}
+    parts: dict[str, Evaluated] = {}
     whole = Evaluation.empty(tokenizer)
-    for shard_url, part in map_shards(shards, EvaluateWorker, settings, config.workers):
-        parts[shard_url] = part
+    for part in run_shards("evaluate", shards, EvaluateWorker, settings, config.workers):
+        parts[part.shard.url] = part
         if part.evaluation is not None:
             whole.take_sums(part.evaluation)  # 67 MB a shard, so they must not pile up here
-        progress.advance(samples=len(part.evaluation.sizes) if part.evaluation else 0, bad_samples=part.num_bad)
-    progress.close()
     ordered = [parts[shard.url] for shard in shards]  # so that the report does not depend on who was first
     _merge(whole, ordered)
     num_bad = sum(part.num_bad for part in ordered)
     numbers = {"tokenizer_id": tokenizer.id, "num_bad": num_bad, **whole.summary(tokenizer)}
     _write(url, config, numbers, whole, ordered, tokenizer.autoencoder.quantizer)
-    for failure in (part.failure for part in ordered if part.failure):
-        print(f"evaluate: failed shard: {failure}")
-    return 3 if any(part.failure for part in ordered) else 0
+    failures = [part.failure for part in ordered if part.failure]
+    print_failures("evaluate", failures)
+    return 3 if failures else 0
 
 
-class EvaluateWorker(ShardWorker):
+class EvaluateWorker(EncodeWorker[Tokenizer]):
     """Holds the tokenizer; encodes, decodes and compares."""
 
-    def __init__(
-        self, tokenizer_url: str, options: TokensConfig, metrics: dict[str, Any], pictures: int, **resources: Any
-    ):
-        super().__init__(**resources)
-        self.tokenizer = load_tokenizer(tokenizer_url, self.device)
-        self.quality = self.tokenizer.modality.metrics(metrics).to(self.device)
-        self.options, self.pictures = options, pictures
+    result = Evaluated
 
-    def process(self, shard: Shard) -> tuple[str, Part]:
-        part = Part(Evaluation.empty(self.tokenizer))
+    def __init__(self, metrics: dict[str, Any], pictures: int, **rest: Any):
+        super().__init__(**rest)
+        self.quality = self.encoder.modality.metrics(metrics).to(self.device)
+        self.pictures = pictures
+
+    def work(self, shard: Shard) -> ShardResult:
+        part = Evaluated(shard, evaluation=Evaluation.empty(self.encoder))
         quarantined: list[Quarantined] = []
         try:
-            for batch in decoded_batches(shard.url, self.tokenizer, self.options, quarantined):
+            for batch in decoded_batches(shard.url, self.encoder, self.options, quarantined):
                 self._add(batch, part, quarantined)
                 self.tick(shard)
-        except ShardError as error:
+        except ShardError as error:  # what came before the break counts
             part.failure = str(error)
         part.num_bad = len(quarantined)
-        return shard.url, part
+        return part
 
-    @staticmethod
-    def failed(shard: Shard, reason: str) -> tuple[str, Part]:
-        return shard.url, Part(None, failure=f"{shard.url}: {reason}")
-
-    def _add(self, batch: list[Item], part: Part, bad: list[Quarantined]) -> None:
-        evaluation, tokenizer = part.evaluation, self.tokenizer
+    def _add(self, batch: list[Item], part: Evaluated, bad: list[Quarantined]) -> None:
+        evaluation, tokenizer = part.evaluation, self.encoder
         assert evaluation is not None
 
         def rebuild(items: list[Item]) -> list[np.ndarray]:
@@ -116,7 +109,7 @@ class EvaluateWorker(ShardWorker):
             part.examples.append(Example(item.sample.key, tokenizer.modality.mime, views, files))
 
 
-def _merge(whole: Evaluation, parts: list[Part]) -> None:
+def _merge(whole: Evaluation, parts: list[Evaluated]) -> None:
     for part in parts:
         if part.evaluation is not None:
             whole.merge(part.evaluation)
@@ -125,7 +118,7 @@ def _merge(whole: Evaluation, parts: list[Part]) -> None:
 
 
 def _write(
-    url: str, config: Config, numbers: dict[str, Any], whole: Evaluation, parts: list[Part], quantizer: Quantizer
+    url: str, config: Config, numbers: dict[str, Any], whole: Evaluation, parts: list[Evaluated], quantizer: Quantizer
 ) -> None:
     name = url.rsplit("/", 1)[1]
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")

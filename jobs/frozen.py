@@ -43,9 +43,9 @@ def load_trained(run_url: str) -> Autoencoder:
         raise ConfigError(f"{run_url} holds no trained model; run `tokenmill train` first ({error})") from error
 
 
-def load_encoder(run_url: str, preprocess: dict[str, Any]) -> LatentEncoder:
+def load_encoder(run_url: str, preprocess: dict[str, Any], device: str = "cpu") -> LatentEncoder:
     """Its encoder half. Raises ConfigError like load_trained."""
-    return LatentEncoder(load_trained(run_url), preprocess)
+    return LatentEncoder(load_trained(run_url), preprocess).to(device)
 
 
 def writer_url(output: Output, config: Config) -> str:

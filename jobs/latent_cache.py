@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from jobs.config import ConfigError, TokensConfig
-from jobs.reading import TokenizedShard
+from jobs.shards import EncodedShard
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard
 from pipeline.tokens import Output, TokenRow
@@ -76,8 +76,8 @@ def tokenize_cached(
     options: TokensConfig,
     device_lock: threading.Lock,
     tick: Callable[[], None],
-) -> TokenizedShard:
-    """As `tokenize_shard`, from the latents that it left; what was bad then is still. Raises ShardError."""
+) -> EncodedShard:
+    """As `encode_shard`, from the latents that it left; what was bad then is still. Raises ShardError."""
     started = time.monotonic()
     history = cache.history(shard.name)
     if history is None:
@@ -94,7 +94,7 @@ def tokenize_cached(
         rows += [replace(row, tokens=grid) for row, grid in zip(some, grids, strict=True)]
     total = time.monotonic() - started
     seconds = {"read": read_s, "encode": total - read_s, "total": total}
-    return TokenizedShard(rows, cache.quarantined(history.first), history.first.num_samples, seconds)
+    return EncodedShard(rows, cache.quarantined(history.first), history.first.num_samples, seconds)
 
 
 def _batched(rows: list[TokenRow]) -> Iterator[list[TokenRow]]:

@@ -1,4 +1,4 @@
-"""One pass over the pixels of a corpus, for its latents: a sample of them that comes back, or all into a cache."""
+"""One pass over the samples of a corpus for its latents: a sample of them that comes back, or all into a cache."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -6,99 +6,98 @@ from typing import Any
 
 import numpy as np
 
+from jobs import cluster
+from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.frozen import load_encoder
 from jobs.latent_cache import layout_of
-from jobs.progress import Progress
-from jobs.reading import Tally, decoded_batches, one_by_one_if_bad
-from jobs.shard_pool import ShardWorker, map_shards
+from jobs.shards import encode_shard
 from jobs.tokenize_corpus import TokenizeWorker
 from pipeline import storage
-from pipeline.errors import ShardError
 from pipeline.manifest import Manifest, Shard
 from pipeline.reservoir import Reservoir
 from pipeline.tokens import Output
-from pipeline.tokens.output import Quarantined
 from tokenizer.latents import LatentEncoder
 
 
 def draw_latents(run_url: str, inputs: Manifest, config: Config) -> tuple[np.ndarray | None, int]:
-    """A uniform sample [N, in_dim] of the corpus's latents, whatever the number of workers; None if it has none.
+    """A uniform sample [N, in_dim] of the corpus's latents, the same for any number of workers; None if it has none.
 
-    And how many shards failed, of which there is nothing in it, or what came before the break.
+    And how many shards failed; the sample has nothing from them.
     """
-    num_failed = 0
+    import ray
+
+    cluster.start()
     options = config.codebook
     drawn = Reservoir(options.max_latents, options.seed)
-    settings = {"run_url": run_url, "preprocess": config.data.preprocess, "options": config.tokens}
-    settings |= {"capacity": options.max_latents, "seed": options.seed}
-    progress = Progress("codebook", total=len(inputs.shards), unit="shards")
-    # each shard is told what can still enter: once the sample is full, little of what cannot stay comes here
-    for part in map_shards(inputs.shards, SampleWorker, settings, config.workers, lambda: (drawn.bound,)):
-        drawn.merge(part.sample)
-        _tell_failure(part.failure)
-        num_failed += part.failure is not None
-        progress.advance(latents=part.num_latents, bad_samples=part.num_bad)
-    progress.close()
-    return drawn.rows, num_failed
+    bound: Any = ray.remote(_Bound).options(num_cpus=0, scheduling_strategy=cluster.on_this_node()).remote()
+    settings = {"load": partial(load_encoder, run_url, config.data.preprocess), "options": _no_columns(config.tokens)}
+    settings |= {"capacity": options.max_latents, "seed": options.seed, "bound": bound}
+    failures = []
+    for part in run_shards("codebook", inputs.shards, SampleWorker, settings, config.workers):
+        if part.failure:
+            failures.append(part.failure)
+        else:
+            drawn.merge(part.sample)
+            bound.set.remote(drawn.bound)
+    print_failures("codebook", failures)
+    return drawn.rows, len(failures)
+
+
+def _no_columns(options: TokensConfig) -> TokensConfig:
+    return replace(options, passthrough=[])
+
+
+class _Bound:
+    """Rows of a higher priority cannot enter the sample. Workers ask, and so do not send what would be thrown away."""
+
+    def __init__(self) -> None:
+        self.below = 1.0
+
+    def set(self, below: float) -> None:
+        self.below = below
+
+    def get(self) -> float:
+        return self.below
 
 
 @dataclass
-class SamplePart:
+class Sampled(ShardResult):
     """One shard's share of the sample."""
 
-    sample: Reservoir
+    sample: Reservoir | None = None
     num_latents: int = 0
     num_bad: int = 0
-    failure: str | None = None
+
+    def counts(self) -> dict[str, float]:
+        return {"latents": self.num_latents, "bad_samples": self.num_bad}
 
 
-class SampleWorker(ShardWorker):
-    """Holds the encoder and turns shards into latents."""
+class SampleWorker(EncodeWorker[LatentEncoder]):
+    """Holds the encoder and draws from the latents of one shard after the other."""
 
-    def __init__(
-        self,
-        run_url: str,
-        preprocess: dict[str, Any],
-        options: TokensConfig,
-        capacity: int,
-        seed: int,
-        **resources: Any,
-    ):
-        super().__init__(**resources)
-        self.encoder = load_encoder(run_url, preprocess).to(self.device)
-        self.options, self.capacity, self.seed = options, capacity, seed
+    in_flight = 2
+    result = Sampled
 
-    def process(self, shard: Shard, below: float) -> SamplePart:
-        quarantined: list[Quarantined] = []
-        found: list[tuple[int, np.ndarray]] = []
-        part, tally = SamplePart(Reservoir(self.capacity, self.seed, below)), Tally(partial(self.tick, shard))
-        try:
-            batches = decoded_batches(
-                shard.url, self.encoder, self.options, quarantined, version=shard.version, tally=tally
-            )
-            for batch in batches:
-                encoded = one_by_one_if_bad(
-                    batch, lambda i: self.encoder.encode([j.decoded.array for j in i]), quarantined
-                )
-                found += [(item.sample.index, z.reshape(-1, z.shape[-1])) for item, z in encoded]
-                self.tick(shard)
-        except ShardError as error:  # what came before the break is as good a sample as any
-            part.failure = str(error)
-        if found:
-            latents = np.concatenate([z for _, z in sorted(found, key=lambda pair: pair[0])])
-            part.sample.add(latents, place=shard.url)
-            part.num_latents = len(latents)
-        part.num_bad = len(quarantined)
-        return part
+    def __init__(self, capacity: int, seed: int, bound: Any, **rest: Any):
+        super().__init__(**rest)
+        self.capacity, self.seed, self.bound = capacity, seed, bound
 
-    @staticmethod
-    def failed(shard: Shard, reason: str) -> SamplePart:
-        return SamplePart(Reservoir(0, 0), failure=f"{shard.url}: {reason}")
+    def work(self, shard: Shard) -> ShardResult:
+        import ray
+
+        found = encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
+        sampled = Sampled(shard, num_bad=len(found.quarantined))
+        sampled.sample = Reservoir(self.capacity, self.seed, ray.get(self.bound.get.remote()))
+        latents = [row.tokens.reshape(-1, row.tokens.shape[-1]) for row in found.rows]
+        if latents:
+            sampled.num_latents = sum(map(len, latents))
+            sampled.sample.add(np.concatenate(latents), place=shard.url)
+        return sampled
 
 
 def fill_cache(run_url: str, inputs: Manifest, config: Config) -> Output:
-    """Writes what RUN/latents lacks, and returns it. A shard that failed is told of, and is not in it."""
+    """Writes what RUN/latents lacks, and returns it. A shard that fails is reported and is not in it."""
     encoder = load_encoder(run_url, config.data.preprocess)
     url = storage.join(run_url, "latents")
     options = _as_before(url, encoder, config.tokens)
@@ -108,13 +107,10 @@ def fill_cache(run_url: str, inputs: Manifest, config: Config) -> Output:
     done = cache.committed_names()
     todo = [shard for shard in inputs.shards if shard.name not in done]
     print(f"codebook: {cache.url} has the latents of {len(inputs.shards) - len(todo)} of {len(inputs.shards)} shards")
-    settings: dict[str, Any] = {"run_url": run_url, "preprocess": config.data.preprocess}
+    settings: dict[str, Any] = {"load": partial(load_encoder, run_url, config.data.preprocess)}
     settings |= {"output_url": cache.url, "options": options}
-    progress = Progress("codebook", total=len(todo), unit="shards")
-    for result in map_shards(todo, CacheWorker, settings, config.workers):
-        _tell_failure(result.failure)
-        progress.advance(samples=result.num_rows, bad_samples=result.num_quarantined)
-    progress.close()
+    results = run_shards("codebook", todo, TokenizeWorker, settings, config.workers)
+    print_failures("codebook", [result.failure for result in results if result.failure])
     return cache
 
 
@@ -128,19 +124,3 @@ def _as_before(url: str, encoder: LatentEncoder, options: TokensConfig) -> Token
     if layout.tokenizer_id != encoder.encoder_id:
         raise ConfigError(f"{url} holds latents of another encoder or data.preprocess; delete it, or set another `run`")
     return replace(options, passthrough=list(layout.passthrough))
-
-
-class CacheWorker(TokenizeWorker):
-    """Takes shards from bytes to commit as that does, with latents in place of tokens."""
-
-    def __init__(
-        self, run_url: str, preprocess: dict[str, Any], output_url: str, options: TokensConfig, **resources: Any
-    ):
-        ShardWorker.__init__(self, **resources)
-        self.encoder = load_encoder(run_url, preprocess).to(self.device)
-        self.output, self.options, self.cache = Output.open(output_url), options, None
-
-
-def _tell_failure(failure: str | None) -> None:
-    if failure:
-        print(f"codebook: failed shard: {failure.splitlines()[0]}")

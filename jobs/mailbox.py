@@ -4,7 +4,8 @@ import asyncio
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.cluster import on_this_node
 
 
 @ray.remote(num_cpus=0)
@@ -32,8 +33,7 @@ class Mailbox:
 
 def open_mailbox() -> Any:
     """On the node of the caller, so that it lives as long as the driver does, whatever other nodes die."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    return Mailbox.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
 
 
 class StopWish:

@@ -7,34 +7,21 @@ and if nothing can be recovered, nothing is written. Two retries at a time do no
 """
 
 import time
-import traceback
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jobs import cluster, tokenize_corpus
-from jobs.config import Config, TokensConfig
+from jobs import tokenize_corpus
+from jobs.actors.run import FIX_AND_RERUN, EncodeWorker, ShardResult, print_failures, run_shards
+from jobs.config import Config
 from jobs.frozen import load_tokenizer, writer_url
-from jobs.progress import Progress
-from jobs.reading import Stopwatch, Tally, decoded_batches, rows_of
-from jobs.shard_pool import ShardWorker, map_shards
+from jobs.shards import EncodedShard, encode_shard
 from jobs.status import open_output
 from pipeline import storage
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard, look_up
 from pipeline.tokens import History, Output, Quarantined, TokenRow
-
-SHOWN = 10
-
-
-@dataclass
-class RetryResult:
-    """What comes back from a worker. won: whether this retry's result is the one that stands, if it has any."""
-
-    num_rows: int = 0
-    num_still_bad: int = 0
-    won: bool = True
-    failure: str | None = None
+from tokenizer.tokenizer import Tokenizer
 
 
 def run(config: Config) -> int:
@@ -73,28 +60,21 @@ def _recover(urls: list[str], url: str, output: Output, config: Config) -> list[
         return []
     shards = look_up(urls).shards
     output.refuse_replaced(shards)
-    cluster.start()
-    settings = {"tokenizer_url": url, "output_url": output.url, "options": config.tokens}
-    progress = Progress("retry", total=len(shards), unit="shards")
-    results = []
-    for result in map_shards(shards, RetryWorker, settings, config.workers):
-        results.append(result)
-        progress.advance(recovered=result.num_rows, still_bad=result.num_still_bad)
-    progress.close()
+    settings = {"load": partial(load_tokenizer, url), "output_url": output.url, "options": config.tokens}
+    results = list(run_shards("retry", shards, RetryWorker, settings, config.workers))
     if lost := sum(not result.won for result in results):
-        print(f"retry: {lost} shards were taken up by another retry at the same time, whose result stands")
+        print(f"retry: another retry processed {lost} shards at the same time; its result stands")
     print(f"retry: recovered {sum(result.num_rows for result in results)} samples")
     return [result.failure for result in results if result.failure]
 
 
 def _outcome(output: Output, failures: list[str], config: Config) -> int:
-    for failure in failures[:SHOWN]:
-        print(f"retry: failed shard: {failure.splitlines()[0]}")
+    print_failures("retry", failures)
     shards = output.histories()
     rows, bad = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
     print(f"retry: {rows} samples in {len(shards)} shards, {bad} quarantined, at {output.url}")
     if failures:
-        print(f"retry: incomplete: {len(failures)} shards failed; mend them and run the same command again")
+        print(f"retry: incomplete: {len(failures)} shards failed; {FIX_AND_RERUN}")
         return 3
     if untried := {shard.name for shard in output.inputs()} - {shard.first.name for shard in shards}:
         print(f"retry: incomplete: {len(untried)} shards are not done yet; run the same `tokenmill tokenize` again")
@@ -106,61 +86,47 @@ def _outcome(output: Output, failures: list[str], config: Config) -> int:
     return 0
 
 
-class RetryWorker(ShardWorker):
-    """Holds the tokenizer and takes up the quarantined samples of one shard after the other."""
+@dataclass
+class Recovered(ShardResult):
+    """won: whether this retry's result is the one that stands, if it has any."""
 
-    def __init__(self, tokenizer_url: str, output_url: str, options: TokensConfig, **resources: Any):
-        super().__init__(**resources)
-        self.tokenizer = load_tokenizer(tokenizer_url, self.device)
+    num_rows: int = 0
+    num_still_bad: int = 0
+    won: bool = True
+
+    def counts(self) -> dict[str, float]:
+        return {"recovered": self.num_rows, "still_bad": self.num_still_bad}
+
+
+class RetryWorker(EncodeWorker[Tokenizer]):
+    """Holds the tokenizer and encodes the quarantined samples of one shard after the other."""
+
+    result = Recovered
+
+    def __init__(self, output_url: str, **rest: Any):
+        super().__init__(**rest)
         self.output = Output.open(output_url)
-        self.options = options
 
-    def process(self, shard: Shard) -> RetryResult:
-        try:
-            return self._retry(shard)
-        except ShardError as error:
-            return RetryResult(failure=str(error))
-        except Exception as error:  # one shard must not end a job of days
-            return RetryResult(failure=f"{shard.url}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
-
-    @staticmethod
-    def failed(shard: Shard, reason: str) -> RetryResult:
-        return RetryResult(failure=f"{shard.url}: {reason}")
-
-    def _retry(self, shard: Shard) -> RetryResult:
+    def work(self, shard: Shard) -> ShardResult:
         history = self.output.history(shard.name)
         assert history is not None, f"{shard.name} was committed when this command began"
-        rows, quarantined, seconds = self._take_up(shard, history)
-        entry = self.output.commit_retry(shard, history, rows, quarantined, seconds, now=time.time())
-        if entry is None:
-            return RetryResult(num_still_bad=len(quarantined), won=not rows)
-        return RetryResult(entry.num_rows, entry.num_quarantined)
-
-    def _take_up(self, shard: Shard, history: History) -> tuple[list[TokenRow], list[Quarantined], dict[str, float]]:
-        """Rows of the samples that stand in quarantine, those that are still bad, and seconds by stage."""
         before = {sample.source_index: sample.key for sample in self.output.quarantined(history.last)}
-        rows: list[TokenRow] = []
-        quarantined: list[Quarantined] = []
-        tally, watch = Tally(partial(self.tick, shard)), Stopwatch()
-        batches = decoded_batches(
-            shard.url, self.tokenizer, self.options, quarantined, version=shard.version, only=before, tally=tally
-        )
-        for batch in batches:
-            watch.lap("wait")
-            rows += rows_of(batch, self.tokenizer, self.options.passthrough, quarantined)
-            watch.lap("encode")
-            self.tick(shard)
-        watch.lap("wait")
-        places: list[TokenRow | Quarantined] = [*rows, *quarantined]
-        found = {sample.source_index: sample.key for sample in places}
-        if found != before or tally.num_samples != history.first.num_samples:
+        tick = partial(self.tick, shard)
+        found = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, only=before)
+        self._refuse_replaced(shard, history, before, found)
+        with self.ticking(shard):
+            entry = self.output.commit_retry(
+                shard, history, found.rows, found.quarantined, found.seconds, now=time.time()
+            )
+        if entry is None:
+            return Recovered(shard, num_still_bad=len(found.quarantined), won=not found.rows)
+        return Recovered(shard, None, entry.num_rows, entry.num_quarantined)
+
+    def _refuse_replaced(self, shard: Shard, history: History, before: dict[int, str], found: EncodedShard) -> None:
+        places: list[TokenRow | Quarantined] = [*found.rows, *found.quarantined]
+        again = {sample.source_index: sample.key for sample in places}
+        if again != before or found.num_samples != history.first.num_samples:
             raise ShardError(
                 f"{shard.url} does not hold the samples that {self.output.url} has of it: it was replaced. "
                 "Put the old one back, or choose another output"
             )
-        stages = {"read": tally.read_s, "decode": tally.decode_s, "encode": watch.seconds.get("encode", 0.0)}
-        return (
-            sorted(rows, key=lambda row: row.source_index),
-            quarantined,
-            {**stages, "total": sum(watch.seconds.values())},
-        )

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from jobs.config import TrainConfig
-from jobs.reading import Item, decode_sample
+from jobs.shards import Item, decode_sample
 from pipeline.batches import map_in_threads, prefetch
 from pipeline.errors import ShardError
 from pipeline.manifest import Shard

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from jobs.config import Config, ConfigError, load_config
-from jobs.reading import Item, decode_sample
+from jobs.shards import Item, decode_sample
 from pipeline.manifest import find_shards
 from pipeline.samples import read_samples
 from tokenizer.autoencoder import Autoencoder

@@ -1,4 +1,4 @@
-"""The latents that a codebook is made from, in parts: one tensor, or shards that lie with the workers of a cluster.
+"""The latents that a codebook is made from, in parts: one tensor, or blocks on the nodes of a cluster.
 
 Legend: N latents of D channels in all; a part has n of them.
 """
@@ -20,6 +20,9 @@ class Part:
 
     latents: Tensor
     weights: Tensor | None = None
+
+    def to(self, device: str | torch.device) -> "Part":
+        return Part(self.latents.to(device), None if self.weights is None else self.weights.to(device))
 
 
 class Latents(Protocol):

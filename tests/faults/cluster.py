@@ -101,8 +101,8 @@ class Cluster:
         ports = [f"--{name}={self.first_port + i}" for i, name in enumerate(names)]
         return self._start("--head", "--num-cpus=0", *ports, f"--temp-dir={self.folder}")
 
-    def start_node(self) -> Node:
-        return self._start("--num-cpus=1", f"--address={LAPTOP}:{self.first_port}")
+    def start_node(self, *options: str) -> Node:
+        return self._start("--num-cpus=1", *options, f"--address={LAPTOP}:{self.first_port}")
 
     def job_workers(self) -> list[psutil.Process]:
         return [worker for node in self.nodes for worker in node.job_workers()]

@@ -29,7 +29,7 @@ COMMITS, MOMENT_S = 4, 0.1  # until a kill, at most; two of them leave enough to
 QUICK = tuple(kind for kind in proxy.KINDS if kind not in (proxy.STALL, proxy.STALL_BODY))
 SHORT_TIMEOUT = "storage.options.s3.config_kwargs.read_timeout=3"  # s, instead of 30 for each stall
 MAX_STALLS = 3
-FAULTS_PER_JOB = 2  # below shard_pool.MAX_TRIES, so that no shard may be given up for them
+FAULTS_PER_JOB = 2  # below pool.MAX_TRIES, so that no shard may be given up for them
 
 
 @dataclass

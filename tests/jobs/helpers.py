@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,14 +15,18 @@ import ray  # noqa: F401  puts the psutil that it carries on the path
 import torch
 
 import psutil  # isort: skip
+from jobs.actors.run import EncodeWorker
 from jobs.config import TokensConfig
-from jobs.tokenize_corpus import TokenizeWorker, layout_of, tokenize_shard
+from jobs.frozen import load_tokenizer
+from jobs.shards import encode_shard
+from jobs.tokenize_corpus import TokenizeWorker, layout_of
 from pipeline.manifest import find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.tokenizer import Tokenizer
 
+W = TypeVar("W", bound=EncodeWorker)
 SAMPLES = Path(__file__).parents[2] / "samples"
 TINY_NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}
 ROWS = ("key", "source_shard", "source_index", "tokens", "shape", "height", "width")
@@ -56,12 +61,12 @@ def rows_of(output: str | Path) -> pa.Table:
 
 
 def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
-    """The rows that these shards should give, made in this process by one `tokenize_shard` after the other."""
+    """The rows that these shards should give, made in this process by one `encode_shard` after the other."""
     tokenizer = Tokenizer.from_pretrained(tokenizer_url)
     layout = layout_of(tokenizer, TokensConfig())
     tables = []
     for shard in find_shards(shards).shards:
-        rows = tokenize_shard(shard, tokenizer, TokensConfig()).rows
+        rows = encode_shard(shard, tokenizer, TokensConfig()).rows
         tables.append(layout.to_table(rows, shard.url).select(list(ROWS)).replace_schema_metadata(None))
     return pa.concat_tables(tables).combine_chunks()
 
@@ -74,11 +79,17 @@ def tokenize_without_ray(
     inputs = find_shards(shards)
     layout = layout_of(Tokenizer.from_pretrained(tokenizer_url), options)
     output = Output.create(str(output_url), layout, inputs, config={})
-    worker = TokenizeWorker(tokenizer_url, output.url, options, num_cpus=1, num_gpus=0)
+    worker = here(TokenizeWorker, tokenizer_url, output_url=output.url, options=options)
     done = output.committed_names()
     failures = [worker.process(shard).failure for shard in inputs.shards if shard.name not in done]
     assert not any(failures), failures
     return output
+
+
+def here(worker: type[W], tokenizer_url: str, **settings: Any) -> W:
+    """A worker of a job, in this process, on one CPU."""
+    load = functools.partial(load_tokenizer, tokenizer_url)
+    return worker(load=load, **{"options": TokensConfig(), "num_cpus": 1, "num_gpus": 0, **settings})
 
 
 def children_named(part: str) -> list[psutil.Process]:

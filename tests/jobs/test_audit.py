@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.__main__ import main
-from jobs.audit import AuditWorker, Drawn, Part, draw
+from jobs.audit import AuditWorker, Compared, Drawn, draw
 from jobs.config import TokensConfig
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens import Commit, Output
 from pipeline.tokens.layout import to_parquet, tokens_as_lists
 from tests.corpus import tar_bytes
-from tests.jobs.helpers import jpegs, save_tiny_tokenizer, tokenize_without_ray
+from tests.jobs.helpers import here, jpegs, save_tiny_tokenizer, tokenize_without_ray
 
 
 @pytest.fixture(params=["list", "packed"])
@@ -33,11 +33,12 @@ def shard(output: Output, index: int = 0) -> Shard:
     return find_shards(output.inputs()[index].url).shards[0]
 
 
-def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] = (0, 2)) -> Part:
+def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] = (0, 2)) -> Compared:
     """What a worker of the job finds in these rows of a shard."""
     drawn = {shard(output, index).name: list(rows)}
-    settings = {"tokenizer_url": tokenizer, "output_url": output.url, "options": TokensConfig()}
-    return AuditWorker(**settings, drawn=drawn, num_cpus=1, num_gpus=0).process(shard(output, index))
+    found = here(AuditWorker, tokenizer, output_url=output.url, drawn=drawn).process(shard(output, index))
+    assert isinstance(found, Compared)
+    return found
 
 
 def forge(output: Output, row: int, change: int = 1) -> None:

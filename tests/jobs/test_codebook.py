@@ -1,9 +1,12 @@
 """Codebooks from a corpus: the same whatever the workers, the cache, and the order in which shards come."""
 
+import contextlib
 import io
 import json
 import os
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +16,8 @@ import torch
 import yaml
 
 from jobs.__main__ import main
-from jobs.cached_latents import CachedLatents, CacheReader
+from jobs.cached_latents import CachedLatents
 from jobs.config import WorkersConfig
-from jobs.shard_pool import ShardPool
 from pipeline.tokens import Output
 from tests.corpus import write_tar
 from tests.jobs.helpers import TINY_NET, children_named, jpegs, rows_of
@@ -147,24 +149,44 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
     ids=lambda quantizer: quantizer["name"],
 )
 def test_latents_that_lie_with_workers_give_what_they_give_in_memory(place: Path, quantizer: dict):
-    """Weighted, and by layers; with several shards to a group, nothing held, and a worker killed."""
+    """Weighted, and by layers; with several shards to a group, and a worker killed."""
     assert main(["codebook", config(place, "lying", codebook={"cache": True})]) == 0
     cache = Output.open(str(place / "lying/latents"))
     num_latents = len(cached_rows(place, "lying"))
     codebooks = []
-    for count, held_bytes, killed in ((1, 10**6, False), (2, 0, True)):
-        settings = {"cache_url": cache.url, "dim": 3, "held_bytes": held_bytes}
-        with ShardPool(CacheReader, settings, WorkersConfig(count=count)) as pool:
-            latents = CachedLatents.of(cache.commits(), pool, 3, capacity=num_latents, seed=0, num_groups=2)
-            if killed:
-                children_named("CacheReader")[0].kill()
-            fitted = build_quantizer(quantizer).eval()
+    for count, killed in ((1, False), (2, True)):
+        workers = WorkersConfig(count=count)
+        latents = CachedLatents.of(cache, cache.commits(), 3, num_latents, seed=0, workers=workers, num_groups=2)
+        assert latents is not None
+        fitted = build_quantizer(quantizer).eval()
+        with killed_while_summing() if killed else contextlib.nullcontext():
             fitted.fit(latents)
-            codebooks.append(fitted.codebook)
+        codebooks.append(fitted.codebook)
     assert torch.equal(*codebooks)
     alone = build_quantizer(quantizer).eval()
     alone.fit(Drawn(latents.drawn))
     torch.testing.assert_close(codebooks[0], alone.codebook, rtol=1e-4, atol=1e-5)
+
+
+@contextlib.contextmanager
+def killed_while_summing() -> Iterator[None]:
+    """Kills one of Ray's processes that map a function over the latents, and asserts that it found one."""
+    killed, over = [], threading.Event()
+
+    def kill() -> None:
+        while not killed and not over.wait(0.02):
+            for process in children_named("ray::Map")[:1]:
+                process.kill()
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        killer.join()
+    assert killed
 
 
 class Drawn(InMemory):
@@ -180,7 +202,7 @@ def test_a_codebook_that_was_made_otherwise_is_not_passed_off(place: Path, capsy
     file = config(place, "sampled-otherwise", codebook={"max_latents": 200})
     assert main(["codebook", file]) == 0
     assert main(["codebook", file]) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert main(["codebook", file, "codebook.full=true"]) == 2
     assert "was made with another codebook.full: False, not True; delete it" in capsys.readouterr().err
     assert main(["codebook", file, f"data.shards={place}/in/[01].tar"]) == 2
@@ -198,7 +220,7 @@ def test_a_broken_shard_is_told_and_a_whole_corpus_is_not_made_of_a_part(place: 
     file = config(place, "with-broken", data={"shards": f"{broken}/*.tar"})
     assert main(["codebook", file, "codebook.full=true"]) == 3
     assert not (place / "with-broken/tokenizers").exists()
-    assert "incomplete: 1 shards failed; mend them" in capsys.readouterr().out
+    assert "incomplete: 1 shards failed; fix them" in capsys.readouterr().out
     assert main(["codebook", file]) == 3
     assert report_of(place, "with-broken")["made_by"]["num_failed_shards"] == 1
 

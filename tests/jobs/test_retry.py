@@ -6,13 +6,12 @@ import pytest
 from PIL import Image, ImageFile
 
 from jobs.__main__ import main
-from jobs.config import TokensConfig
-from jobs.retry import RetryResult, RetryWorker
+from jobs.retry import Recovered, RetryWorker
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens import Output, TokenDataset
 from pipeline.tokens.verify import verify
 from tests.corpus import encoded, picture, tar_bytes
-from tests.jobs.helpers import jpegs, rows_of, rows_without_ray, save_tiny_tokenizer, tokenize_without_ray
+from tests.jobs.helpers import here, jpegs, rows_of, rows_without_ray, save_tiny_tokenizer, tokenize_without_ray
 
 PIXELS = 40 * 48  # of a small picture
 LARGE = ("large.jpg", encoded(picture(120, 120), "jpeg"))  # more than Pillow opens while its limit is low
@@ -47,10 +46,11 @@ def in_quarantine(output: Output) -> list[int]:
     return [sample.source_index for sample in output.quarantined(history.last)]
 
 
-def retry(output: Output, tokenizer: str) -> RetryResult:
+def retry(output: Output, tokenizer: str) -> Recovered:
     """What a worker of the job does with the first shard."""
-    worker = RetryWorker(tokenizer, output.url, TokensConfig(), num_cpus=1, num_gpus=0)
-    return worker.process(shard(output))
+    found = here(RetryWorker, tokenizer, output_url=output.url).process(shard(output))
+    assert isinstance(found, Recovered)
+    return found
 
 
 def files(output: Output) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ def test_recovered_samples_are_the_rows_that_they_would_have_been(
     low_limit.undo()
     low_limit.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     before = files(output)
-    assert retry(output, tokenizer) == RetryResult(num_rows=2)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=2)
     assert files(output).items() >= before.items()
     assert rows_of(output.url).equals(rows_without_ray(f"{tmp_path}/*.tar", tokenizer))
     assert verify(output, deep=True).problems == []
@@ -72,10 +72,10 @@ def test_recovered_samples_are_the_rows_that_they_would_have_been(
 
 def test_each_retry_takes_up_what_the_one_before_left(output: Output, tokenizer: str, low_limit: pytest.MonkeyPatch):
     low_limit.undo()
-    assert retry(output, tokenizer) == RetryResult(num_rows=1, num_still_bad=1)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1, num_still_bad=1)
     assert in_quarantine(output) == [4]
     low_limit.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    assert retry(output, tokenizer) == RetryResult(num_rows=1)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1)
     assert in_quarantine(output) == []
     assert {Path(name).stem for name in files(output) if name.startswith("tokens/a-")} == {
         *(f"{shard(output).name}{ending}" for ending in ("", "+1", "+2"))
@@ -93,7 +93,7 @@ def test_readers_see_recovered_rows(output: Output, tokenizer: str, low_limit: p
 
 def test_where_nothing_was_mended_nothing_is_written(output: Output, tokenizer: str):
     before = files(output)
-    assert retry(output, tokenizer) == RetryResult(num_still_bad=2)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_still_bad=2)
     assert files(output) == before
 
 
@@ -102,8 +102,7 @@ def test_a_shard_with_other_samples_in_it_is_refused(output: Output, tokenizer: 
     low_limit.undo()
     path, before = Path(shard(output).url), files(output)
     path.write_bytes(tar_bytes([*jpegs(5), CUT]))
-    worker = RetryWorker(tokenizer, output.url, TokensConfig(), num_cpus=1, num_gpus=0)
-    failure = worker.process(Shard(str(path), None)).failure
+    failure = here(RetryWorker, tokenizer, output_url=output.url).process(Shard(str(path), None)).failure
     assert failure is not None
     assert "does not hold the samples" in failure
     assert files(output) == before

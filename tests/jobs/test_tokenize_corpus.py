@@ -11,7 +11,7 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.config import TokensConfig
-from jobs.tokenize_corpus import tokenize_shard
+from jobs.shards import encode_shard
 from pipeline.manifest import Shard, find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture, tar_bytes
@@ -47,7 +47,7 @@ def without_end_blocks(tar: bytes) -> bytes:
 
 def test_a_real_shard_gives_a_row_for_each_photo(tokenizer: str):
     shard = find_shards(str(SAMPLES / "heldout/photos-001.tar")).shards[0]
-    found = tokenize_shard(shard, Tokenizer.from_pretrained(tokenizer), TokensConfig())
+    found = encode_shard(shard, Tokenizer.from_pretrained(tokenizer), TokensConfig())
     rows, quarantined, seconds = found.rows, found.quarantined, found.seconds
     assert quarantined == []
     assert [row.source_index for row in rows] == list(range(44))
@@ -61,8 +61,8 @@ def test_tokens_do_not_depend_on_how_pictures_are_batched(tokenizer: str, tmp_pa
     mixed = GOOD + [(f"wide-{name}", data) for name, data in jpegs(5, 24, 64)]
     (tmp_path / "mixed.tar").write_bytes(tar_bytes(mixed))
     shard, frozen = Shard(str(tmp_path / "mixed.tar"), None), Tokenizer.from_pretrained(tokenizer)
-    expected = tokenize_shard(shard, frozen, TokensConfig()).rows
-    rows = tokenize_shard(shard, frozen, TokensConfig(batch_budget=budget)).rows
+    expected = encode_shard(shard, frozen, TokensConfig()).rows
+    rows = encode_shard(shard, frozen, TokensConfig(batch_budget=budget)).rows
     assert [row.key for row in rows] == [row.key for row in expected]
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(rows, expected, strict=True))
 

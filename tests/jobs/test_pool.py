@@ -1,6 +1,7 @@
 """Shards dealt out to real actors that die, hang, fail and take their time."""
 
 import collections
+import ctypes
 import os
 import signal
 import threading
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import ray
 
+from jobs.actors import pool
+from jobs.actors.pool import MAX_TRIES, ShardWorker, map_shards
 from jobs.config import WorkersConfig
-from jobs.shard_pool import MAX_TRIES, ShardWorker, map_shards
 from pipeline.manifest import Shard
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -30,7 +32,7 @@ class Scripted(ShardWorker):
     def process(self, shard: Shard) -> tuple[str, str, int]:
         verb = shard.url.split("-")[0]
         (self.notes / f"{shard.url}.{os.getpid()}.{time.monotonic_ns()}").touch()
-        tries = len(list(self.notes.glob(f"{shard.url}.*")))
+        tries = len([file for file in self.notes.glob(f"{shard.url}.*") if file.suffix != ".end"])
         if verb == "die" or (verb == "dieonce" and tries == 1):
             time.sleep(0.3)  # so that the other shard in flight has begun
             os.kill(os.getpid(), signal.SIGKILL)
@@ -38,16 +40,21 @@ class Scripted(ShardWorker):
             threading.Event().wait()
         if verb == "freeze" and tries == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if verb == "lock" and tries == 1:
+            ctypes.PyDLL(None).sleep(10_000)  # a call into C that does not release Python's lock
         if verb == "raise":
             raise ValueError("broken on purpose")
-        for _ in range(30 if verb == "slow" else 1):
+        for _ in range({"slow": 30, "long": 60}.get(verb, 1)):
             time.sleep(0.2)
             self.tick(shard)
+        (self.notes / f"{shard.url}.{os.getpid()}.end").touch()
         return "done", shard.url, os.getpid()
 
-    @staticmethod
-    def failed(shard: Shard, reason: str) -> tuple[str, str, str]:
+    def failed(self, shard: Shard, reason: str) -> tuple[str, str, str]:
         return "failed", shard.url, reason
+
+    def finished(self, shard: Shard) -> tuple[str, str, str]:
+        return "finished before", shard.url, ""
 
 
 class NeedsMore(Scripted):
@@ -63,7 +70,7 @@ def run(tmp_path: Path, names: list[str], workers: WorkersConfig = TWO, worker: 
 
 
 def tries(tmp_path: Path) -> collections.Counter[str]:
-    return collections.Counter(file.name.split(".")[0] for file in tmp_path.iterdir())
+    return collections.Counter(file.name.split(".")[0] for file in tmp_path.iterdir() if file.suffix != ".end")
 
 
 def test_many_shards_are_each_done_once_by_all_actors(tmp_path: Path):
@@ -90,7 +97,7 @@ def test_a_shard_that_hangs_is_taken_away_and_one_that_is_slow_is_not(tmp_path: 
     workers = WorkersConfig(count=2, cpus=0.25, stall_timeout_s=4)
     results = run(tmp_path, ["hangonce-0", "slow-0", "hang-0", "do-0", "do-1"], workers)
     assert [name for name, (outcome, _) in results.items() if outcome == "failed"] == ["hang-0"]
-    assert "no progress for 4 s" in results["hang-0"][1]
+    assert "3 of them without progress for 4 s" in results["hang-0"][1]
     assert tries(tmp_path)["hangonce-0"] == 2
     assert tries(tmp_path)["hang-0"] == MAX_TRIES
 
@@ -99,6 +106,39 @@ def test_a_process_that_is_stopped_is_noticed(tmp_path: Path):
     workers = WorkersConfig(count=1, cpus=0.25, stall_timeout_s=2)
     results = run(tmp_path, ["freeze-0", "do-0"], workers)
     assert {outcome for outcome, _ in results.values()} == {"done"}
+
+
+def test_a_call_that_keeps_pythons_lock_is_noticed_and_its_neighbour_is_done(tmp_path: Path):
+    """No thread of the worker can run then; only its watchdog process sees it."""
+    workers = WorkersConfig(count=1, cpus=0.25, stall_timeout_s=2)
+    results = run(tmp_path, ["lock-0", "do-0", "do-1"], workers)
+    assert {outcome for outcome, _ in results.values()} == {"done"}
+    assert tries(tmp_path)["lock-0"] == 2
+
+
+def test_a_neighbour_of_a_stalled_shard_is_not_blamed(tmp_path: Path):
+    """It loses its worker each time, too."""
+    workers = WorkersConfig(count=1, cpus=0.25, stall_timeout_s=2)
+    results = run(tmp_path, ["hang-0", "long-0"], workers)
+    assert results["hang-0"][0] == "failed"
+    assert results["long-0"][0] == "done"
+
+
+def test_a_result_comes_as_soon_as_its_shard_is_done(tmp_path: Path):
+    workers = WorkersConfig(count=1, cpus=0.25)
+    shards = [Shard("do-0", None), Shard("slow-0", None)]
+    results = map_shards(shards, Scripted, {"notes": str(tmp_path)}, workers)
+    assert next(results)[1] == "do-0"
+    assert not list(tmp_path.glob("slow-0.*.end"))
+    assert next(results)[1] == "slow-0"
+
+
+def test_a_finished_shard_whose_result_was_lost_is_not_processed_again(tmp_path: Path, monkeypatch):
+    """Where a block has several shards, a death loses the results of those before it."""
+    monkeypatch.setattr(pool, "MAX_BLOCKS", 2)
+    results = run(tmp_path, ["do-0", "dieonce-0", "do-1", "do-2"], WorkersConfig(count=1, cpus=0.25))
+    assert results["do-0"] == ("finished before", "")
+    assert tries(tmp_path) == {"do-0": 1, "dieonce-0": 2, "do-1": 1, "do-2": 1}
 
 
 def test_an_exception_that_a_worker_does_not_handle_ends_the_job(tmp_path: Path):

@@ -1,5 +1,6 @@
-"""A shard to batches of decoded samples, and those to token rows, on the road that all jobs over shards share."""
+"""A shard to batches of decoded samples, and those to rows of tokens or latents."""
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 
 from jobs.config import TokensConfig
 from pipeline.batches import in_buckets, map_in_threads, prefetch
+from pipeline.manifest import Shard
 from pipeline.samples import Sample, read_samples
 from pipeline.tokens import Quarantined, TokenRow
 from pipeline.tokens.layout import passthrough_value
@@ -17,6 +19,58 @@ from tokenizer.latents import LatentEncoder
 from tokenizer.modality import Decoded, Modality
 
 R = TypeVar("R")
+TICK_S = 5.0  # while waiting for the device
+
+
+@dataclass
+class EncodedShard:
+    """All rows of a shard in its order, what went to quarantine, and how many samples the reader counted.
+
+    seconds: read and decode are sums over the threads that run beside the encoder. wait: for data; queue: for the
+    device, which another shard had; encode; total.
+    """
+
+    rows: list[TokenRow]
+    quarantined: list[Quarantined]
+    num_samples: int
+    seconds: dict[str, float]
+
+
+def encode_shard(
+    shard: Shard,
+    encoder: LatentEncoder,
+    options: TokensConfig,
+    device_lock: "threading.Lock | None" = None,
+    tick: Callable[[], None] = lambda: None,
+    *,
+    only: Collection[int] | None = None,
+) -> EncodedShard:
+    """Reads, decodes and encodes a shard: to tokens if encoder is a tokenizer, else to latents.
+
+    device_lock is held while a batch is encoded. tick is called for each sample that is read, for each batch that is
+    encoded, and while another shard has the device. only: source indices; all other samples are counted and skipped.
+
+    Raises ShardError if the shard cannot be read to its end.
+    """
+    rows: list[TokenRow] = []
+    quarantined: list[Quarantined] = []
+    tally, watch = Tally(tick), Stopwatch()
+    device_lock = device_lock or threading.Lock()
+    batches = decoded_batches(shard.url, encoder, options, quarantined, version=shard.version, only=only, tally=tally)
+    for batch in batches:
+        watch.lap("wait")
+        while not device_lock.acquire(timeout=TICK_S):
+            tick()
+        try:
+            watch.lap("queue")
+            rows += rows_of(batch, encoder, options.passthrough, quarantined)
+            watch.lap("encode")
+        finally:
+            device_lock.release()
+        tick()
+    watch.lap("wait")
+    seconds = {"read": tally.read_s, "decode": tally.decode_s, **watch.seconds, "total": sum(watch.seconds.values())}
+    return EncodedShard(sorted(rows, key=lambda row: row.source_index), quarantined, tally.num_samples, seconds)
 
 
 @dataclass
@@ -163,17 +217,3 @@ class Stopwatch:
         now = time.monotonic()
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + now - self._last, 4)
         self._last = now
-
-
-@dataclass
-class TokenizedShard:
-    """All rows of a shard in its order, what went to quarantine, and how many samples the reader counted.
-
-    seconds: read and decode add up those of the threads that ran beside the encoder. wait: for data; queue: for the
-    device, which another shard had; encode; total.
-    """
-
-    rows: list[TokenRow]
-    quarantined: list[Quarantined]
-    num_samples: int
-    seconds: dict[str, float]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jobs.config import TokensConfig
-from jobs.reading import Item, Tally, decoded_batches, one_by_one_if_bad, rows_of
+from jobs.shards import Item, Tally, decoded_batches, one_by_one_if_bad, rows_of
 from pipeline.errors import ShardError
 from pipeline.manifest import find_shards
 from pipeline.samples import Sample

@@ -1,0 +1,287 @@
+"""A pool of Ray Data actors that a list of shards goes through.
+
+Only descriptors and small results pass through Ray Data. It deals out the shards, lets the pool grow with the cluster,
+and starts the work of a dead actor again. Two things it cannot do, and they are done here: it cannot tell a hung actor
+from a slow one, and it would give a shard that kills its actors to the next actor forever.
+"""
+
+import collections
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Protocol
+
+from jobs.cluster import described, device_for, have, on_this_node, room
+from jobs.config import WorkersConfig
+
+MAX_TRIES = 3  # of a shard whose worker dies or hangs
+MAX_BLOCKS = 10_000  # Ray Data takes a minute to start with 100,000; above this, a block holds several shards
+SAY_EVERY_S = 30.0
+TICK_S = 5.0  # while waiting for the device or for storage
+
+# Kills the process that started it after so many seconds in which nothing was written to it. Ends with that process.
+WATCHDOG = """
+import os, select, signal, sys
+while select.select([0], [], [], float(sys.argv[2]))[0]:
+    if not os.read(0, 4096):
+        sys.exit()
+os.kill(int(sys.argv[1]), signal.SIGKILL)
+"""
+
+
+class Named(Protocol):
+    """A shard, or another unit of work. Its name is unique."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class ShardWorker:
+    """What an actor runs. Subclasses hold a model and call `tick` as their work on a shard progresses.
+
+    in_flight: how many shards one worker has at a time, each in a thread of its own. The threads take turns at the
+    device by `device_lock`, so one shard is read and written while another is encoded.
+    """
+
+    in_flight: ClassVar[int] = 1
+
+    def __init__(self, num_cpus: float, num_gpus: float):
+        import torch
+
+        torch.set_num_threads(max(1, int(num_cpus)))  # Ray would leave one thread per process
+        self.device = device_for(num_gpus)
+        self.device_lock = threading.Lock()
+        self.ticked: dict[str, float] = {}  # name of a shard -> when its work last progressed
+
+    def process(self, shard: Any) -> Any:
+        raise NotImplementedError
+
+    def failed(self, shard: Any, reason: str) -> Any:
+        """The result of a shard whose workers died or hung MAX_TRIES times."""
+        raise NotImplementedError
+
+    def finished(self, shard: Any) -> Any:
+        """The result of a shard that `process` finished, but whose result was lost with its worker.
+
+        None if it is unknown: then the shard is processed again.
+        """
+        return None
+
+    def tick(self, shard: Named) -> None:
+        """Shows progress on this shard. Without a tick for workers.stall_timeout_s the worker is killed."""
+        self.ticked[shard.name] = time.monotonic()
+
+    @contextlib.contextmanager
+    def ticking(self, shard: Named) -> Iterator[None]:
+        """Inside, time counts as progress: storage has time limits of its own."""
+        done = threading.Event()
+
+        def tick() -> None:
+            while not done.wait(TICK_S):
+                self.tick(shard)
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def map_shards(
+    shards: Sequence[Named],
+    worker: type[ShardWorker],
+    settings: dict[str, Any],
+    workers: WorkersConfig,
+    *,
+    job: str = "tokenmill",
+) -> Iterator[Any]:
+    """Yields `worker(**settings).process(shard)` for each shard, in the order in which they are done.
+
+    A shard whose worker dies or hangs is processed again by another one; after MAX_TRIES the result is
+    its `failed(shard, reason)`. A worker that is lost with its node does not count as a try. job: the name in Ray's
+    dashboard and metrics. Raises what `process` and `worker.__init__` raise.
+    """
+    import ray.data
+    from ray import cloudpickle
+
+    if not shards:
+        return
+    options = {"num_cpus": workers.cpus or 1, "num_gpus": workers.gpus}
+    at_most = min(workers.count or len(shards), len(shards))
+    ledger: Any = ray.remote(_Ledger).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
+    source = ray.data.from_items(
+        [{"shard": cloudpickle.dumps(shard)} for shard in shards], override_num_blocks=min(len(shards), MAX_BLOCKS)
+    )
+    configure(source.context)
+    results = source.map(
+        type(worker.__name__, (_Actor,), {}),  # the name that `ps` and Ray's dashboard show
+        fn_constructor_args=(worker, {**settings, **options}, ledger, workers.stall_timeout_s),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1,
+            initial_size=min(workers.count or room(workers), at_most),
+            max_size=at_most,
+            max_concurrent_calls_per_actor=worker.in_flight,
+            max_tasks_in_flight_per_actor=worker.in_flight,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=options["num_cpus"],
+        num_gpus=workers.gpus or None,
+    )
+    results.set_name(job)
+    over = threading.Event()
+    threading.Thread(target=_say_while_idle, args=(job, workers, ledger, over), daemon=True).start()
+    try:
+        # none fetched ahead: a result would wait for the next one
+        for batch in results.iter_batches(prefetch_batches=0, batch_size=None, batch_format="numpy"):
+            yield from map(cloudpickle.loads, batch["result"])
+    finally:
+        over.set()
+        ray.kill(ledger)
+
+
+def configure(context: Any) -> None:
+    """Ray Data's settings for this dataset alone; a user's own datasets in this process keep theirs."""
+    context.enable_progress_bars = context.print_on_execution_start = False  # the command has its own
+    context.raise_original_map_exception = True
+    context.execution_no_progress_timeout_s = -1  # a cluster may be slow to start, and a shard may take hours
+    context.max_consecutive_actor_init_deaths = MAX_TRIES - 1
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    context.issue_detectors_config.detectors = []
+
+
+def _say_while_idle(job: str, workers: WorkersConfig, ledger: Any, over: threading.Event) -> None:
+    """Prints what the job waits for as long as no worker has a shard."""
+    import ray
+
+    while not over.wait(SAY_EVERY_S):
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver itself reports a lost cluster
+            idle_s = ray.get(ledger.idle_s.remote())
+            if idle_s >= SAY_EVERY_S:
+                print(
+                    f"{job}: no worker has started for {idle_s:.0f} s. A worker needs {described(workers)}; {have()}. "
+                    "The job continues as soon as there is room; press ctrl-C to stop it",
+                    flush=True,
+                )
+
+
+class _Ledger:
+    """Which shards were begun where and did not end. Ray Data begins one again only if its actor died."""
+
+    def __init__(self) -> None:
+        self.last_s = time.monotonic()  # of a shard that began or ended
+        self.begun: dict[str, list[str]] = collections.defaultdict(list)  # name -> nodes of the tries that did not end
+        self.stalls: collections.Counter[str] = collections.Counter()
+        self.ended: set[str] = set()
+
+    def look_up(self, name: str) -> tuple[int, int, bool]:
+        """Workers that died with this shard (not those that died with their node), stalls among them, did it end."""
+        import ray
+
+        if name not in self.begun:
+            return 0, 0, name in self.ended
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return sum(node in alive for node in self.begun[name]), self.stalls[name], name in self.ended
+
+    def idle_s(self) -> float:
+        """For how long no worker has had a shard."""
+        import ray
+
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        busy = any(node in alive for nodes in self.begun.values() for node in nodes)
+        return 0.0 if busy else time.monotonic() - self.last_s
+
+    def begin(self, name: str, node: str) -> None:
+        self.begun[name].append(node)
+        self.last_s = time.monotonic()
+
+    def end(self, name: str) -> None:
+        self.begun.pop(name, None)
+        self.last_s = time.monotonic()
+        self.ended.add(name)
+
+    def stall(self, stalled: list[str], others: list[str]) -> None:
+        """A worker is about to be killed for its stalled shards; the others that it has are not to blame."""
+        self.stalls.update(stalled)
+        for name in others:
+            if self.begun.get(name):
+                self.begun[name].pop()
+
+
+class _Actor:
+    """What Ray Data calls: one `ShardWorker`, its watchdog, and the rule about shards that killed a worker before."""
+
+    def __init__(self, worker: type[ShardWorker], settings: dict[str, Any], ledger: Any, stall_timeout_s: float):
+        import ray
+
+        self.worker, self.ledger, self.limit = worker(**settings), ledger, stall_timeout_s
+        self.node = ray.get_runtime_context().get_node_id()
+        self.in_hand: set[str] = set()
+        self.places, self.turn = threading.Semaphore(worker.in_flight), threading.Lock()
+        command = [sys.executable, "-S", "-c", WATCHDOG, str(os.getpid()), str(stall_timeout_s)]
+        self.watchdog = subprocess.Popen(command, stdin=subprocess.PIPE)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Ends this process if a shard stalls. The watchdog does so where this thread cannot run: the process is
+        stopped, or a call into C keeps Python's lock."""
+        import ray
+
+        assert self.watchdog.stdin is not None
+        while True:
+            in_hand, limit = list(self.in_hand), time.monotonic() - self.limit
+            stalled = [name for name in in_hand if self.worker.ticked[name] < limit]
+            if stalled:
+                others = [name for name in in_hand if name not in stalled]
+                with contextlib.suppress(ray.exceptions.RayError):  # then the others are blamed, too, and tried alone
+                    ray.get(self.ledger.stall.remote(stalled, others), timeout=self.limit)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(self.watchdog.stdin.fileno(), b".")
+            time.sleep(min(5.0, self.limit / 8))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import ray
+        from ray import cloudpickle
+
+        shard = cloudpickle.loads(row["shard"])
+        deaths, stalls, ended = ray.get(self.ledger.look_up.remote(shard.name))
+        if deaths >= MAX_TRIES:
+            reason = f"its worker died or hung {deaths} times"
+            if stalls:
+                reason += f", {stalls} of them without progress for {self.limit:g} s (workers.stall_timeout_s)"
+            return _packed(self.worker.failed(shard, reason))
+        if ended and (result := self.worker.finished(shard)) is not None:
+            return _packed(result)
+        with self._place(alone=deaths > 0):
+            ray.get(self.ledger.begin.remote(shard.name, self.node))
+            self.worker.tick(shard)
+            self.in_hand.add(shard.name)
+            try:
+                return _packed(self.worker.process(shard))
+            finally:
+                self.in_hand.discard(shard.name)
+                ray.get(self.ledger.end.remote(shard.name))
+
+    @contextlib.contextmanager
+    def _place(self, alone: bool) -> Iterator[None]:
+        """A shard that may have killed a worker has the next one to itself, so that no other shard is blamed."""
+        places = self.worker.in_flight if alone else 1
+        with self.turn:
+            for _ in range(places):
+                self.places.acquire()
+        try:
+            yield
+        finally:
+            self.places.release(places)
+
+
+def _packed(result: Any) -> dict[str, Any]:
+    from ray import cloudpickle
+
+    return {"result": cloudpickle.dumps(result)}

@@ -1,0 +1,82 @@
+"""What all commands over shards share: run a worker over them, show progress, report what failed."""
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from jobs import cluster
+from jobs.actors.pool import Named, ShardWorker, map_shards
+from jobs.config import TokensConfig, WorkersConfig
+from jobs.progress import Progress
+from pipeline.errors import ShardError
+from pipeline.manifest import Shard
+from tokenizer.latents import LatentEncoder
+
+E = TypeVar("E", bound=LatentEncoder)  # Tokenizer where there must be a codebook
+SHOWN = 10
+FIX_AND_RERUN = "fix them and rerun the same command"
+
+
+@dataclass
+class ShardResult:
+    """What comes back from a worker. failure: why the shard could not be processed, else None."""
+
+    shard: Shard
+    failure: str | None = None
+
+    def counts(self) -> dict[str, float]:
+        """What the progress line adds up, by name."""
+        return {}
+
+
+class EncodeWorker(ShardWorker, Generic[E]):
+    """Holds an encoder and processes shards with it. A shard that fails must not end a job of days.
+
+    load: from a device to the encoder. Subclasses give `work` and the class of its result.
+    """
+
+    result: ClassVar[type[ShardResult]] = ShardResult
+
+    def __init__(self, load: Callable[[str], E], options: TokensConfig, **resources: Any):
+        super().__init__(**resources)
+        self.encoder = load(self.device)
+        self.options = options
+
+    def work(self, shard: Shard) -> ShardResult:
+        raise NotImplementedError
+
+    def process(self, shard: Shard) -> ShardResult:
+        try:
+            return self.work(shard)
+        except ShardError as error:
+            return self.result(shard, failure=str(error))
+        except Exception as error:
+            return self.result(shard, failure=f"{shard.url}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+    def failed(self, shard: Shard, reason: str) -> ShardResult:
+        return self.result(shard, failure=f"{shard.url}: {reason}")
+
+
+def run_shards(
+    command: str,
+    shards: Sequence[Named],
+    worker: type[ShardWorker],
+    settings: dict[str, Any],
+    workers: WorkersConfig,
+) -> Iterator[Any]:
+    """Yields the worker's result of each shard as it is done, beside a line of progress. See map_shards."""
+    cluster.start()
+    progress = Progress(command, total=len(shards), unit="shards")
+    for result in map_shards(shards, worker, settings, workers, job=command):
+        progress.advance(**result.counts())
+        yield result
+    progress.close()
+
+
+def print_failures(command: str, failures: Sequence[str]) -> None:
+    """The first lines of the first failures, and how many more there are."""
+    for failure in failures[:SHOWN]:
+        print(f"{command}: failed shard: {failure.splitlines()[0]}")
+    if len(failures) > SHOWN:
+        print(f"{command}: ... and {len(failures) - SHOWN} more failed shards")

@@ -1,0 +1,107 @@
+"""Jobs on clusters that are too small at first, that grow, and whose GPUs are shared."""
+
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from ray.cluster_utils import AutoscalingCluster
+
+from tests.faults.cluster import Cluster, start_cluster, wait_for, without_ray
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.ray
+
+
+class Began(NamedTuple):
+    """A shard that is done: when a worker began with it (seconds since 1970), in which process of which node."""
+
+    at: float
+    pid: int
+    node: str
+
+
+class Job(NamedTuple):
+    """A driver that is running, and what it prints."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def began(self) -> list[Began]:
+        found = re.findall(r"^began (\S+) pid (\d+) node (\w+)$", self.log.read_text(), re.MULTILINE)
+        return [Began(float(at), int(pid), node) for at, pid, node in found]
+
+    def wait(self) -> None:
+        assert self.process.wait(120) == 0, self.log.read_text()
+        assert self.log.read_text().endswith("done\n")
+
+
+@contextlib.contextmanager
+def job(folder: Path, environment: dict[str, str], *arguments: str) -> Iterator[Job]:
+    """tests/jobs/slow_shards.py in a process of its own, which is killed in the end."""
+    log = folder / "job.log"
+    command = [sys.executable, "-m", "tests.jobs.slow_shards", *arguments]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield Job(process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without a CPU for jobs."""
+    with start_cluster({}, num_nodes=0) as started:
+        yield started
+
+
+def test_a_job_waits_for_a_node_says_so_and_uses_each_node_that_joins(cluster: Cluster, tmp_path: Path):
+    with job(tmp_path, cluster.client_environment(), "60", "1") as waiting:
+        wait_for(
+            lambda: "no worker has started for" in waiting.log.read_text(), 90, "the line that says what is missing"
+        )
+        assert "A worker needs 1 CPU (workers.cpus); the cluster has 0 of 0 CPUs" in waiting.log.read_text()
+        cluster.start_node()
+        wait_for(waiting.began, 60, "the first node to be used")
+        cluster.start_node()
+        joined = time.time()
+        waiting.wait()
+    began = waiting.began()
+    second = [one.at for one in began if one.node != began[0].node]
+    assert len(began) == 60
+    assert min(second) - joined < 30
+
+
+def test_workers_with_a_quarter_of_a_gpu_fill_it(cluster: Cluster, tmp_path: Path):
+    cluster.start_node("--num-gpus=1")
+    settings = ("workers.gpus=0.25", "workers.cpus=0.1")
+    with job(tmp_path, cluster.client_environment(), "16", "4", *settings) as running:
+        running.wait()
+    assert len({one.pid for one in running.began()}) == 4
+
+
+def test_an_autoscaling_cluster_is_asked_for_the_workers_that_a_job_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    node = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    autoscaling = AutoscalingCluster({"CPU": 0}, {"cpu": node}, idle_timeout_minutes=1)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    autoscaling.start()
+    try:
+        environment = {
+            **without_ray(dict(__import__("os").environ)),
+            "RAY_ADDRESS": "auto",
+            "RAY_AUTH_MODE": "disabled",
+        }
+        with job(tmp_path, environment, "40", "2", "workers.count=2") as running:
+            running.wait()
+        assert len({one.node for one in running.began()}) == 2
+    finally:
+        autoscaling.shutdown()
