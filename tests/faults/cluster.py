@@ -95,11 +95,11 @@ class Cluster:
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # of `ray start`: where submitted jobs find their python
         }
 
-    def start_head(self) -> Node:
+    def start_head(self, *options: str) -> Node:
         """Without a CPU for jobs, as on a cluster whose head must not die."""
         names = ("port", "dashboard-port", "metrics-export-port", "ray-client-server-port")
         ports = [f"--{name}={self.first_port + i}" for i, name in enumerate(names)]
-        return self._start("--head", "--num-cpus=0", *ports, f"--temp-dir={self.folder}")
+        return self._start("--head", "--num-cpus=0", *ports, f"--temp-dir={self.folder}", *options)
 
     def start_node(self, *options: str) -> Node:
         return self._start("--num-cpus=1", *options, f"--address={LAPTOP}:{self.first_port}")
@@ -138,14 +138,16 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def start_cluster(environment: dict[str, str], num_nodes: int = 2) -> Iterator[Cluster]:
+def start_cluster(
+    environment: dict[str, str], num_nodes: int = 2, head_options: tuple[str, ...] = ()
+) -> Iterator[Cluster]:
     """A head and that many nodes with a CPU each; killed in the end, all of it."""
     with tempfile.TemporaryDirectory(prefix="tm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         sub = Path(folder) / "r"
         sub.mkdir()
         cluster = Cluster(sub, environment, _free_ports())
         try:
-            cluster.start_head()
+            cluster.start_head(*head_options)
             for _ in range(num_nodes):  # one after the other: together they take longer than Ray lets them on two cores
                 cluster.start_node()
             yield cluster
