@@ -1,0 +1,1 @@
+"""Ray Data actors: callable classes for `map_batches`."""
