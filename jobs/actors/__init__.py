@@ -1,1 +1,1 @@
-"""Ray Data actors: a pool of workers over shards, and what all commands over shards share."""
+"""Ray Data actors: a pool of workers over shards, what all commands over shards share, a tokenizer for your pipeline."""
