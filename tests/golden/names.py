@@ -1,0 +1,296 @@
+"""The only golden file that imports modules of the product: when a module moves, this file changes and no other."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from PIL import Image
+
+from jobs.__main__ import main
+from jobs.audit import draw
+from jobs.config import TokensConfig, defaults_yaml, load_config
+from jobs.retry import RetryWorker
+from pipeline.manifest import Shard, find_shards
+from pipeline.reservoir import Reservoir
+from pipeline.samples import read_samples
+from pipeline.stream import Lanes, training_samples
+from pipeline.tokens import Output, TokenDataset
+from tests.jobs.helpers import tokenize_without_ray
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.latents import LatentEncoder
+from tokenizer.modality import MODALITIES
+from tokenizer.net import NETS
+from tokenizer.quantizer import QUANTIZERS
+from tokenizer.tokenizer import Tokenizer
+
+GOLDEN = Path(__file__).parent
+# A shard's URL is part of its name, of the manifest's id and of each row. A checkout can lie anywhere, so the shards
+# are copied to this path, with a fixed time of change, which is a local shard's version.
+# Take another number when the tars change.
+HOME = Path("/tmp/tokenmill-golden-1")
+CHANGED_NS = 1_700_000_000_000_000_000
+PHOTOS = f"{HOME}/in/photos-*.tar*"
+SOUND = f"{HOME}/in/sound-000.tar"
+RUN_TOKENIZER = "run/tokenizers/vp_vae-K16"
+FEW_PIXELS = 1000  # between the size of the small pictures and half of the large one's
+
+# -- the corpus and the commands --------------------------------------------------------------------------------------
+
+
+def place_corpus() -> None:
+    """Copies the shards to HOME. Test runs side by side do no harm: each file is replaced whole, by the same bytes."""
+    for file in sorted((GOLDEN / "in").iterdir()):
+        place(HOME / "in" / file.name, file.read_bytes())
+
+
+def place(target: Path, data: bytes) -> None:
+    if target.exists() and target.read_bytes() == data and target.stat().st_mtime_ns == CHANGED_NS:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.chmod(temporary, 0o644)
+    os.utime(temporary, ns=(CHANGED_NS, CHANGED_NS))
+    os.replace(temporary, target)
+
+
+def command(*arguments: str | Path) -> int:
+    """`tokenmill ...` in this process; returns its exit code."""
+    return main([str(argument) for argument in arguments])
+
+
+def command_alone(*arguments: str | Path) -> int:
+    """The same in a process of its own, with a Ray of its own."""
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    line = [sys.executable, "-m", "jobs", *map(str, arguments)]
+    return subprocess.run(line, env=alone, cwd=GOLDEN.parents[1], timeout=300, check=False).returncode
+
+
+def all_keys() -> str:
+    """Every configuration key with its default: YAML."""
+    return defaults_yaml()
+
+
+def accepts(file: Path) -> None:
+    """Raises if a command would refuse this configuration."""
+    load_config([str(file)])
+
+
+def shards_of(spec: str) -> list[Shard]:
+    return find_shards(spec).shards
+
+
+def manifest_id(spec: str) -> str:
+    return find_shards(spec).id
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> Tokenizer:
+    return Tokenizer.from_pretrained(folder)
+
+
+def load_model(folder: Path) -> Autoencoder:
+    return Autoencoder.load(folder)
+
+
+def ids_of(tokenizer: Tokenizer) -> dict[str, str]:
+    return {
+        "tokenizer_id": tokenizer.id,
+        "codebook_id": tokenizer.codebook_id,
+        "encoder_id": tokenizer.encoder_id,
+    }
+
+
+def arrays_of(tokenizer: LatentEncoder, count: int = 2) -> dict[str, np.ndarray]:
+    """The first sound samples by key, as the tokenizer's preprocessing leaves them."""
+    spec, extension = (SOUND, "wav") if tokenizer.modality.name == "audio" else (PHOTOS, "png")
+    every = (sample for shard in shards_of(spec) for sample in read_samples(shard.url))
+    samples = itertools.islice((s for s in every if not s.key.startswith("broken")), count)
+    return {s.key: tokenizer.modality.read(s.members[extension], extension).array for s in samples}
+
+
+def tokens_of(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    return {key: tokenizer.encode([array])[0] for key, array in arrays_of(tokenizer).items()}
+
+
+def latents_of(tokenizer: LatentEncoder, count: int = 2) -> dict[str, np.ndarray]:
+    return {key: tokenizer.latents([array])[0].numpy() for key, array in arrays_of(tokenizer, count).items()}
+
+
+def tokens_keep_distance(tokenizer: Tokenizer, count: int = 2, amount: float = 1e-4) -> bool:
+    """Whether the tokens stay the same when each latent moves by this share of the latents' spread.
+
+    Rounding on another processor moves a latent by about 1e-6 of it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for z in latents_of(tokenizer, count).values():
+        latents = torch.from_numpy(z)
+        [tokens] = tokenizer.quantize([latents])
+        for _ in range(20):
+            noise = torch.randn(latents.shape, generator=generator) * amount * latents.std()
+            if not np.array_equal(tokenizer.quantize([latents + noise])[0], tokens):
+                return False
+    return True
+
+
+def codebook_of(tokenizer: Tokenizer) -> torch.Tensor:
+    return tokenizer.autoencoder.quantizer.codebook
+
+
+def config_defaults() -> dict[str, dict[str, dict[str, Any]]]:
+    """Fields and defaults of every quantizer, net and modality: kind -> name -> field -> default."""
+    kinds = {"quantizers": QUANTIZERS, "nets": NETS, "modalities": MODALITIES}
+    return {
+        kind: {name: dataclasses.asdict(registry.get(name).Config()) for name in registry.names()}  # type: ignore[attr-defined]
+        for kind, registry in kinds.items()
+    }
+
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+def tokenize_here(spec: str, tokenizer: Path, output: Path, **options: Any) -> None:
+    """What the job `tokenize` does, in this process: each shard without a commit."""
+    tokenize_without_ray(spec, str(tokenizer), output, TokensConfig(**options))
+
+
+def tokenize_then_retry(spec: str, tokenizer: Path, output: Path, **options: Any) -> None:
+    """Pictures above FEW_PIXELS go to quarantine; then the limit is lifted, and a retry recovers them."""
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", FEW_PIXELS):
+        tokenize_here(spec, tokenizer, output, **options)
+    worker = RetryWorker(str(tokenizer), str(output), TokensConfig(**options), num_cpus=1, num_gpus=0)
+    for shard in shards_of(spec):
+        assert worker.process(shard).failure is None
+
+
+def rows_of(output: Path) -> pa.Table:
+    """All committed rows and all their columns, read by pyarrow alone, by shard and place in it."""
+    names = [file.stem for file in sorted((output / "manifest").glob("*.json"))]
+    tables = [pq.read_table(output / "tokens" / f"{name}.parquet") for name in names]
+    rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    return rows.sort_by([("source_shard", "ascending"), ("source_index", "ascending")]).combine_chunks()
+
+
+def read_table(file: Path) -> pa.Table:
+    return pq.read_table(file).replace_schema_metadata(None)
+
+
+def read_order(output: Path, **settings: Any) -> list[str]:
+    """Keys in the order in which the reader for training gives them."""
+    return [row["key"] for row in TokenDataset(str(output), **settings)]
+
+
+def names_in(value: Any, place: str = "") -> set[str]:
+    """Dotted names of all keys of a JSON value."""
+    if isinstance(value, dict):
+        below = [names_in(inner, f"{place}.{name}".lstrip(".")) for name, inner in value.items()]
+        return {f"{place}.{name}".lstrip(".") for name in value}.union(*below)
+    if isinstance(value, list):
+        return set().union(*[names_in(inner, f"{place}[]") for inner in value])
+    return set()
+
+
+def yaml_names(file: Path) -> set[str]:
+    return names_in(yaml.safe_load(file.read_text()))
+
+
+def json_names(folder: Path) -> dict[str, set[str]]:
+    """Every JSON file below the folder, and the names of its keys."""
+    return {str(f.relative_to(folder)): names_in(json.loads(f.read_text())) for f in sorted(folder.rglob("*.json"))}
+
+
+def parquet_layout(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every Parquet file below the folder: its columns with their types, and what its footer says."""
+    found = {}
+    for file in sorted(folder.rglob("*.parquet")):
+        schema = pq.read_schema(file)
+        footer = {name.decode(): value.decode() for name, value in (schema.metadata or {}).items()}
+        columns = {field.name: [str(field.type), field.nullable] for field in schema}
+        found[str(file.relative_to(folder))] = {"columns": columns, "footer": footer}
+    return found
+
+
+def tensor_names(value: Any, place: str = "") -> dict[str, str]:
+    """Of a checkpoint's file: the name of each entry, with the kind and the shape of tensors."""
+    if isinstance(value, torch.Tensor):
+        return {place: f"{value.dtype} {list(value.shape)}"}
+    if isinstance(value, dict):
+        items = value.items()
+        return {k: v for name, inner in items for k, v in tensor_names(inner, f"{place}.{name}".lstrip(".")).items()}
+    return {place: type(value).__name__}
+
+
+# -- what a seed decides ----------------------------------------------------------------------------------------------
+
+
+def seed_recipes() -> dict[str, Any]:
+    """What today's code draws for given seeds."""
+    return {
+        "training_stream": {str(rank): list(_stream(rank, world_size=1 if rank == 0 else 2)) for rank in (0, 1)},
+        "reservoir": _reservoir(),
+        "audit": draw(Output.open(str(GOLDEN / "out")).commits(), 6, seed=3),
+        "read_in_order": read_order(GOLDEN / "out"),
+        "read_shuffled": read_order(GOLDEN / "out", shuffle_window=5, seed=3),
+        "read_shuffled_by_rank_1_of_2": read_order(GOLDEN / "out", shuffle_window=5, seed=3, rank=1, world_size=2),
+        "pack": _packed(),
+        "crop": _crop(),
+    }
+
+
+def _stream(rank: int, world_size: int, count: int = 40) -> Iterator[str]:
+    """Keys that a training rank draws, over more than one epoch."""
+    shards = shards_of(PHOTOS)
+    lanes = Lanes.for_ranks(world_size, len(shards), shuffle_buffer=6, seed=5)
+    stream = training_samples(
+        shards, lanes, rank=rank, world_size=world_size, positions={}, on_bad_shard=lambda error: None
+    )
+    for drawn in itertools.islice(stream, count):
+        yield drawn.sample.key
+
+
+def _reservoir() -> list[int]:
+    """Which of 3 * 100 rows are kept, lowest priority first."""
+    kept = Reservoir(12, seed=7)
+    for i, name in enumerate(("a.tar", "b.tar", "c.tar")):
+        kept.add(np.arange(100 * i, 100 * i + 100)[:, None], place=name)
+    assert kept.rows is not None
+    return kept.rows[:, 0].tolist()
+
+
+def _packed() -> list[str]:
+    """Keys in the order of `pack` with a seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(12):
+            (Path(folder) / f"{i:02d}.png").write_bytes(b"not looked at")
+        to = Path(folder) / "packed-%d.tar"
+        assert command("pack", f"source={folder}", f"shards={to}", "samples_per_shard=8", "shuffle_seed=3") == 0
+        return [s.key for i in range(2) for s in read_samples(str(to).replace("%d", str(i)))]
+
+
+def _crop() -> dict[str, list[float]]:
+    """Corner values of a random piece for training, by modality."""
+    rows, columns = np.mgrid[0:64, 0:64]
+    picture, sound = np.stack([rows, columns, rows], axis=-1).astype(np.uint8), np.arange(5000, dtype=np.float32)
+    inputs: dict[str, np.ndarray] = {"image": picture, "audio": sound[:, None]}
+    found = {}
+    for name, array in inputs.items():
+        modality = MODALITIES.get(name)
+        piece = modality(modality.Config()).segment(array, 32, np.random.default_rng([3, 1, 2, 4]))  # type: ignore[call-arg]
+        found[name] = [float(value) for value in piece.reshape(-1, piece.shape[-1])[0]]
+    return found
