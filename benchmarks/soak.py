@@ -13,10 +13,10 @@ import psutil  # isort: skip
 from matplotlib.figure import Figure
 
 from benchmarks.measure import Table
-from benchmarks.tokenize import ROOT, TimedWorker, make_tokenizer
+from benchmarks.tokenize import ROOT, TimedWorker, make_tokenizer, settings_of
 from jobs import cluster
+from jobs.actors.pool import map_shards
 from jobs.config import WorkersConfig, load_config
-from jobs.shard_pool import map_shards
 from jobs.tokenize_corpus import layout_of
 from pipeline.manifest import find_shards
 from pipeline.samples import read_samples
@@ -57,7 +57,7 @@ def run() -> Table:
         inputs = find_shards(f"{work}/shards/*.tar")
         layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), config.tokens)
         output = Output.create(str(work / "out"), layout, inputs, {})
-        settings = {"tokenizer_url": str(work / "tokenizer"), "output_url": output.url, "options": config.tokens}
+        settings = settings_of(work, output, config.tokens)
         memory, start = Memory(), time.monotonic()
         memory.start()
         for one in map_shards(inputs.shards, TimedWorker, settings, WorkersConfig(count=1)):

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from torch.nn.functional import pad
 
 from benchmarks.measure import Table, ratio_text, timed
 from jobs import cluster
+from jobs.actors.pool import ShardWorker, map_shards
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
+from jobs.frozen import load_tokenizer
 from jobs.shards import Item, decoded_batches
-from jobs.shard_pool import ShardWorker, map_shards
-from jobs.tokenize_corpus import ShardResult, TokenizeWorker, layout_of
+from jobs.tokenize_corpus import Committed, TokenizeWorker, layout_of
 from pipeline.manifest import Manifest, Shard, find_shards
 from pipeline.tokens import Output
 from tokenizer.autoencoder import Autoencoder
@@ -188,7 +190,7 @@ def plain_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
 class Timed:
     """When a worker began and ended a shard, and its process's CPU time then; monotonic time is one for a machine."""
 
-    result: ShardResult
+    result: Committed
     pid: int
     began: float
     ended: float
@@ -200,6 +202,7 @@ class TimedWorker(TokenizeWorker):
     def process(self, shard: Shard) -> Timed:  # type: ignore[override]
         began, cpu = time.monotonic(), time.process_time()
         result = super().process(shard)
+        assert isinstance(result, Committed)
         return Timed(result, os.getpid(), began, time.monotonic(), cpu, time.process_time())
 
 
@@ -226,14 +229,18 @@ class BareWorker(ShardWorker):
         for x in self.batches[shard.name]:
             model = self.tokenizer.autoencoder
             count += len(model.quantizer.encode(model.latents(x.to(self.device))).cpu())
-        return Timed(ShardResult(num_rows=count), os.getpid(), began, time.monotonic(), cpu, time.process_time())
+        return Timed(Committed(shard, num_rows=count), os.getpid(), began, time.monotonic(), cpu, time.process_time())
 
 
 def ray_run(options: TokensConfig, workers: WorkersConfig, shards: list[Shard], work: Path) -> tuple[Run, Output]:
     layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), options)
     output = Output.create(tempfile.mkdtemp(dir=work, prefix="ray-"), layout, Manifest(shards), {})
-    settings = {"tokenizer_url": str(work / "tokenizer"), "output_url": output.url, "options": options}
-    return _timed_run(TimedWorker, settings, workers, shards), output
+    return _timed_run(TimedWorker, settings_of(work, output, options), workers, shards), output
+
+
+def settings_of(work: Path, output: Output, options: TokensConfig) -> dict[str, Any]:
+    load = partial(load_tokenizer, str(work / "tokenizer"))
+    return {"load": load, "output_url": output.url, "options": options}
 
 
 def bare_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:

@@ -136,7 +136,7 @@ def _map(groups: Any, function: Callable[[Group], Any], workers: WorkersConfig) 
     cpus, gpus = workers.cpus or 1, workers.gpus
     return groups.map(
         partial(_apply, function, cpus, gpus),
-        compute=ray.data.TaskPoolStrategy(size=workers.count),
+        compute=ray.data.TaskPoolStrategy(size=workers.count or None),
         num_cpus=cpus,
         **({"num_gpus": gpus, "max_calls": 0} if gpus else {}),
     )

@@ -99,5 +99,7 @@ def device_for(num_gpus: float) -> str:
     import torch
 
     if num_gpus and not torch.cuda.is_available():
-        raise RuntimeError(f"a worker was given {num_gpus:g} GPU (workers.gpus), but torch {torch.__version__} sees no GPU on its node")
+        raise RuntimeError(
+            f"a worker was given {num_gpus:g} GPU (workers.gpus), but torch {torch.__version__} sees no GPU on its node"
+        )
     return "cuda" if num_gpus else "cpu"

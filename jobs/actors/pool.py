@@ -7,6 +7,7 @@ from a slow one, and it would give a shard that kills its actors to the next act
 
 import collections
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -154,6 +155,9 @@ def configure(context: Any) -> None:
     context.max_consecutive_actor_init_deaths = MAX_TRIES - 1
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     context.issue_detectors_config.detectors = []
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the others write Ray's log files
+            handler.setLevel(logging.ERROR)
 
 
 def _say_while_idle(job: str, workers: WorkersConfig, ledger: Any, over: threading.Event) -> None:

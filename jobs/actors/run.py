@@ -67,6 +67,8 @@ def run_shards(
 ) -> Iterator[Any]:
     """Yields the worker's result of each shard as it is done, beside a line of progress. See map_shards."""
     cluster.start()
+    if not shards:
+        return
     progress = Progress(command, total=len(shards), unit="shards")
     for result in map_shards(shards, worker, settings, workers, job=command):
         progress.advance(**result.counts())

@@ -28,7 +28,7 @@ from pipeline.reservoir import Reservoir
 from pipeline.samples import read_samples
 from pipeline.stream import Lanes, training_samples
 from pipeline.tokens import Output, TokenDataset
-from tests.jobs.helpers import tokenize_without_ray
+from tests.jobs.helpers import here, tokenize_without_ray
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.latents import LatentEncoder
 from tokenizer.modality import MODALITIES
@@ -174,7 +174,7 @@ def tokenize_then_retry(spec: str, tokenizer: Path, output: Path, **options: Any
     """Pictures above FEW_PIXELS go to quarantine; then the limit is lifted, and a retry recovers them."""
     with mock.patch.object(Image, "MAX_IMAGE_PIXELS", FEW_PIXELS):
         tokenize_here(spec, tokenizer, output, **options)
-    worker = RetryWorker(str(tokenizer), str(output), TokensConfig(**options), num_cpus=1, num_gpus=0)
+    worker = here(RetryWorker, str(tokenizer), output_url=str(output), options=TokensConfig(**options))
     for shard in shards_of(spec):
         assert worker.process(shard).failure is None
 

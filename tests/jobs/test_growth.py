@@ -90,13 +90,19 @@ def test_workers_with_a_quarter_of_a_gpu_fill_it(cluster: Cluster, tmp_path: Pat
 AUTOSCALER = {  # Ray's own, whose nodes are processes of this machine. (ray.cluster_utils.AutoscalingCluster begins
     # with `ray stop --force`, which would end the Ray of all other tests, and lacks a file of its own in the wheel.)
     "cluster_name": "growing",
-    "provider": {"type": "fake_multinode"},
+    "provider": {"type": "fake_multinode", "disable_node_updaters": True, "worker_liveness_check": False},
     "max_workers": 2,
     "upscaling_speed": 1.0,
     "idle_timeout_minutes": 5,
-    "head_node_type": "head",
+    "auth": {},
+    "docker": {},
+    "file_mounts": {},
+    **{name: [] for name in ("cluster_synced_files", "file_mounts_sync_continuously", "initialization_commands")},
+    **{name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")},
+    **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
+    "head_node_type": "ray.head.default",
     "available_node_types": {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
         "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     },
 }
@@ -105,10 +111,10 @@ AUTOSCALER = {  # Ray's own, whose nodes are processes of this machine. (ray.clu
 def test_an_autoscaling_cluster_is_asked_for_the_workers_that_a_job_wants(tmp_path: Path):
     (tmp_path / "autoscaler.json").write_text(json.dumps(AUTOSCALER))
     environment = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
-    options = (f"--autoscaling-config={tmp_path}/autoscaler.json",)
-    with (
-        start_cluster(environment, num_nodes=0, head_options=options) as cluster,
-        job(tmp_path, cluster.client_environment(), "40", "2", "workers.count=2") as running,
-    ):
-        running.wait()
+    # its nodes look for the head at this port, whatever it is
+    options = (f"--autoscaling-config={tmp_path}/autoscaler.json", "--port=6379")
+    with start_cluster(environment, num_nodes=0, head_options=options) as cluster:
+        joined = {**cluster.client_environment(), "RAY_ADDRESS": "127.0.0.1:6379"}
+        with job(tmp_path, joined, "40", "2", "workers.count=2") as running:
+            running.wait()
     assert len({one.node for one in running.began()}) == 2
