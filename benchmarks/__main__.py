@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.measure import Table, about_this_run
 
-NAMES = ("vp_perturb", "layers", "train_step", "kmeans", "read_tokens", "tokenize", "soak")
+NAMES = ("vp_perturb", "layers", "train_step", "kmeans", "read_tokens", "tokenize", "engine", "scale", "soak")
 RESULTS = Path(__file__).parent / "results"
 
 

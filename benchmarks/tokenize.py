@@ -10,7 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ class Run:
     start_s: float
     work_s: float
     cpu_s: float
+    driver_cpu_s: float = 0.0
 
     @property
     def whole(self) -> float:
@@ -249,15 +250,21 @@ def bare_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
 
 
 def _timed_run(worker: type[ShardWorker], settings: dict[str, Any], workers: WorkersConfig, shards: list[Shard]) -> Run:
-    called = time.monotonic()
-    results: list[Timed] = list(map_shards(shards, worker, settings, workers))
+    return run_of(lambda: list(map_shards(shards, worker, settings, workers)))
+
+
+def run_of(call: Callable[[], list["Timed"]]) -> Run:
+    """What the call, which maps timed workers over shards, came to."""
+    called, driver_cpu = time.monotonic(), time.process_time()
+    results = call()
+    driver_cpu = time.process_time() - driver_cpu
     assert not any(one.result.failure for one in results), results
     cpu_s = 0.0
     for pid in {one.pid for one in results}:  # shards overlap within a process
         mine = [one for one in results if one.pid == pid]
         cpu_s += max(one.cpu_after for one in mine) - min(one.cpu_before for one in mine)
     first, last = min(one.began for one in results), max(one.ended for one in results)
-    return Run(sum(one.result.num_rows for one in results), first - called, last - first, cpu_s)
+    return Run(sum(one.result.num_rows for one in results), first - called, last - first, cpu_s, driver_cpu)
 
 
 def prove_equal(options: TokensConfig, shards: list[Shard], work: Path) -> None:

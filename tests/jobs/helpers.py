@@ -103,17 +103,31 @@ def children_named(part: str) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def driver_in_a_session(arguments: list[str]) -> Iterator[subprocess.Popen]:
-    """`tokenmill ...` with a Ray of its own. Whatever is left of both is killed in the end."""
+def driver_in_a_session(arguments: list[str], log: Path = Path(os.devnull)) -> Iterator[subprocess.Popen]:
+    """`tokenmill ...` with a Ray of its own, which prints to the log. Whatever is left of both is killed in the end."""
     alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs", *arguments], start_new_session=True, env=alone, stdout=subprocess.DEVNULL
-    )
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs", *arguments],
+            start_new_session=True,
+            env=alone,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
     try:
         yield process
     finally:
-        for left in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if os.getsid(left.pid) == process.pid:
-                    left.kill()
+        for left in left_in_session(process.pid):
+            with contextlib.suppress(psutil.Error):
+                left.kill()
         process.wait()
+
+
+def left_in_session(session: int) -> list[psutil.Process]:
+    """Processes that belong to it and still run."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found

@@ -10,10 +10,12 @@ import pytest
 from jobs.__main__ import main
 from pipeline import storage
 from tests.corpus import tar_bytes
+from tests.faults.cluster import wait_for
 from tests.jobs.helpers import (
     children_named,
     driver_in_a_session,
     jpegs,
+    left_in_session,
     rows_of,
     rows_without_ray,
     tokenize_without_ray,
@@ -68,6 +70,29 @@ def test_rows_survive_a_driver_that_is_killed(corpus: str, tokenizer: str, tmp_p
     assert 2 <= done_before < NUM_SHARDS
     assert main(["verify", f"output={output}"]) == 3
     assert main(command(corpus, tokenizer, output, "workers.count=1")) == 0
+    assert_whole(output, corpus, tokenizer)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("sent", "code", "words"),
+    [(signal.SIGINT, 130, "interrupted (ctrl-C)"), (signal.SIGTERM, 143, "terminated (SIGTERM)")],
+)
+def test_a_signal_ends_the_command_in_words_and_leaves_no_process(
+    corpus: str, tokenizer: str, tmp_path: Path, sent: signal.Signals, code: int, words: str
+):
+    output, log = tmp_path / "out", tmp_path / "log"
+    with driver_in_a_session(command(corpus, tokenizer, output), log) as driver:
+        wait_for_commits(output, 2)
+        driver.send_signal(sent)
+        assert driver.wait(60) == code
+        wait_for(lambda: not left_in_session(driver.pid), 30, "the processes of Ray to end")
+    told = log.read_text()
+    assert told.endswith(f"tokenmill tokenize: exit {code}: {words}; rerun the same command to continue\n")
+    assert "Traceback" not in told
+    assert num_committed(output) < NUM_SHARDS
+    assert main(command(corpus, tokenizer, output)) == 0
     assert_whole(output, corpus, tokenizer)
 
 
