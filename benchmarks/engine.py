@@ -17,12 +17,12 @@ from typing import Any
 
 from benchmarks.measure import Table, ratio_text
 from benchmarks.tokenize import ROOT, Run, Timed, TimedWorker, make_tokenizer, run_of, settings_of
-from jobs import cluster
+from jobs.actors import cluster
 from jobs.actors.pool import Named, map_shards
 from jobs.config import TokensConfig, WorkersConfig, load_config
 from jobs.tokenize_corpus import layout_of
-from pipeline.manifest import Manifest, Shard, find_shards
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Output
 from tokenizer.tokenizer import Tokenizer
 

@@ -15,8 +15,8 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from benchmarks.measure import Table
-from tokenizer.kmeans import kmeans, partial_sums
-from tokenizer.latent_parts import InMemory, Part, T
+from tokenizer.clustering.kmeans import kmeans, partial_sums
+from tokenizer.clustering.latents import InMemory, Part, T
 
 POINTS = 2_000_000
 CASES = ((1024, 5, 5), (4096, 5, 1), (16384, 5, 1), (1024, 8, 5))  # K, D, rounds

@@ -16,9 +16,9 @@ import vector_quantize_pytorch as lucidrains
 from torch import Tensor, nn
 
 from benchmarks.measure import Table, Timing, interleaved, ratio_text, timed
-from tokenizer.quantizer import Quantizer, build_quantizer
+from tokenizer.quantizers.base.levels import PAPER_LEVELS
+from tokenizer.quantizers.base.quantizer import Quantizer, build_quantizer
 from tokenizer.quantizers.residual import Residual
-from tokenizer.scalar import PAPER_LEVELS
 
 ROUNDS, ROUNDS_OF_LARGE = 5, 3
 MIN_TIMED_S = 0.05  # calls are repeated within one timing until they last about so long

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from benchmarks.measure import Table, interleaved, ratio_text
-from pipeline.manifest import Manifest, Shard
+from pipeline.corpus.shards import Manifest, Shard
 from pipeline.tokens import Layout, Output, TokenDataset, TokenRow
 
 NUM_SHARDS, ROWS_PER_SHARD, GRID = 8, 5000, (16, 16)

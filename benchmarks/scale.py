@@ -12,10 +12,10 @@ import psutil  # isort: skip
 from matplotlib.figure import Figure
 
 from benchmarks.measure import Table
-from jobs import cluster
+from jobs.actors import cluster
 from jobs.actors.pool import MAX_BLOCKS, ShardWorker, map_shards
 from jobs.config import WorkersConfig
-from pipeline.manifest import Shard
+from pipeline.corpus.shards import Shard
 
 SIZES = (1_000, 10_000, 100_000)
 EVERY = 100  # shards between two points of the plot

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.measure import Table
 from benchmarks.tokenize import ROOT, TimedWorker, make_tokenizer, settings_of
-from jobs import cluster
+from jobs.actors import cluster
 from jobs.actors.pool import map_shards
 from jobs.config import WorkersConfig, load_config
 from jobs.tokenize_corpus import layout_of
-from pipeline.manifest import find_shards
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
 from tokenizer.tokenizer import Tokenizer
 

@@ -25,16 +25,16 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from benchmarks.measure import Table, ratio_text, timed
-from jobs import cluster
+from jobs.actors import cluster
 from jobs.actors.pool import ShardWorker, map_shards
+from jobs.artifacts import load_tokenizer
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
-from jobs.frozen import load_tokenizer
 from jobs.shards import Item, decoded_batches
 from jobs.tokenize_corpus import Committed, TokenizeWorker, layout_of
-from pipeline.manifest import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Output
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.latents import LatentEncoder
+from tokenizer.encoder import LatentEncoder
 from tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -22,15 +22,15 @@ from torch.nn.functional import l1_loss
 
 from benchmarks.measure import Table, interleaved, ratio_text
 from jobs.config import load_config
-from jobs.train_data import Batch, TrainingData
-from jobs.train_report import Profile, TrainReport
+from jobs.reports.training import Profile, TrainReport
+from jobs.training.data import Batch, TrainingData
+from pipeline.corpus.shards import find_shards
 from pipeline.errors import ShardError
-from pipeline.manifest import find_shards
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import build_modality
-from tokenizer.neighbors import build_index
+from tokenizer.clustering.neighbors import build_index
+from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
-from tokenizer.training import Recipe, Trainer
+from tokenizer.training.step import Recipe, Trainer
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,7 +159,7 @@ class BareLoop:
 
 
 class OurLoop:
-    """A step of jobs/train_loop.py, in its order, with all but what needs Ray."""
+    """A step of jobs/training/loop.py, in its order, with all but what needs Ray."""
 
     def __init__(self, trainer: Trainer, data: TrainingData, report: TrainReport):
         self.trainer, self.data, self.report = trainer, data, report

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Table, Timing, interleaved, ratio_text
-from tokenizer.neighbors import build_index
+from tokenizer.clustering.neighbors import build_index
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
 
 ROUNDS = 5

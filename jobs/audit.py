@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from jobs.actors.run import SHOWN, EncodeWorker, ShardResult, run_shards
+from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config
-from jobs.frozen import load_tokenizer, writer_url
 from jobs.shards import encode_shard
 from jobs.status import open_output
-from pipeline.manifest import Shard, look_up
+from pipeline.corpus.shards import Shard, look_up
 from pipeline.tokens import Commit, Output, TokenRow
-from pipeline.tokens.entry import shard_name
-from pipeline.tokens.layout import tokens_as_lists
+from pipeline.tokens.commit import shard_name
+from pipeline.tokens.schema import tokens_as_lists
 from tokenizer.tokenizer import Tokenizer
 
 Drawn = dict[str, list[int]]  # name of an entry: which of its rows

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from jobs.actors.run import FIX_AND_RERUN
-from jobs.cached_latents import CachedLatents
+from jobs.artifacts import load_tokenizer, load_trained
 from jobs.config import Config, ConfigError
-from jobs.frozen import load_tokenizer, load_trained
-from jobs.latent_pass import draw_latents, fill_cache
-from jobs.report import latents_png, line_png, page, picture, table, usage_png
+from jobs.latents.extract import draw_latents, fill_cache
+from jobs.latents.sharded import CachedLatents
+from jobs.reports.html import latents_png, line_png, page, picture, table, usage_png
 from pipeline import storage
-from pipeline.manifest import Manifest, find_shards
+from pipeline.corpus.shards import Manifest, find_shards
 from tokenizer.autoencoder import Autoencoder
+from tokenizer.clustering.latents import InMemory, Latents
 from tokenizer.coding import coding
-from tokenizer.latent_parts import InMemory, Latents
-from tokenizer.metrics import digit_usage, usage
 from tokenizer.tokenizer import Tokenizer
+from tokenizer.usage import digit_usage, usage
 
 SHOWN_LATENTS = 1_000_000  # of a whole corpus: what the scatter and the perturbation are of
 PLOTTED_LATENTS = 4000

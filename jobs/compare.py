@@ -18,22 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from jobs import cluster
-from jobs.checks import check
-from jobs.compare_report import write_report
+from jobs.actors import cluster
 from jobs.config import Config, ConfigError, checked, with_method
-from jobs.progress import clock
+from jobs.reports.comparison import write_report
+from jobs.reports.progress import clock
 from jobs.shards import Item, decode_sample
+from jobs.training.checks import check
 from pipeline import storage
-from pipeline.batches import map_in_threads
+from pipeline.corpus.batches import map_in_threads
+from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import Manifest, find_shards
 from pipeline.errors import ShardError
-from pipeline.manifest import Manifest, find_shards
-from pipeline.samples import read_samples
 from tokenizer.errors import BadSample
-from tokenizer.modality import Modality, build_modality
-from tokenizer.quantizer import QUANTIZERS
-from tokenizer.training import Recipe
-from tokenizer.trial import Trial
+from tokenizer.modalities.base import Modality, build_modality
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
+from tokenizer.training.step import Recipe
+from tokenizer.training.trial import Trial
 
 TELL_EVERY_S = 15.0
 
@@ -207,7 +207,7 @@ def run_planned(
 
     arrays: train, heldout, and others.<name>. resident: see `run_trial`.
     """
-    from tokenizer.trial import run_trial
+    from tokenizer.training.trial import run_trial
 
     others = {name.removeprefix("others."): part for name, part in arrays.items() if name.startswith("others.")}
     started = time.time()

@@ -13,11 +13,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.tokens.layout import ENCODINGS
-from tokenizer.modality import MODALITIES
-from tokenizer.net import NETS
-from tokenizer.quantizer import QUANTIZERS
-from tokenizer.training import Recipe
+from pipeline.tokens.schema import ENCODINGS
+from tokenizer.modalities.base import MODALITIES
+from tokenizer.nets.base.net import NETS
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
+from tokenizer.training.step import Recipe
 
 
 class ConfigError(ValueError):

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config, ConfigError
-from jobs.frozen import load_tokenizer, writer_url
 from jobs.status import open_output
 from pipeline import storage
 from pipeline.tokens import TokenDataset
-from pipeline.tokens.layout import SIZE_COLUMNS
+from pipeline.tokens.schema import SIZE_COLUMNS
 from tokenizer.tokenizer import Tokenizer
 
 

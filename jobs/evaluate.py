@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
+from jobs.artifacts import load_tokenizer, tokenizer_url
 from jobs.config import Config, ConfigError, checked
-from jobs.frozen import load_tokenizer, tokenizer_url
-from jobs.report import Example, latents_png, page, picture, sheet_png, side_by_side, table, usage_png
+from jobs.reports.html import Example, latents_png, page, picture, sheet_png, side_by_side, table, usage_png
 from jobs.shards import Item, decoded_batches, one_by_one_if_bad
 from pipeline import storage
+from pipeline.corpus.shards import Shard, find_shards
 from pipeline.errors import ShardError
-from pipeline.manifest import Shard, find_shards
 from pipeline.tokens.output import Quarantined
 from tokenizer.evaluation import Evaluation
-from tokenizer.frechet import about
-from tokenizer.quantizer import Quantizer
+from tokenizer.modalities.image.frechet import about
+from tokenizer.quantizers.base.quantizer import Quantizer
 from tokenizer.tokenizer import Tokenizer
 
 PLOTTED_LATENTS = 4000

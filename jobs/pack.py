@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from jobs.config import Config, ConfigError
 from pipeline import storage
-from pipeline.samples import NAME
-from tokenizer.modality import build_modality
+from pipeline.corpus.samples import NAME
+from tokenizer.modalities.base import build_modality
 
 Packed = dict[str, Any]  # __key__ and members, as webdataset has them
 

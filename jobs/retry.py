@@ -13,13 +13,13 @@ from typing import Any
 
 from jobs import tokenize_corpus
 from jobs.actors.run import FIX_AND_RERUN, EncodeWorker, ShardResult, print_failures, run_shards
+from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config
-from jobs.frozen import load_tokenizer, writer_url
 from jobs.shards import EncodedShard, encode_shard
 from jobs.status import open_output
 from pipeline import storage
+from pipeline.corpus.shards import Shard, look_up
 from pipeline.errors import ShardError
-from pipeline.manifest import Shard, look_up
 from pipeline.tokens import History, Output, Quarantined, TokenRow
 from tokenizer.tokenizer import Tokenizer
 

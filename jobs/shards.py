@@ -9,14 +9,14 @@ from typing import TypeVar
 import numpy as np
 
 from jobs.config import TokensConfig
-from pipeline.batches import in_buckets, map_in_threads, prefetch
-from pipeline.manifest import Shard
-from pipeline.samples import Sample, read_samples
+from pipeline.corpus.batches import in_buckets, map_in_threads, prefetch
+from pipeline.corpus.samples import Sample, read_samples
+from pipeline.corpus.shards import Shard
 from pipeline.tokens import Quarantined, TokenRow
-from pipeline.tokens.layout import passthrough_value
+from pipeline.tokens.schema import passthrough_value
+from tokenizer.encoder import LatentEncoder
 from tokenizer.errors import BadSample
-from tokenizer.latents import LatentEncoder
-from tokenizer.modality import Decoded, Modality
+from tokenizer.modalities.base import Decoded, Modality
 
 R = TypeVar("R")
 TICK_S = 5.0  # while waiting for the device

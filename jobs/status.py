@@ -9,8 +9,8 @@ import json
 from typing import Any
 
 from jobs.config import Config, ConfigError
-from jobs.progress import clock
-from pipeline.tokens.entry import Commit, histories
+from jobs.reports.progress import clock
+from pipeline.tokens.commit import Commit, histories
 from pipeline.tokens.output import Output
 
 RATE_OVER = 50  # last commits

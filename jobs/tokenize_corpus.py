@@ -12,14 +12,14 @@ from functools import partial
 from typing import Any
 
 from jobs.actors.run import FIX_AND_RERUN, EncodeWorker, ShardResult, print_failures, run_shards
+from jobs.artifacts import load_tokenizer, tokenizer_url
 from jobs.config import Config, ConfigError, TokensConfig
-from jobs.frozen import load_tokenizer, tokenizer_url
-from jobs.latent_cache import open_cache, tokenize_cached
+from jobs.latents.cache import open_cache, tokenize_cached
 from jobs.shards import EncodedShard, encode_shard
 from pipeline import storage
-from pipeline.manifest import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Commit, Layout, Output
-from tokenizer.latents import LatentEncoder
+from tokenizer.encoder import LatentEncoder
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
 

@@ -17,18 +17,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from jobs import cluster
-from jobs.checks import check, loss_weights
+from jobs.actors import cluster
 from jobs.config import Config, ConfigError, TrainConfig
-from jobs.mailbox import open_mailbox
-from jobs.progress import LOG_EVERY_S, clock
-from jobs.train_loop import LANES_FILE, train_worker
+from jobs.reports.progress import LOG_EVERY_S, clock
+from jobs.training.channel import open_mailbox
+from jobs.training.checks import check, loss_weights
+from jobs.training.loop import LANES_FILE, train_worker
 from pipeline import storage
-from pipeline.manifest import find_shards
-from pipeline.stream import Lanes
-from tokenizer.modality import MODALITIES
-from tokenizer.net import NETS
-from tokenizer.quantizer import QUANTIZERS
+from pipeline.corpus.shards import find_shards
+from pipeline.corpus.streams import Lanes
+from tokenizer.modalities.base import MODALITIES
+from tokenizer.nets.base.net import NETS
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
 
 MAY_CHANGE = (
     *("workers", "decode_threads", "log_every", "evaluate_every", "pictures", "profile"),

@@ -7,9 +7,9 @@ row, once, with the key that the input has; files are those committed, by checks
 """
 
 from jobs.config import Config
-from jobs.progress import Progress
+from jobs.reports.progress import Progress
 from jobs.status import open_output
-from pipeline.tokens.entry import histories
+from pipeline.tokens.commit import histories
 from pipeline.tokens.verify import LEFT_TO_DEEP, Proof, verify
 
 SHOWN_PROBLEMS = 50

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from jobs.config import Config, ConfigError, load_config
 from jobs.shards import Item, decode_sample
-from pipeline.manifest import find_shards
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import find_shards
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.latents import LatentEncoder
-from tokenizer.modality import Modality, build_modality
-from tokenizer.quantizer import Quantizer, QuantizerOutput
-from tokenizer.training import Recipe, Trainer
-from tokenizer.trial import training_batches
+from tokenizer.encoder import LatentEncoder
+from tokenizer.modalities.base import Modality, build_modality
+from tokenizer.quantizers.base.quantizer import Quantizer, QuantizerOutput
+from tokenizer.training.step import Recipe, Trainer
+from tokenizer.training.trial import training_batches
 
 QUALITY = {"pesq": "PESQ", "stoi": "STOI", "si_sdr": "SI-SDR", "mel_distance": "mel distance", "mse": "MSE"}
 TELL_EVERY = 50  # steps

@@ -77,12 +77,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs.compare import Planned, plan, results_of, run_planned
-from jobs.compare_report import write_report
 from jobs.config import Config, ConfigError, checked, load_config
-from jobs.progress import clock
-from pipeline.batches import map_in_threads
+from jobs.reports.comparison import write_report
+from jobs.reports.progress import clock
+from pipeline.corpus.batches import map_in_threads
 from tokenizer.errors import BadSample
-from tokenizer.modality import build_modality
+from tokenizer.modalities.base import build_modality
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs/compare"
 CONFIGS = {  # experiment: its config, and the settings of the papers' length over it

@@ -21,9 +21,9 @@ import torch
 from codec_ceiling import QUALITY, Results, corpora, footing, measure, model_of, quality_cells, recipe_of, table, train
 
 from jobs.config import Config, load_config, with_method
-from tokenizer.modality import build_modality
-from tokenizer.quantizer import QUANTIZERS
-from tokenizer.trial import Trial, run_trial
+from tokenizer.modalities.base import build_modality
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
+from tokenizer.training.trial import Trial, run_trial
 
 NONE = "none"  # the method that is no quantizer
 

@@ -13,7 +13,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray, started as every job starts it, so that a job called in this process finds it running."""
     import ray
 
-    from jobs import cluster
+    from jobs.actors import cluster
 
     os.environ.pop("RAY_ADDRESS", None)  # else the tests would run on whatever cluster the developer last used
     cluster.start()

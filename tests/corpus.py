@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.manifest import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Layout, Output, Quarantined, TokenRow
 
 Members = Iterable[tuple[str, bytes]]

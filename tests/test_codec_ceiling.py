@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from jobs.config import load_config
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from tests.corpus import write_tar
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import build_modality
-from tokenizer.quantizer import QUANTIZERS
+from tokenizer.modalities.base import build_modality
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.training import Recipe
-from tokenizer.trial import Trial, run_trial
+from tokenizer.training.step import Recipe
+from tokenizer.training.trial import Trial, run_trial
 
 ROOT = Path(__file__).parent.parent
 NET = {"name": "seanet", "width": 2, "decoder_width": 2, "strides": [6, 4, 4], "dilations": [1], "channels": 8}

@@ -1,8 +1,10 @@
 """jobs -> pipeline, jobs -> tokenizer, and nothing else. Reading token shards needs neither torch nor ray."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ FORBIDDEN = {
     "tokenizer": {"ray", "fsspec", "s3fs", "omegaconf", "webdataset", "pyarrow", "pipeline", "jobs"},
     "pipeline": {"ray", "torch", "webdataset", "omegaconf", "tokenizer", "jobs"},
 }
+LAYERS = ("tokenizer", "pipeline", "jobs")
 OPTIONAL = {"pipeline/tokens/dataset.py": {"torch"}}  # tried, and done without
 
 
@@ -51,8 +54,46 @@ def test_torch_is_imported_by_the_data_layer_only_where_it_may_fail():
 
 
 def test_only_storage_opens_urls():
-    users = {f.name for f in (ROOT / "pipeline").rglob("*.py") if "fsspec" in imports(f)}
-    assert users == {"storage.py"}
+    users = {f.parent.name for layer in LAYERS for f in (ROOT / layer).rglob("*.py") if "fsspec" in imports(f)}
+    assert users == {"storage"}
+
+
+def modules(layers: Iterable[str] = LAYERS) -> dict[str, set[str]]:
+    """Each module of ours with those of ours that it imports anywhere; a package is its __init__."""
+    files = {file: _dotted(file) for layer in layers for file in sorted((ROOT / layer).rglob("*.py"))}
+    names = set(files.values())
+    graph: dict[str, set[str]] = {}
+    for file, name in files.items():
+        wanted = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        found = {f"{node.module}.{alias.name}" for node in wanted for alias in node.names}
+        graph[name] = (found | {str(node.module) for node in wanted}) & names - {name}
+    return graph
+
+
+def _dotted(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_imports_itself_in_a_circle():
+    # what an __init__ names for others, its own modules may not need
+    graph = {name: {one for one in used if not name.startswith(f"{one}.")} for name, used in modules().items()}
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_arrows_between_folders_run_one_way(layer: str):
+    graph: dict[str, set[str]] = {}
+    for name, used in modules([layer]).items():
+        for one in used:
+            source, target = _folder(name), _folder(one)
+            if source != target and layer not in (source, target):  # files beside the folders are of no folder
+                graph.setdefault(source, set()).add(target)
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def _folder(module: str) -> str:
+    is_package = (ROOT / module.replace(".", "/")).is_dir()
+    return module if is_package else module.rsplit(".", 1)[0]
 
 
 def python(code: str, *arguments: str) -> str:

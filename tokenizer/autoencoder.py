@@ -12,8 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenizer.net import build_net
-from tokenizer.quantizer import QuantizerOutput, build_quantizer
+from tokenizer.nets.base.net import build_net
+from tokenizer.quantizers.base.quantizer import QuantizerOutput, build_quantizer
 
 
 @dataclass

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokenizer.latent_parts import Part
-from tokenizer.metrics import count_codes
-from tokenizer.quantizer import Quantizer
+from tokenizer.clustering.latents import Part
+from tokenizer.quantizers.base.quantizer import Quantizer
+from tokenizer.usage import count_codes
 
 
 @dataclass

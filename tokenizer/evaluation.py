@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenizer.frechet import FrechetSums
-from tokenizer.metrics import count_codes, digit_usage, perplexity, usage
-from tokenizer.modality import Decoded, Metrics
+from tokenizer.modalities.base import Decoded, Metrics
+from tokenizer.modalities.image.frechet import FrechetSums
 from tokenizer.tokenizer import Tokenizer
+from tokenizer.usage import count_codes, digit_usage, perplexity, usage
 
 
 @dataclass

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder
+from tokenizer.encoder import LatentEncoder, content_hash
 from tokenizer.errors import TokenizerMismatch
-from tokenizer.latents import LatentEncoder, content_hash
 
 SCHEMA_VERSION = 1
 MAX_TABLE = 2**20  # a scalar quantizer may have more codes than memory; its codes are arithmetic anyway

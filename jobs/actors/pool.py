@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
-from jobs.cluster import described, device_for, have, on_this_node, room
+from jobs.actors.cluster import described, device_for, have, on_this_node, room
 from jobs.config import WorkersConfig
 
 MAX_TRIES = 3  # of a shard whose worker dies or hangs

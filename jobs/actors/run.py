@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-from jobs import cluster
+from jobs.actors import cluster
 from jobs.actors.pool import Named, ShardWorker, map_shards
 from jobs.config import TokensConfig, WorkersConfig
-from jobs.progress import Progress
+from jobs.reports.progress import Progress
+from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError
-from pipeline.manifest import Shard
-from tokenizer.latents import LatentEncoder
+from tokenizer.encoder import LatentEncoder
 
 E = TypeVar("E", bound=LatentEncoder)  # Tokenizer where there must be a codebook
 SHOWN = 10

@@ -9,15 +9,15 @@ import torch
 from ray.data.block import BlockAccessor
 from ray.data.extensions import ArrowPythonObjectType
 
-from jobs.cluster import device_for
+from jobs.actors.cluster import device_for
+from jobs.artifacts import load_tokenizer
 from jobs.config import ConfigError
-from jobs.frozen import load_tokenizer
 from jobs.shards import Item, decode_sample, rows_of
 from pipeline import storage
-from pipeline.batches import in_buckets, map_in_threads
-from pipeline.samples import Sample
+from pipeline.corpus.batches import in_buckets, map_in_threads
+from pipeline.corpus.samples import Sample
 from pipeline.tokens import Quarantined, TokenRow
-from pipeline.tokens.layout import token_dtype
+from pipeline.tokens.schema import token_dtype
 from tokenizer.tokenizer import Tokenizer
 
 

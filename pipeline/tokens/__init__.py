@@ -1,9 +1,9 @@
 """Token shards: how they are laid out, committed, proven and read."""
 
-from pipeline.tokens.entry import Commit, History
-from pipeline.tokens.layout import Layout, TokenRow
+from pipeline.tokens.commit import Commit, History
 from pipeline.tokens.output import Output
 from pipeline.tokens.quarantine import Quarantined
+from pipeline.tokens.schema import Layout, TokenRow
 
 __all__ = ["Commit", "History", "Layout", "Output", "Quarantined", "TokenDataset", "TokenRow"]
 

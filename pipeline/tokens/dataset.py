@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import OutputMismatch
-from pipeline.tokens.layout import tokens_as_lists
 from pipeline.tokens.output import Output
+from pipeline.tokens.schema import tokens_as_lists
 
 try:  # torch's DataLoader takes what is no IterableDataset for a map-style dataset
     from torch.utils.data import IterableDataset, get_worker_info

@@ -24,13 +24,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.batches import map_in_threads
+from pipeline.corpus.batches import map_in_threads
+from pipeline.corpus.shards import Manifest, Shard
 from pipeline.errors import BrokenOutput, OutputMismatch
-from pipeline.manifest import Manifest, Shard
-from pipeline.tokens.entry import Commit, History, histories, in_order, parse_commit, retry_name, what_changed
-from pipeline.tokens.layout import Layout, TokenRow
+from pipeline.tokens.commit import Commit, History, histories, in_order, parse_commit, retry_name, what_changed
 from pipeline.tokens.placing import place, same_samples, some_of
 from pipeline.tokens.quarantine import Quarantined, parse_quarantine, quarantine_table
+from pipeline.tokens.schema import Layout, TokenRow
 
 READERS = 16  # threads that read small objects
 

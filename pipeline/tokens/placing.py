@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.tokens.layout import to_parquet
+from pipeline.tokens.schema import to_parquet
 
 
 def place(url: str, table: pa.Table, fits: Callable[[pa.Table], bool], is_committed: Callable[[], bool]) -> bytes:

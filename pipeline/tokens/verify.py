@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.batches import map_in_threads
+from pipeline.corpus.batches import map_in_threads
+from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError, StorageError
-from pipeline.manifest import Shard
-from pipeline.samples import read_samples
-from pipeline.tokens.entry import Commit, History, histories, shard_name, what_changed
+from pipeline.tokens.commit import Commit, History, histories, shard_name, what_changed
 from pipeline.tokens.files import column_ranges, footer, footer_fields, sizes
-from pipeline.tokens.layout import tokens_as_lists
 from pipeline.tokens.output import READERS, Output
 from pipeline.tokens.quarantine import QUARANTINE_SCHEMA
+from pipeline.tokens.schema import tokens_as_lists
 
 FOOTER_IDS = (
     "tokenizer_id",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from tests.corpus import tar_bytes
 from tests.jobs.helpers import SAMPLES, tokenize_without_ray
 

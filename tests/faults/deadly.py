@@ -3,8 +3,8 @@
 import os
 import signal
 
-from tokenizer.modalities.image import Image
-from tokenizer.modality import MODALITIES, Decoded
+from tokenizer.modalities.base import MODALITIES, Decoded
+from tokenizer.modalities.image.modality import Image
 
 MARK = b"this picture kills who decodes it"
 

@@ -23,17 +23,17 @@ from jobs.__main__ import main
 from jobs.audit import draw
 from jobs.config import TokensConfig, defaults_yaml, load_config
 from jobs.retry import RetryWorker
-from pipeline.manifest import Shard, find_shards
+from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import Shard, find_shards
+from pipeline.corpus.streams import Lanes, training_samples
 from pipeline.reservoir import Reservoir
-from pipeline.samples import read_samples
-from pipeline.stream import Lanes, training_samples
 from pipeline.tokens import Output, TokenDataset
 from tests.jobs.helpers import here, tokenize_without_ray
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.latents import LatentEncoder
-from tokenizer.modality import MODALITIES
-from tokenizer.net import NETS
-from tokenizer.quantizer import QUANTIZERS
+from tokenizer.encoder import LatentEncoder
+from tokenizer.modalities.base import MODALITIES
+from tokenizer.nets.base.net import NETS
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent

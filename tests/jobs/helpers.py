@@ -16,11 +16,11 @@ import torch
 
 import psutil  # isort: skip
 from jobs.actors.run import EncodeWorker
+from jobs.artifacts import load_tokenizer
 from jobs.config import TokensConfig
-from jobs.frozen import load_tokenizer
 from jobs.shards import encode_shard
 from jobs.tokenize_corpus import TokenizeWorker, layout_of
-from pipeline.manifest import find_shards
+from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture
 from tokenizer.autoencoder import Autoencoder

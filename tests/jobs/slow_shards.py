@@ -10,10 +10,10 @@ import threading
 import time
 from typing import Any
 
-from jobs import cluster
+from jobs.actors import cluster
 from jobs.actors.pool import ShardWorker, map_shards
 from jobs.config import WorkersConfig
-from pipeline.manifest import Shard
+from pipeline.corpus.shards import Shard
 
 
 class Sleeper(ShardWorker):

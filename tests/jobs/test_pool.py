@@ -14,7 +14,7 @@ import ray
 from jobs.actors import pool
 from jobs.actors.pool import MAX_TRIES, ShardWorker, map_shards
 from jobs.config import WorkersConfig
-from pipeline.manifest import Shard
+from pipeline.corpus.shards import Shard
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 TWO = WorkersConfig(count=2, cpus=0.25)

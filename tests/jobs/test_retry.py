@@ -7,7 +7,7 @@ from PIL import Image, ImageFile
 
 from jobs.__main__ import main
 from jobs.retry import Recovered, RetryWorker
-from pipeline.manifest import Shard, find_shards
+from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Output, TokenDataset
 from pipeline.tokens.verify import verify
 from tests.corpus import encoded, picture, tar_bytes

@@ -7,14 +7,14 @@ import pytest
 
 from jobs.config import TokensConfig
 from jobs.shards import Item, Tally, decoded_batches, one_by_one_if_bad, rows_of
+from pipeline.corpus.samples import Sample
+from pipeline.corpus.shards import find_shards
 from pipeline.errors import ShardError
-from pipeline.manifest import find_shards
-from pipeline.samples import Sample
 from pipeline.tokens import Quarantined
 from tests.corpus import tar_bytes
 from tests.jobs.helpers import jpegs
 from tokenizer.errors import BadSample
-from tokenizer.modality import Decoded
+from tokenizer.modalities.base import Decoded
 from tokenizer.tokenizer import Tokenizer
 
 BROKEN = ("broken.jpg", jpegs(1)[0][1][:300])

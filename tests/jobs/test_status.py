@@ -7,7 +7,7 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.status import encoder_idle, summarise
-from pipeline.manifest import Manifest, Shard
+from pipeline.corpus.shards import Manifest, Shard
 from pipeline.tokens import Commit, Output, Quarantined
 from tests.corpus import layout, quarantined, token_rows, write_corpus
 

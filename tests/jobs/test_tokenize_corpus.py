@@ -12,7 +12,7 @@ import pytest
 from jobs.__main__ import main
 from jobs.config import TokensConfig
 from jobs.shards import encode_shard
-from pipeline.manifest import Shard, find_shards
+from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture, tar_bytes
 from tests.jobs.helpers import (

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs.__main__ import main
-from jobs.checks import check
 from jobs.config import ConfigError, load_config
+from jobs.reports.training import CollapseAlarm
 from jobs.train import _absolute, _claim, _remove_orphans
-from jobs.train_report import CollapseAlarm
+from jobs.training.checks import check
 from pipeline.tokens import Output, TokenDataset
 from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
 from tokenizer.tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jobs.train_report import TrainReport
+from jobs.reports.training import TrainReport
 
 
 def test_a_run_that_is_stopped_before_its_first_log_row_has_no_report_and_no_error(tmp_path: Path):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from pipeline.batches import in_buckets, map_in_threads, prefetch
+from pipeline.corpus.batches import in_buckets, map_in_threads, prefetch
 
 
 def arrays(count: int, seed: int = 0) -> list[np.ndarray]:

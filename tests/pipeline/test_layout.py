@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.tokens import Layout, TokenRow
-from pipeline.tokens.layout import SIZE_COLUMNS, to_parquet, token_dtype, tokens_as_lists
+from pipeline.tokens.schema import SIZE_COLUMNS, to_parquet, token_dtype, tokens_as_lists
 from tests.corpus import layout, token_row
 
 

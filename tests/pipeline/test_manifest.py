@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.manifest import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Manifest, Shard, find_shards
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.corpus.shards import Manifest, Shard
 from pipeline.errors import BrokenOutput, OutputMismatch
-from pipeline.manifest import Manifest, Shard
 from pipeline.tokens import Commit, History, Output
-from pipeline.tokens.layout import to_parquet
+from pipeline.tokens.schema import to_parquet
 from pipeline.tokens.verify import verify
 from tests.corpus import layout, quarantined, token_row, token_rows, write_corpus
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline import readahead
-from pipeline.readahead import ReadAhead
+from pipeline.storage import readahead
+from pipeline.storage.readahead import ReadAhead
 
 DATA = random.Random(0).randbytes(1000)
 

@@ -7,8 +7,8 @@ import aiohttp
 import botocore.exceptions
 import pytest
 
-from pipeline import retries
 from pipeline.errors import StorageError
+from pipeline.storage import retries
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import s3fs
 
-import pipeline.s3
-from pipeline import readahead, retries, storage
+import pipeline.storage.s3
+from pipeline import storage
+from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import find_shards
 from pipeline.errors import ReplacedObject, ShardError, StorageError, UnsafeStorage
-from pipeline.manifest import find_shards
-from pipeline.samples import read_samples
+from pipeline.storage import readahead, retries
 from tests.corpus import samples_of, tar_bytes
 from tests.faults.proxy import (
     ERROR_500,

@@ -12,8 +12,8 @@ import pytest
 import webdataset
 
 from pipeline import storage
+from pipeline.corpus.samples import Sample, read_samples
 from pipeline.errors import ShardError
-from pipeline.samples import Sample, read_samples
 from tests.corpus import Members, tar_bytes, write_tar
 
 TWO = [("a.jpg", b"A" * 700), ("a.txt", b"one"), ("b.jpg", b"B" * 700), ("b.txt", b"two")]
@@ -283,7 +283,7 @@ def test_link_or_device_is_told(tmp_path: Path, kind: bytes):
 
 
 def test_a_member_beyond_the_limit_is_told_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.samples.MAX_MEMBER_BYTES", 600)
+    monkeypatch.setattr("pipeline.corpus.samples.MAX_MEMBER_BYTES", 600)
     first, second = read_members([("a.jpg", b"x" * 601), ("b.jpg", b"y")], tmp_path)
     assert (first.members, first.problem) == ({}, "'jpg' has 601 bytes, more than 600")
     assert second.members == {"jpg": b"y"}

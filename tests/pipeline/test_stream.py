@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.corpus.shards import Shard
+from pipeline.corpus.streams import Drawn, Lanes, Position, training_samples
 from pipeline.errors import ShardError
-from pipeline.manifest import Shard
-from pipeline.stream import Drawn, Lanes, Position, training_samples
 from tests.corpus import write_corpus
 
 SIZES = (5, 3, 0, 7, 4)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import retries, storage
+from pipeline import storage
+from pipeline.corpus.shards import Shard, find_shards
+from pipeline.corpus.streams import Lanes, Position, training_samples
 from pipeline.errors import ShardError, StorageError
-from pipeline.manifest import Shard, find_shards
-from pipeline.stream import Lanes, Position, training_samples
+from pipeline.storage import retries
 from tests.corpus import write_corpus
 from tests.s3 import start_s3
 

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.manifest import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Output
 from pipeline.tokens.files import TAIL, footer
-from pipeline.tokens.layout import to_parquet
+from pipeline.tokens.schema import to_parquet
 from pipeline.tokens.verify import verify
 from tests.corpus import layout, quarantined, samples_of, token_rows, write_corpus, write_tar, write_tokens
 from tests.s3 import S3Server

@@ -9,11 +9,11 @@ import pytest
 import soundfile
 import torch
 
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.errors import BadSample
-from tokenizer.modalities.audio import Audio, AudioConfig
-from tokenizer.modality import Batch, build_modality
+from tokenizer.modalities.audio.modality import Audio, AudioConfig
+from tokenizer.modalities.base import Batch, build_modality
 from tokenizer.tokenizer import Tokenizer
 
 SPEECH = Path(__file__).parents[2] / "samples/speech/heldout/speech-000.tar"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jobs.config import load_config
-from tokenizer.audio_losses import (
+from tokenizer.modalities.audio.losses import (
     FLOOR,
     MEL_BANDS,
     QUIET,

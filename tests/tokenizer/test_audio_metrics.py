@@ -14,8 +14,8 @@ from pesq import pesq
 from pystoi import stoi
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
 
-from tokenizer.audio_losses import AudioLosses
-from tokenizer.audio_metrics import AudioMetrics, classic_stoi, si_sdr, wideband_pesq
+from tokenizer.modalities.audio.losses import AudioLosses
+from tokenizer.modalities.audio.metrics import AudioMetrics, classic_stoi, si_sdr, wideband_pesq
 
 ROOT = Path(__file__).parents[2]
 RATE = 16_000

@@ -22,17 +22,17 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import tokenizer.quantizers
-from jobs.checks import loss_weights
 from jobs.config import load_config
+from jobs.training.checks import loss_weights
 from tests.corpus import picture
 from tokenizer.autoencoder import Autoencoder
+from tokenizer.encoder import LatentEncoder
 from tokenizer.errors import CodebookMissing
-from tokenizer.latents import LatentEncoder
-from tokenizer.modality import build_modality
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
+from tokenizer.modalities.base import build_modality
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
 from tokenizer.registry import Registry
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.training import Trainer, known_losses
+from tokenizer.training.step import Trainer, known_losses
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHOD_FILES = sorted((CONFIGS / "quantizers").glob("*.yaml"))
@@ -520,9 +520,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tokenizer.gradients import straight_through
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
-from tokenizer.table import TableQuantizer
+from tokenizer.quantizers.base.straight_through import straight_through
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.quantizers.base.codebook import TableQuantizer
 
 
 @dataclass

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.discriminator import Adversary, DiscriminatorConfig, PatchDiscriminator, balance, hinge_loss
-from tokenizer.modality import build_modality
-from tokenizer.training import Recipe, Trainer
+from tokenizer.modalities.base import build_modality
+from tokenizer.training.discriminator import Adversary, DiscriminatorConfig, PatchDiscriminator, balance, hinge_loss
+from tokenizer.training.step import Recipe, Trainer
 
 NET = {"name": "vqgan", "width": 8, "multipliers": [1], "res_blocks": 1, "channels": 8, "attention": False}
 SMALL = {"weight": 0.5, "start_step": 2, "channels": 8, "layers": 1, "lr": 1e-3}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
-from tokenizer.moments import moment_losses
+from tokenizer.quantizers.base.norm_loss import moment_losses
 from tokenizer.quantizers.ema_vq import EMAVQ, EMAVQConfig
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
 from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from jobs.config import load_config
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizer import build_quantizer
 from tokenizer.quantizers import ema_vq
+from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.quantizers.ema_vq import EMAVQ, EMAVQConfig
 
 ROOT = Path(__file__).parents[2]

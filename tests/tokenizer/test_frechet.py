@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tests.references import low_rank_distance
-from tokenizer import frechet
-from tokenizer.frechet import FeatureSums, FrechetFeatures, FrechetSums, about, frechet_distance
-from tokenizer.inception import FidInception
-from tokenizer.modalities.image import Image, ImageConfig
-from tokenizer.modality import Batch
-from tokenizer.perceptual import SqueezeDistance
+from tokenizer.modalities.base import Batch
+from tokenizer.modalities.image import frechet
+from tokenizer.modalities.image.frechet import FeatureSums, FrechetFeatures, FrechetSums, about, frechet_distance
+from tokenizer.modalities.image.inception import FidInception
+from tokenizer.modalities.image.modality import Image, ImageConfig
+from tokenizer.modalities.image.perceptual import SqueezeDistance
 
 
 def features(n: int, dim: int, seed: int) -> Tensor:

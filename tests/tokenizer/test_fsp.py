@@ -11,7 +11,7 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from tokenizer.quantizer import build_quantizer
+from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.quantizers.fsp import ACTIVATIONS, FSP, FSPConfig
 from tokenizer.quantizers.fsq import FSQ, FSQConfig
 

@@ -10,11 +10,11 @@ from torch.nn.functional import softplus
 
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.kmeans import kmeans
-from tokenizer.modality import build_modality
-from tokenizer.neighbors import nearest_codeword
+from tokenizer.clustering.kmeans import kmeans
+from tokenizer.clustering.neighbors import nearest_codeword
+from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.gm_vq import GMVQ, GMVQConfig
-from tokenizer.training import Recipe, Trainer, known_losses
+from tokenizer.training.step import Recipe, Trainer, known_losses
 
 L = 8
 

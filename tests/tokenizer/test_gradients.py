@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.gradients import GRADIENTS, MIN_LENGTH, rotate_to, straight_through
+from tokenizer.quantizers.base.straight_through import GRADIENTS, MIN_LENGTH, rotate_to, straight_through
 
 
 @pytest.fixture(autouse=True)

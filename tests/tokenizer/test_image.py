@@ -16,9 +16,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from tests.corpus import encoded, picture
 from tokenizer.errors import BadSample
-from tokenizer.modalities.image import Image, ImageConfig, to_rgb
-from tokenizer.modality import Batch
-from tokenizer.perceptual import SqueezeDistance
+from tokenizer.modalities.base import Batch
+from tokenizer.modalities.image.modality import Image, ImageConfig, to_rgb
+from tokenizer.modalities.image.perceptual import SqueezeDistance
 
 MID = [128, 128, 128]
 

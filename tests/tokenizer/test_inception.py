@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.inception import FidInception, resize_as_tensorflow_1
+from tokenizer.modalities.image.inception import FidInception, resize_as_tensorflow_1
 
 REFERENCE = [
     *(0.98562, 0.19854, 0.00025292, 0.97532, 0.0045364, 0.37466, 0.0, 0.0031384),  # the first picture's first eight

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.kmeans import PartialSums, first_centroids, kmeans, new_centroids, partial_sums, plus_plus
-from tokenizer.latent_parts import InMemory, Part
+from tokenizer.clustering.kmeans import PartialSums, first_centroids, kmeans, new_centroids, partial_sums, plus_plus
+from tokenizer.clustering.latents import InMemory, Part
 
 RECTANGLE = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 2.0]])
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import entropy
 
-from tokenizer.metrics import count_codes, digit_usage, perplexity, usage
+from tokenizer.usage import count_codes, digit_usage, perplexity, usage
 
 
 @pytest.mark.parametrize("codebook_size", [1, 2, 1000])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.moments import moment_losses
+from tokenizer.quantizers.base.norm_loss import moment_losses
 
 
 def spread_out(mean: float, count: int = 500) -> Tensor:

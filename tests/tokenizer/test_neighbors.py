@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer import neighbors
-from tokenizer.neighbors import (
+from tokenizer.clustering import neighbors
+from tokenizer.clustering.neighbors import (
     BACKENDS,
     TREE_MAX_DIM,
     TREE_MIN_POINTS,
@@ -95,7 +95,7 @@ def test_one_code_is_nearest_to_all():
 def test_more_latents_than_one_tile_holds_are_all_answered(monkeypatch):
     z, codebook = normals(1000, 4, seed=1), normals(512, 4)
     whole = nearest_codeword(z, codebook)
-    monkeypatch.setattr("tokenizer.neighbors.MAX_SCORES", 512 * 7)
+    monkeypatch.setattr("tokenizer.clustering.neighbors.MAX_SCORES", 512 * 7)
     assert torch.equal(nearest_codeword(z, codebook), whole)
 
 
@@ -127,7 +127,7 @@ def test_exact_back_ends_equal_float64_brute_force(backend, mean, dim):
 def test_tiles_that_split_the_points_change_nothing(monkeypatch):
     points, queries = normals(1000, 4), normals(100, 4, seed=1)
     whole = TiledIndex(points).kth_distances(queries, [1, 8, 64])
-    monkeypatch.setattr("tokenizer.neighbors.MAX_SCORES", 100 * 70)
+    monkeypatch.setattr("tokenizer.clustering.neighbors.MAX_SCORES", 100 * 70)
     torch.testing.assert_close(TiledIndex(points).kth_distances(queries, [1, 8, 64]), whole)
 
 

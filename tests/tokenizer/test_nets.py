@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tokenizer.net import NETS, Net, build_net
+from tokenizer.nets.base.net import NETS, Net, build_net
 from tokenizer.nets.resnet32 import ResBlock as ResNetBlock
 from tokenizer.nets.vqgan import Attention, _norm
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenizer.perceptual import PerceptualDistance, load_perceptual
+from tokenizer.modalities.image.perceptual import PerceptualDistance, load_perceptual
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import build_modality
-from tokenizer.quantizer import Quantizer, build_quantizer
+from tokenizer.modalities.base import build_modality
+from tokenizer.quantizers.base.quantizer import Quantizer, build_quantizer
 from tokenizer.quantizers.product import Product, ProductConfig
-from tokenizer.training import known_losses
+from tokenizer.training.step import known_losses
 
 BASES = {  # small enough to train here
     "vq_vae": {},

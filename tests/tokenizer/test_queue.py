@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.queue import LatentQueue
+from tokenizer.quantizers.base.latent_queue import LatentQueue
 
 
 def rows(*values: float) -> Tensor:

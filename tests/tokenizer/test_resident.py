@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer.modality import build_modality
-from tokenizer.resident import resident_batches
-from tokenizer.training import Recipe
-from tokenizer.trial import Trial, run_trial, training_batches
+from tokenizer.modalities.base import build_modality
+from tokenizer.training.resident import resident_batches
+from tokenizer.training.step import Recipe
+from tokenizer.training.trial import Trial, run_trial, training_batches
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.quantizer import build_quantizer
+from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.quantizers.residual import Residual, ResidualConfig
 
 BASES = {  # small enough to train here

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenizer.scalar import MAX_LEVELS, MIN_LEVELS, PAPER_LEVELS, MixedRadix, levels_for
+from tokenizer.quantizers.base.levels import MAX_LEVELS, MIN_LEVELS, PAPER_LEVELS, MixedRadix, levels_for
 
 
 def test_first_dimension_is_the_least_significant():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from tokenizer.net import Context, SequenceNet, build_net
+from tokenizer.nets.base.net import build_net
+from tokenizer.nets.base.sequence import Context, SequenceNet, decode_in_windows, encode_in_windows
 from tokenizer.nets.seanet import Convolution, SEANetConfig, Snake, TransposedConvolution
-from tokenizer.windows import decode_in_windows, encode_in_windows
 
 SMALL: dict[str, Any] = {"width": 16, "decoder_width": 24, "channels": 64}  # of configs/speech.yaml
 TINY: dict[str, Any] = {"width": 4, "decoder_width": 3, "channels": 5, "dilations": [1, 3]}
@@ -366,12 +366,12 @@ def test_a_mask_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
 @pytest.mark.parametrize("frames", [1, 10, 11, 57])
-@pytest.mark.parametrize(("window", "at_once"), [(10, 1), (1, 3), (100, 2)])
-def test_windows_give_what_the_whole_clip_gives(settings: dict[str, Any], frames: int, window: int, at_once: int):
+@pytest.mark.parametrize("window", [10, 1, 100])
+def test_windows_give_what_the_whole_clip_gives(settings: dict[str, Any], frames: int, window: int):
     net = seanet(**settings)
     x, h = clip(net, frames), features(net, frames)
-    assert_close(encode_in_windows(net, x, None, window, at_once=at_once), net.encode(x))
-    assert_close(decode_in_windows(net, h, None, window, at_once=at_once), net.decode(h))
+    assert_close(encode_in_windows(net, x, None, window), net.encode(x))
+    assert_close(decode_in_windows(net, h, None, window), net.decode(h))
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
@@ -379,8 +379,8 @@ def test_windows_of_a_batch_with_holes_give_what_the_net_gives(settings: dict[st
     net = seanet(**settings)
     mask = torch.cat([real(33, 33), real(0, 33), real(12, 33), ~real(15, 33)])
     x, h = torch.randn(4, 1, 33 * net.factor), torch.randn(4, net.channels, 33)
-    assert_close(encode_in_windows(net, x, mask, 8, at_once=3), net.encode(x, mask))
-    assert_close(decode_in_windows(net, h, mask, 8, at_once=3), net.decode(h, mask))
+    assert_close(encode_in_windows(net, x, mask, 8), net.encode(x, mask))
+    assert_close(decode_in_windows(net, h, mask, 8), net.decode(h, mask))
 
 
 @pytest.mark.parametrize("settings", [*KINDS, {**SMALL, "dilations": [1, 3, 9]}], ids=str)
@@ -401,8 +401,8 @@ def test_windows_are_of_one_shape_so_memory_does_not_grow_with_the_clip():
     net = seanet(strides=[3, 2])
     shapes = []
     net.encoder.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    encode_in_windows(net, clip(net, 1000), None, 50, at_once=6)
-    assert shapes == [(6, 1, (50 + sum(net.encode_context)) * net.factor)] * 4  # 20 windows, 6 at once
+    encode_in_windows(net, clip(net, 1000), None, 50)
+    assert shapes == [(1, 1, (50 + sum(net.encode_context)) * net.factor)] * 20
 
 
 def test_windows_without_a_real_frame_are_not_computed():
@@ -428,8 +428,6 @@ def test_impossible_windows_are_refused():
     net = seanet(strides=[3, 2])
     with pytest.raises(ValueError, match="window_frames=0"):
         encode_in_windows(net, clip(net, 8), None, 0)
-    with pytest.raises(ValueError, match="at_once=0"):
-        decode_in_windows(net, features(net, 8), None, 4, at_once=0)
     with pytest.raises(ValueError, match="13 samples, 1 more than a multiple of 6"):
         encode_in_windows(net, torch.zeros(1, 1, 13), None, 4)
     with pytest.raises(ValueError, match="frames=0"):

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenizer import soft
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizer import Quantizer, build_quantizer
+from tokenizer.quantizers.base import stochastic as soft
+from tokenizer.quantizers.base.quantizer import Quantizer, build_quantizer
 
 N, K, D = 512, 256, 4
 SMALL_CHUNK = 16 * K  # MAX_SCORES for chunks of 16 rows

@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from tokenizer.spectrogram import LOWEST_DB, MOST_FRAMES, spectrogram, spectrogram_png
+from tokenizer.modalities.audio.spectrogram import LOWEST_DB, MOST_FRAMES, spectrogram, spectrogram_png
 
 
 def sine(hertz: float, seconds: float, sample_rate: int = 16_000, amplitude: float = 1.0) -> np.ndarray:

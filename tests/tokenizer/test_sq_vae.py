@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import build_modality
-from tokenizer.neighbors import nearest_codeword
+from tokenizer.clustering.neighbors import nearest_codeword
+from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.sq_vae import SQVAE, SQVAEConfig
-from tokenizer.training import Recipe, Trainer, known_losses
+from tokenizer.training.step import Recipe, Trainer, known_losses
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizer import QuantizerOutput
+from tokenizer.quantizers.base.codebook import INIT_TOKENS_PER_CODE, TableQuantizer, check_table, first_codes
+from tokenizer.quantizers.base.quantizer import QuantizerOutput
 from tokenizer.quantizers.vq_vae import VQVAEConfig
-from tokenizer.table import INIT_TOKENS_PER_CODE, TableQuantizer, check_table, first_codes
 
 
 class Projected(TableQuantizer):

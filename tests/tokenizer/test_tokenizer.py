@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.corpus import encoded, picture
 from tokenizer.autoencoder import Autoencoder
+from tokenizer.encoder import LatentEncoder
 from tokenizer.errors import BadSample, CodebookMissing, TokenizerMismatch
-from tokenizer.latents import LatentEncoder
-from tokenizer.quantizer import QUANTIZERS
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.tokenizer import Tokenizer
 
 TINY = {"name": "vqgan", "width": 8, "multipliers": [1, 2], "res_blocks": 1, "channels": 8, "attention": False}

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.modality import build_modality
-from tokenizer.training import Averages, Recipe, Trainer, compile_nets
+from tokenizer.modalities.base import build_modality
+from tokenizer.training.step import Averages, Recipe, Trainer, compile_nets
 
 NET = {"name": "vqgan", "width": 8, "multipliers": [1], "res_blocks": 1, "channels": 8, "attention": False}
 RECIPE = Recipe(steps=10, lr=1e-2, warmup_steps=1, grad_clip=1e9)

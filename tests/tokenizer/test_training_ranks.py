@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tests.tokenizer.test_contract import CASES, NAMED, Case
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.discriminator import DiscriminatorConfig
-from tokenizer.modality import build_modality
-from tokenizer.training import Recipe, Trainer
+from tokenizer.modalities.base import build_modality
+from tokenizer.training.discriminator import DiscriminatorConfig
+from tokenizer.training.step import Recipe, Trainer
 
 NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}
 STEPS, BATCH = 3, 4

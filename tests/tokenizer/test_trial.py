@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.evaluation import Evaluation
-from tokenizer.modality import Decoded, build_modality
-from tokenizer.perceptual import SqueezeDistance
+from tokenizer.modalities.base import Decoded, build_modality
+from tokenizer.modalities.image.perceptual import SqueezeDistance
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.training import Recipe, Trainer, learning_rate
-from tokenizer.trial import Trial, run_trial, training_batches
+from tokenizer.training.step import Recipe, Trainer, learning_rate
+from tokenizer.training.trial import Trial, run_trial, training_batches
 
 ROOT = Path(__file__).parents[2]
 NET = {"name": "resnet32", "channels": 8, "res_blocks": 1}

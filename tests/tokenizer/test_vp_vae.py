@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenizer.clustering.kmeans import kmeans
+from tokenizer.clustering.neighbors import build_index, nearest_codeword
 from tokenizer.errors import CodebookMissing
-from tokenizer.kmeans import kmeans
-from tokenizer.metrics import usage
-from tokenizer.moments import moment_losses
-from tokenizer.neighbors import build_index, nearest_codeword
-from tokenizer.quantizer import build_quantizer
+from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.quantizers.vp_vae import VPVAE, BalancingWeights, VPVAEConfig, quantization_error
+from tokenizer.usage import usage
 
 DENSITY_K = 8
 

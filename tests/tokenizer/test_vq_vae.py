@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenizer.clustering.kmeans import partial_sums
+from tokenizer.clustering.latents import Part
 from tokenizer.errors import CodebookMissing
-from tokenizer.kmeans import partial_sums
-from tokenizer.latent_parts import Part
 from tokenizer.quantizers.vq_vae import MOMENTUM, VQVAE, VQVAEConfig
 
 OPTIONS: list[dict[str, Any]] = [

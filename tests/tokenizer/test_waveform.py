@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from scipy.signal import resample_poly
 
-from pipeline.samples import read_samples
+from pipeline.corpus.samples import read_samples
 from tests.corpus import encoded, picture
 from tokenizer.errors import BadSample
-from tokenizer.waveform import Resampler, read_waveform, resampled_length, to_wav
+from tokenizer.modalities.audio.waveform import Resampler, read_waveform, resampled_length, to_wav
 
 av = pytest.importorskip("av")
 soundfile = pytest.importorskip("soundfile")

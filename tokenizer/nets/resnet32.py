@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tokenizer.net import NETS, Net
+from tokenizer.nets.base.net import NETS, Net
 
 
 @dataclass

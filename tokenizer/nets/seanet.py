@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tokenizer.net import NETS, Context, SequenceNet
+from tokenizer.nets.base.net import NETS
+from tokenizer.nets.base.sequence import Context, SequenceNet
 
 KERNEL = 7  # of the residual units, the first and the last convolution, as DAC has it
 

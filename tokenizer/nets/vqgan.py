@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from tokenizer.net import NETS, Net
+from tokenizer.nets.base.net import NETS, Net
 
 
 @dataclass

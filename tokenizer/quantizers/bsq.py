@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.quantizers.lfq import LFQ, LFQConfig, entropy_of_mean_bits
 
 SMALLEST_LENGTH = 1e-6  # of a latent on its way to the sphere: keeps the gradient finite at 0

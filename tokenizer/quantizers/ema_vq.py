@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.distributed import from_first_rank, gather_rows, mean_across_ranks, world_size
 from tokenizer.errors import CodebookMissing
-from tokenizer.gradients import GRADIENTS
-from tokenizer.neighbors import nearest_codeword
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
-from tokenizer.table import TableQuantizer, check_table, first_codes
+from tokenizer.quantizers.base.codebook import TableQuantizer, check_table, first_codes
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.quantizers.base.straight_through import GRADIENTS
 
 SMOOTHING = 1e-5  # latents that every code is taken to have, besides its own (Laplace)
 # The largest threshold, as a share of a batch's latents per code: without it, a small batch would replace every code in

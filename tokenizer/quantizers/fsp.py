@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenizer.gradients import straight_through
-from tokenizer.moments import moment_losses
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
-from tokenizer.scalar import MixedRadix, check_levels, levels_for
+from tokenizer.quantizers.base.levels import MixedRadix, check_levels, levels_for
+from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
+from tokenizer.quantizers.base.straight_through import straight_through
 
 UNIT_STD = math.sqrt(12.0)  # one over the standard deviation of U(0, 1)
 SMALLEST_P = 2.0**-23  # as in the official code: the inverse of 0 or 1, where an activation saturates, is infinite

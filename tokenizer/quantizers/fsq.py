@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokenizer.gradients import straight_through
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
-from tokenizer.scalar import MixedRadix, check_levels, levels_for
+from tokenizer.quantizers.base.levels import MixedRadix, check_levels, levels_for
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
+from tokenizer.quantizers.base.straight_through import straight_through
 
 EPSILON = 1e-3  # how far the bounded value may pass the outermost level, as in the original listing
 EDGES = ("original", "symmetric")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
-from tokenizer.soft import (
+from tokenizer.quantizers.base.codebook import check_table, first_codes
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
+from tokenizer.quantizers.base.stochastic import (
     SoftQuantizer,
     check_annealing,
     entropy,
@@ -24,7 +25,6 @@ from tokenizer.soft import (
     in_chunks,
     mean_over_all_rows,
 )
-from tokenizer.table import check_table, first_codes
 
 SMALLEST_VARIANCE = 1e-8  # under the root, whose gradient at a latent that is a code would be NaN
 

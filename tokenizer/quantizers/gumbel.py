@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from tokenizer.gradients import straight_through
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
-from tokenizer.soft import (
+from tokenizer.quantizers.base.codebook import check_table
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
+from tokenizer.quantizers.base.stochastic import (
     SoftQuantizer,
     check_annealing,
     cosine_temperature,
@@ -21,7 +21,7 @@ from tokenizer.soft import (
     in_chunks,
     mean_over_all_rows,
 )
-from tokenizer.table import check_table
+from tokenizer.quantizers.base.straight_through import straight_through
 
 PIXEL_VARIANCE = 0.06327039811675479  # of CIFAR-10 in -0.5..0.5, by which karpathy's code divides the squared error
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenizer.neighbors import argmax_rows
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
-from tokenizer.soft import SoftQuantizer, entropy, in_chunks, mean_over_all_rows
-from tokenizer.table import check_table
+from tokenizer.clustering.neighbors import argmax_rows
+from tokenizer.quantizers.base.codebook import check_table
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.quantizers.base.stochastic import SoftQuantizer, entropy, in_chunks, mean_over_all_rows
 
 
 @dataclass

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from tokenizer.gradients import straight_through
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, mean_squared
-from tokenizer.scalar import MixedRadix
-from tokenizer.soft import entropy, mean_over_all_rows
+from tokenizer.quantizers.base.levels import MixedRadix
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, mean_squared
+from tokenizer.quantizers.base.stochastic import entropy, mean_over_all_rows
+from tokenizer.quantizers.base.straight_through import straight_through
 
 MAX_JOINT_DIM = 14  # up to here the entropy of the mean is that of the 2^d codes; its cost is N 2^d multiplications
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenizer.compound import CompoundQuantizer, base_settings, check_base, means
-from tokenizer.latent_parts import Latents, Part
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, build_quantizer
+from tokenizer.clustering.latents import Latents, Part
+from tokenizer.quantizers.base.compound import CompoundQuantizer, base_settings, check_base, means
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, build_quantizer
 
 
 @dataclass

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.compound import CompoundQuantizer, base_settings, check_base, means
+from tokenizer.clustering.latents import Latents, Part
 from tokenizer.distributed import mean_across_ranks
-from tokenizer.gradients import straight_through
-from tokenizer.latent_parts import Latents, Part
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
+from tokenizer.quantizers.base.compound import CompoundQuantizer, base_settings, check_base, means
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
+from tokenizer.quantizers.base.straight_through import straight_through
 
 SCALE_DECAY = 0.99  # per step, of the average that a layer's scale is
 SMALLEST_SCALE = 1e-6  # relative to z: below, what is left is rounding

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.errors import CodebookMissing
-from tokenizer.gradients import GRADIENTS
-from tokenizer.neighbors import nearest_codeword
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
-from tokenizer.table import TableQuantizer, check_table
+from tokenizer.quantizers.base.codebook import TableQuantizer, check_table
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.quantizers.base.straight_through import GRADIENTS
 
 
 @dataclass

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenizer.neighbors import nearest_codeword
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
-from tokenizer.soft import (
+from tokenizer.clustering.neighbors import nearest_codeword
+from tokenizer.quantizers.base.codebook import check_table
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
+from tokenizer.quantizers.base.stochastic import (
     SMALLEST_TEMPERATURE,
     SoftQuantizer,
     decaying_temperature,
@@ -20,7 +21,6 @@ from tokenizer.soft import (
     in_chunks,
     mean_over_all_rows,
 )
-from tokenizer.table import check_table
 
 FIRST_THETA = math.log(20.0)
 

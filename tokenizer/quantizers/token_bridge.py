@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tokenizer.clustering.latents import Latents, Part
 from tokenizer.errors import CodebookMissing
-from tokenizer.latent_parts import Latents, Part
-from tokenizer.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
-from tokenizer.scalar import MixedRadix
+from tokenizer.quantizers.base.levels import MixedRadix
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
 
 CLIP = 3.0  # standard deviations: where the outermost bins end, and latents with them
 MAX_BINS = 512  # with more than 740, the outermost bin would lie beyond CLIP

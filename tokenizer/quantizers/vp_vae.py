@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tokenizer.clustering.kmeans import kmeans
+from tokenizer.clustering.latents import Latents, weighted
+from tokenizer.clustering.neighbors import BACKENDS, TREE_MAX_DIM, NeighborIndex, build_index, nearest_codeword
 from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
-from tokenizer.gradients import straight_through
-from tokenizer.kmeans import kmeans
-from tokenizer.latent_parts import Latents, weighted
-from tokenizer.moments import moment_losses
-from tokenizer.neighbors import BACKENDS, TREE_MAX_DIM, NeighborIndex, build_index, nearest_codeword
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput
-from tokenizer.queue import LatentQueue
-from tokenizer.table import TableQuantizer, check_table
+from tokenizer.quantizers.base.codebook import TableQuantizer, check_table
+from tokenizer.quantizers.base.latent_queue import LatentQueue
+from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
+from tokenizer.quantizers.base.straight_through import straight_through
 
 FLUSH_SHARE = 0.005  # of the queue that may wait: .5 % newer latents change no radius that one could measure
 RATIO_QUERIES = 4096

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.distributed import from_first_rank, gather_rows, mean_across_ranks
 from tokenizer.errors import CodebookMissing
-from tokenizer.gradients import GRADIENTS
-from tokenizer.neighbors import nearest_codeword
-from tokenizer.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
-from tokenizer.table import TableQuantizer, check_table, first_codes
+from tokenizer.quantizers.base.codebook import TableQuantizer, check_table, first_codes
+from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
+from tokenizer.quantizers.base.straight_through import GRADIENTS
 
 MOMENTUM = 0.9  # of the alternating step, as in vqtorch's example
 REPLACE_NOISE = 0.01  # standard deviation in each dimension, relative to the new code's length, as in vqtorch

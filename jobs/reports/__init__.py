@@ -1,0 +1,1 @@
+"""Progress lines, plots and pages."""

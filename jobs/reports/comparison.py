@@ -1,0 +1,198 @@
+"""The table and the plots of `compare`, from the results of its trials."""
+
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from jobs.config import Config
+from jobs.reports.html import against_png, gallery_png
+from pipeline import storage
+from tokenizer.modalities.image.frechet import about
+
+Column = tuple[str, str, Callable[[float], str]]  # name in `numbers`, heading, format of a value
+QUALITY: dict[str, Column] = {  # what is not told better than by its own name and four digits
+    "mse": ("mse", "MSE e-3", lambda value: f"{1000 * value:.3f}"),
+    "psnr": ("psnr", "PSNR", "{:.3f}".format),
+    "ssim": ("ssim", "SSIM", "{:.4f}".format),
+}
+RECIPE_SHOWN = ("steps", "batch_size", "segment", "lr", "precision")
+SIZES: list[Column] = [
+    ("codebook_size", "codes", "{:.0f}".format),
+    ("num_quantizers", "quantizers", "{:.0f}".format),
+    ("num_tokens", "tokens", "{:,.0f}".format),
+]
+USAGE: list[Column] = [
+    ("cvu", "CVU", "{:.4f}".format),
+    ("cvu_target", "CVU of K", "{:.4f}".format),
+    ("cvu_per_dim", "CVU per dim", "{:.4f}".format),
+    ("perplexity", "perplexity", "{:.1f}".format),
+    ("perplexity_per_batch", "per batch", "{:.1f}".format),
+    ("utilisation", "used", "{:.4f}".format),
+    ("bits_per_pixel", "bits/pixel", "{:.4f}".format),
+    ("kbps", "kbit/s", "{:.3f}".format),
+    ("seconds_per_step", "s/step", "{:.3f}".format),
+    ("tokens_per_s", "tokens/s", "{:,.0f}".format),
+]
+
+
+def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes], config: Config) -> None:
+    """results: the trials' files; originals: the pictures of their `examples`. Prints the table."""
+    if not results:
+        print("compare: no trial has a result yet; no report")
+        return
+    base = storage.join(url, "reports", "compare")
+    trials = [{key: value for key, value in one.items() if key not in ("examples", "history")} for one in results]
+    tables = {}
+    for name in ("", *config.compare.others):
+        shown = [_seen_on(name, one) for one in results] if name else results
+        tables[name or "heldout"] = rows = summarise(shown)
+        place = f"{base}-{name}" if name else base
+        text = markdown(rows, columns_of(rows))
+        about = notes(shown, config, name)
+        storage.replace(f"{place}.md", f"{text}\n{about}".encode())
+        storage.replace(f"{place}.csv", to_csv(rows, [column for column, _, _ in columns_of(rows)]).encode())
+        for kind, png in plots(rows).items():
+            storage.replace(f"{place}-{kind}.png", png)
+        print(f"{name}:\n{text}" if name else text)
+    storage.replace(f"{base}.json", (json.dumps({"tables": tables, "trials": trials}, indent=1) + "\n").encode())
+    if originals:
+        storage.replace(f"{base}-pictures.png", gallery_png(_gallery(results, originals)))
+    print(f"compare: report at {base}.md, .json, .csv; plots at {base}-*.png")
+
+
+def _seen_on(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The trial with the numbers of another corpus; what is of the training stays."""
+    if "numbers" not in result:
+        return result
+    return {**result, "numbers": {**result["numbers"], **result["others"][name]}}
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and size: the mean over the seeds, and the standard deviation as `<name>_sd`."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["label"], result["size"]), []).append(result)
+    rows = []
+    for (label, size), trials in groups.items():
+        numbers = [trial["numbers"] for trial in trials if "numbers" in trial]
+        row: dict[str, Any] = {"method": label, "K": size, "seeds": len(trials), "diverged": len(trials) - len(numbers)}
+        row["quality"] = numbers[0].get("quality", []) if numbers else []
+        for name in numbers[0] if numbers else ():
+            values = [one[name] for one in numbers if isinstance(one.get(name), int | float)]
+            if values:
+                row[name] = float(np.mean(values))
+                row[f"{name}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        rows.append(row)
+    return rows
+
+
+def columns_of(rows: list[dict[str, Any]]) -> list[Column]:
+    """Those that any row has a value in; metrics of quality under their own names, in the modality's order."""
+    there = {name for row in rows for name in row}
+    quality: list[Column] = []
+    for name in _quality(rows):
+        quality.append(QUALITY.get(name, (name, name, "{:.4f}".format)))
+        if f"{name}_samples" in there:  # a Frechet distance, which nobody can read without it
+            quality.append((f"{name}_samples", "of samples", "{:,.0f}".format))
+    if all(row.get("num_quantizers", 1) == 1 for row in rows):
+        there -= {"num_quantizers"}
+    return [column for column in [*SIZES, *quality, *USAGE] if column[0] in there]
+
+
+def _quality(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.get("quality", ())))
+
+
+def markdown(rows: list[dict[str, Any]], columns: list[Column]) -> str:
+    """A row for each method and size; mean +- standard deviation where there are several seeds."""
+    lines = [["method", "K", *[heading for _, heading, _ in columns]]]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for row in rows:
+        name = row["method"] + (f" ({row['diverged']} of {row['seeds']} diverged)" if row["diverged"] else "")
+        lines.append([name, str(row["K"]), *[_cell(row, key, form) for key, _, form in columns]])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _cell(row: dict[str, Any], name: str, form: Callable[[float], str]) -> str:
+    if row.get(name) is None or math.isnan(row[name]):
+        return "-"
+    spread = row.get(f"{name}_sd", math.nan)
+    return form(row[name]) + (f" ± {form(spread)}" if spread > 0 else "")
+
+
+def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
+    """What one must know to read the table."""
+    recipe = asdict(config.train)
+    told = ", ".join(f"{key} {recipe[key]}" for key in RECIPE_SHOWN)
+    numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})
+    seeds = ", ".join(str(seed) for seed in config.compare.seeds)
+    evaluated = config.compare.others[name] if name else config.compare.heldout
+    lines = [
+        f"Trained on {config.data.shards}, evaluated on {evaluated}: "
+        f"{numbers.get('num_samples')} samples, {numbers.get('num_tokens')} tokens.",
+        f"Net {config.model.net}; {told}; seeds {seeds}. One seed gives all methods the same nets to start from, "
+        "samples, order and crops.",
+        *[f"With a recipe of its own: {one}." for one in _own_recipes(results, recipe)],
+        "Mean ± standard deviation over the seeds. CVU is by the actual number of codes, `CVU of K` by that asked for.",
+        f"`perplexity` is that of all tokens together; `per batch` the mean over batches of "
+        f"{numbers.get('tokens_per_batch', 0):.0f} tokens, of hard codes; for GM-VQ of the mean q(c|x), as it has it.",
+        *[f"{about(one, numbers)}." for one in numbers.get("quality", ()) if f"{one}_samples" in numbers],
+        f"Metrics: {config.metrics or 'the default ones'}. s/step and tokens/s depend on the machine "
+        "and on what ran beside it: compare within this table only.",
+        f"Machine: {'; '.join(sorted({one['machine'] for one in results}))}. Last trial finished "
+        f"{max(one['finished'] for one in results)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _own_recipes(results: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
+    """Methods whose recipe differs from the comparison's, with the settings that differ."""
+    found: dict[str, str] = {}
+    for result in results:
+        own = result["settings"]["recipe"]
+        differing = [f"{key} {own[key]}" for key in RECIPE_SHOWN if own[key] != recipe[key]]
+        if differing:
+            found[result["label"]] = f"{result['label']} ({', '.join(differing)})"
+    return list(found.values())
+
+
+def to_csv(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """method, K, seeds, diverged, and mean and standard deviation of each column."""
+    out = io.StringIO()
+    fields = ["method", "K", "seeds", "diverged", *[f for name in names for f in (name, f"{name}_sd")]]
+    writer = csv.DictWriter(out, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def plots(rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Quality and usage against K, quality against the bits that are spent."""
+    there = {name for row in rows for name in row}
+    quality = [name for name in _quality(rows) if name in there and name != "mse"]
+    found = {"sizes": against_png(rows, "K", "codes asked for", [*quality, "cvu", "perplexity"])}
+    for name, label in (("bits_per_pixel", "bits per pixel"), ("kbps", "kbit/s")):
+        if name in there:
+            found["rate"] = against_png(rows, name, label, quality)
+    return found
+
+
+def _gallery(results: list[dict[str, Any]], originals: list[bytes]) -> list[tuple[str, list[bytes]]]:
+    """Rows of pictures: the originals, then each method at its largest size, first seed."""
+    best: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if "examples" in result and result["size"] > best.get(result["label"], {"size": -1})["size"]:
+            best[result["label"]] = result
+    rows = [("original", originals)]
+    for label, result in best.items():
+        pictures = [base64.b64decode(png) for png in result["examples"]]
+        told = [f"{name} {result['numbers'][name]:.4g}" for name in result["numbers"]["quality"] if name != "mse"][:1]
+        rows.append((f"{label}\nK={result['size']}  {' '.join(told)}", pictures))
+    return rows

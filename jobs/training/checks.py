@@ -1,0 +1,35 @@
+"""Checks of a training's configuration before it starts. Imports no Ray."""
+
+from dataclasses import asdict
+
+import torch
+
+from jobs.config import Config, ConfigError, checked
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.modalities.base import build_modality
+from tokenizer.training.step import build_adversary, known_losses
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where net, quantizer, losses, discriminator or segment do not fit together."""
+    try:
+        modality = build_modality(config.model.modality, config.data.preprocess)
+        autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
+        build_adversary(config.train, modality, torch.device("cpu"))
+    except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual's base
+        raise ConfigError(str(error)) from error
+    known, factor = known_losses(autoencoder, modality), autoencoder.factor
+    for name in config.train.loss_weights:
+        if name not in known:
+            raise ConfigError(f"train.loss_weights.{name}: there is no such loss; there are: {', '.join(known)}")
+    with checked("train.losses"):
+        modality.losses(config.train.losses)
+    if config.train.segment % factor:
+        raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """Those that a training of this configuration has, defaults included."""
+    autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
+    modality = build_modality(config.model.modality, config.data.preprocess)
+    return {**known_losses(autoencoder, modality), **config.train.loss_weights}

@@ -1,0 +1,1 @@
+"""k-means and nearest neighbours, over latents in memory or on many nodes."""

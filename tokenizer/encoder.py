@@ -1,0 +1,66 @@
+"""The encoder half with its preprocessing: bytes to arrays, arrays to latents. Needs no codebook."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.errors import BadSample
+from tokenizer.modalities.base import build_modality
+
+
+class LatentEncoder:
+    """Frozen nets, always in eval mode and float32. preprocessing: the fields of the modality's Config."""
+
+    def __init__(self, autoencoder: Autoencoder, preprocessing: dict[str, Any]):
+        self.autoencoder = autoencoder.eval().requires_grad_(False).float()
+        self.preprocessing = preprocessing
+        self.modality = build_modality(autoencoder.settings["modality"], preprocessing)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.autoencoder.parameters()).device
+
+    def to(self, device: str | torch.device) -> "LatentEncoder":
+        """Moves the nets; channels_last on every device, since it is faster for convolutions on CPU and GPU alike."""
+        self.autoencoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self
+
+    @property
+    def encoder_id(self) -> str:
+        """What decides on latents: a hash of nets, projections and preprocessing. The codebook plays no part."""
+        named = {name: value for name, value in self.autoencoder.settings.items() if name != "quantizer"}
+        return content_hash({"model": named, "preprocessing": self.preprocessing}, self.net_state())
+
+    def net_state(self) -> dict[str, Tensor]:
+        """Weights of nets and projections."""
+        state = self.autoencoder.inference_state()
+        return {name: t.detach().cpu().contiguous() for name, t in state.items() if not name.startswith("quantizer.")}
+
+    def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        """As `latents`, in memory of the CPU."""
+        return [z.cpu().numpy() for z in self.latents(arrays)]
+
+    @torch.inference_mode()
+    def latents(self, arrays: list[np.ndarray]) -> list[Tensor]:
+        """What the quantizer is given for each array of one bucket: [..., in_dim] float32. Raises BadSample on NaN."""
+        batch = self.modality.batch(arrays, self.autoencoder.factor)
+        x = batch.x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch.x
+        mask = None if batch.mask is None else batch.mask.to(self.device)
+        z = self.autoencoder.latents(x, mask)
+        if not torch.isfinite(z).all():
+            raise BadSample("the encoder gave NaN or infinite latents")
+        return list(z) if mask is None else [part[real[0]] for part, real in zip(z, mask, strict=True)]
+
+
+def content_hash(settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """16 hex digits over settings and tensors, independent of their order and of the device."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""Sound: files to mono waveforms at the model's rate and back, losses, quality metrics. Arrays are float32 [T, 1]."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokenizer.modalities.audio.losses import AudioLosses
+from tokenizer.modalities.audio.metrics import AudioMetrics
+from tokenizer.modalities.audio.waveform import read_waveform, require_packages, resampled_length, to_wav
+from tokenizer.modalities.base import MODALITIES, Batch, Decoded, Metrics, Modality
+
+
+@dataclass
+class AudioConfig:
+    """sample_rate: of the model, in Hz; every file is resampled to it. A longer file than max_seconds is refused."""
+
+    sample_rate: int = 16_000
+    max_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.sample_rate < 1000 or self.max_seconds <= 0:
+            raise ValueError(
+                f"data.preprocess.sample_rate is {self.sample_rate} and max_seconds {self.max_seconds:g}; "
+                "the first must be 1000 Hz or more, the second above 0"
+            )
+
+
+@MODALITIES.register("audio")
+class Audio(Modality):
+    """Sizes are {"sample_rate", "num_samples"}: of the file as it was, or at the model's rate once preprocessed."""
+
+    Config = AudioConfig
+    extensions = ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac", "g722")
+    written_as = "wav"
+    mime = "audio/wav"
+    size_columns = ("sample_rate", "num_samples")
+    default_budget = 100.0
+    default_loss_weights = {"l1": 1.0, "mse": 0.0, "stft": 1.0, "mel": 1.0}
+
+    def __init__(self, config: AudioConfig):
+        require_packages()  # here, since in `read` it would put every sample into quarantine
+        self.config = config
+
+    def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
+        waveform, size = read_waveform(
+            data, self.config.sample_rate, max_seconds=self.config.max_seconds, extension=extension
+        )
+        return Decoded(waveform, size)
+
+    def to_bytes(self, array: np.ndarray) -> bytes:
+        return to_wav(array, self.config.sample_rate)
+
+    def view(self, array: np.ndarray) -> bytes:
+        from tokenizer.modalities.audio.spectrogram import spectrogram_png  # matplotlib, which no worker needs
+
+        return spectrogram_png(array[:, 0], self.config.sample_rate)
+
+    def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+        """A random piece of size samples; a shorter clip lies somewhere in silence."""
+        missing = size - len(array)
+        if missing > 0:
+            before = int(rng.integers(missing + 1))
+            return np.pad(array, ((before, missing - before), (0, 0)))
+        start = int(rng.integers(len(array) - size + 1))
+        return array[start : start + size]
+
+    def elements(self, budget: float) -> int:
+        """budget: in seconds at the model's rate."""
+        return math.ceil(budget * self.config.sample_rate)
+
+    def bucket(self, array: np.ndarray) -> tuple[int, ...]:
+        """Clips whose lengths differ by less than a factor of two: padding at most doubles a batch."""
+        return (len(array).bit_length(),)
+
+    def batch(self, arrays: list[np.ndarray], factor: int) -> Batch:
+        """[B, 1, T], zeros behind each clip, T a multiple of factor; the mask has the frames with any real sample."""
+        frames = torch.tensor([-(-len(array) // factor) for array in arrays])
+        longest = int(frames.max())
+        x = torch.zeros(len(arrays), 1, longest * factor)
+        for row, array in zip(x, arrays, strict=True):
+            row[0, : len(array)] = torch.from_numpy(np.ascontiguousarray(array[:, 0]))
+        return Batch(x, (torch.arange(longest) < frames[:, None])[:, None])
+
+    def unbatch(self, x: Tensor, sizes: list[dict[str, int]]) -> list[np.ndarray]:
+        waveforms = x.float().clamp(-1, 1).movedim(1, 2).cpu().numpy()
+        return [waveform[: size["num_samples"]] for waveform, size in zip(waveforms, sizes, strict=True)]
+
+    def size_of(self, array: np.ndarray) -> dict[str, int]:
+        return {"sample_rate": self.config.sample_rate, "num_samples": len(array)}
+
+    def processed_size(self, size: dict[str, int]) -> dict[str, int]:
+        num_samples = resampled_length(size["num_samples"], size["sample_rate"], self.config.sample_rate)
+        return {"sample_rate": self.config.sample_rate, "num_samples": num_samples}
+
+    def losses(self, settings: dict[str, Any]) -> nn.Module:
+        return AudioLosses(self.config.sample_rate, **settings)
+
+    def metrics(self, settings: dict[str, Any]) -> Metrics:
+        return BatchMetrics(AudioMetrics(self.config.sample_rate, **settings))
+
+    def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
+        seconds = sum(size["num_samples"] / size["sample_rate"] for size in sizes)
+        return {"kbps": num_bits / 1000 / seconds if seconds else math.nan}
+
+
+class BatchMetrics(Metrics):
+    """Metrics of two Batches at factor 1, each clip without its padding."""
+
+    def __init__(self, metrics: AudioMetrics):
+        super().__init__()
+        self.of_clips = metrics
+
+    def forward(self, x: Batch, x_hat: Batch) -> dict[str, Tensor]:
+        assert x.mask is not None
+        return self.of_clips(x.x, x_hat.x, x.mask.sum(dim=(1, 2)).tolist())

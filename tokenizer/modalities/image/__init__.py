@@ -1,0 +1,5 @@
+"""Pictures: reading, losses, metrics."""
+
+from tokenizer.modalities.image.modality import Image
+
+__all__ = ["Image"]

@@ -1,0 +1,1 @@
+"""The contract of all nets, and long sequences in windows."""

@@ -1,0 +1,51 @@
+"""The registry of encoder and decoder pairs, and what each must offer."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tokenizer.registry import Registry
+
+NETS: Registry["Net"] = Registry("net", "tokenizer.nets")
+
+
+class Net(nn.Module):
+    """An encoder and a decoder without the quantizer between them.
+
+    factor: input units per token and spatial dimension. channels: of the features between encoder and projection.
+    in_channels and spatial_dims: of the input, 3 and 2 for RGB pictures.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    factor: int
+    channels: int
+    in_channels: int = 3
+    spatial_dims: int = 2
+
+    @property
+    def values_per_token(self) -> int:
+        """D_x / T: how many values of the input one token stands for, 48 for RGB at factor 4."""
+        return self.in_channels * self.factor**self.spatial_dims
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[B, input channels, H, W] with sides that are multiples of factor -> [B, channels, H/factor, W/factor]."""
+        raise AssertionError(f"{type(self).__name__} lacks encode")
+
+    def decode(self, h: Tensor) -> Tensor:
+        """[B, channels, h, w] -> [B, input channels, h * factor, w * factor]."""
+        raise AssertionError(f"{type(self).__name__} lacks decode")
+
+    def encode_frozen(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`encode` for a frozen tokenizer: what a sample gives must not depend on what lies beside it."""
+        return self.encode(x)
+
+    def decode_frozen(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.decode(h)
+
+
+def build_net(settings: dict[str, Any]) -> Net:
+    """A net from {"name": ..., and the fields of its Config}."""
+    settings = dict(settings)
+    cls = NETS.get(settings.pop("name"))
+    return cls(cls.Config(**settings))  # type: ignore[call-arg]

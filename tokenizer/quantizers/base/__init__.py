@@ -1,0 +1,1 @@
+"""The contract of all quantizers, and what several of them share."""

@@ -1,0 +1,1 @@
+"""Training without Ray: one update, the recipe, a whole trial."""
