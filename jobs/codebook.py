@@ -21,7 +21,8 @@ from jobs.artifacts import load_tokenizer, load_trained
 from jobs.config import Config, ConfigError
 from jobs.latents.extract import draw_latents, fill_cache
 from jobs.latents.sharded import CachedLatents
-from jobs.reports.html import latents_png, line_png, page, picture, table, usage_png
+from jobs.reports.html import page, picture, table
+from jobs.reports.plots import latents_png, line_png, usage_png
 from pipeline import storage
 from pipeline.corpus.shards import Manifest, find_shards
 from tokenizer.autoencoder import Autoencoder

@@ -13,7 +13,8 @@ import numpy as np
 from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
 from jobs.artifacts import load_tokenizer, tokenizer_url
 from jobs.config import Config, ConfigError, checked
-from jobs.reports.html import Example, latents_png, page, picture, sheet_png, side_by_side, table, usage_png
+from jobs.reports.html import Example, page, picture, side_by_side, table
+from jobs.reports.plots import latents_png, sheet_png, usage_png
 from jobs.shards import Item, decoded_batches, one_by_one_if_bad
 from pipeline import storage
 from pipeline.corpus.shards import Shard, find_shards

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jobs.config import Config
-from jobs.reports.html import against_png, gallery_png
+from jobs.reports.plots import against_png, gallery_png
 from pipeline import storage
 from tokenizer.modalities.image.frechet import about
 

@@ -11,7 +11,8 @@ import matplotlib.image
 import torch
 from tensorboardX import SummaryWriter
 
-from jobs.reports.html import Example, curves_png, page, picture, sheet_png, side_by_side, table
+from jobs.reports.html import Example, page, picture, side_by_side, table
+from jobs.reports.plots import curves_png, sheet_png
 from pipeline import storage
 
 WRITE_EVERY_S = 60.0

@@ -186,5 +186,7 @@ def test_a_missing_package_is_named_with_what_to_do(package: str, monkeypatch):
 
 
 def test_importing_the_module_imports_no_package_of_the_extra():
-    check = "import sys, tokenizer.audio_metrics; sys.exit(bool({'pesq', 'pystoi', 'soxr'} & set(sys.modules)))"
+    check = (
+        "import sys, tokenizer.modalities.audio.metrics; sys.exit(bool({'pesq', 'pystoi', 'soxr'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

@@ -134,5 +134,7 @@ def test_a_missing_lpips_is_named_and_nothing_stands_in_for_it(weights, monkeypa
 
 
 def test_importing_the_module_imports_neither_lpips_nor_torchvision():
-    check = "import sys, tokenizer.perceptual; sys.exit(bool({'lpips', 'torchvision'} & set(sys.modules)))"
+    check = (
+        "import sys, tokenizer.modalities.image.perceptual; sys.exit(bool({'lpips', 'torchvision'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

@@ -52,7 +52,7 @@ def test_a_trial_needs_no_ray():
     code = (
         "import sys; sys.modules['ray'] = None\n"
         "import numpy as np\n"
-        "from tokenizer.trial import Trial, run_trial\nfrom tokenizer.training import Recipe\n"
+        "from tokenizer.training.trial import Trial, run_trial\nfrom tokenizer.training.step import Recipe\n"
         f"model = {MODEL}\n"
         "pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)\n"
         "trial = Trial(model=model, recipe=Recipe(steps=2, batch_size=2, segment=16))\n"

@@ -1,0 +1,132 @@
+"""Curves, bars and pictures as PNG."""
+
+import io
+from typing import Any
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib.figure import Figure
+
+UNINTERESTING = ("step", "samples_per_s", "seconds_per_step", "bad_samples")
+
+
+def curves_png(history: list[dict[str, Any]]) -> bytes:
+    """Training curves, one panel for each number that was logged."""
+    names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in UNINTERESTING]
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    for place, name in enumerate(names, start=1):
+        axis = figure.add_subplot(rows, columns, place)
+        logged = [row for row in history if name in row]
+        axis.plot([row["step"] for row in logged], [row[name] for row in logged])
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def usage_png(counts: np.ndarray) -> bytes:
+    """How often each code was chosen, from the most to the least frequent."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    shares = np.sort(counts)[::-1] / max(1, counts.sum())
+    axis.fill_between(np.arange(1, len(shares) + 1), shares, step="mid")
+    axis.axhline(1 / len(counts), color="black", linewidth=0.8, linestyle="--", label="all codes alike")
+    axis.set(xlabel="code, by rank", ylabel="share of tokens", title=f"usage of {len(counts)} codes")
+    axis.legend()
+    return _png(figure)
+
+
+def latents_png(z: np.ndarray, codebook: np.ndarray | None) -> bytes:
+    """Latents [N, D] and codes [K, D] in the plane of the latents' two largest principal components."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axis = figure.subplots()
+    center = z.mean(axis=0)
+    plane = np.linalg.svd(z - center, full_matrices=False)[2][:2].T
+    axis.scatter(*_two(z - center, plane), s=2, alpha=0.3, label="latents", rasterized=True)
+    if codebook is not None and codebook.shape[1] == z.shape[1]:
+        axis.scatter(*_two(codebook - center, plane), s=4, color="red", label="codes", rasterized=True)
+    axis.set(title="latent space, first two principal components", aspect="equal")
+    axis.legend(loc="upper right")
+    return _png(figure)
+
+
+def line_png(values: list[float], title: str, xlabel: str) -> bytes:
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(np.arange(1, len(values) + 1), values, marker=".")
+    axis.set(title=title, xlabel=xlabel)
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def sheet_png(pairs: list[tuple[bytes, ...]], per_row: int = 4) -> bytes:
+    """Originals (left) beside reconstructions (right), several pairs a row. Files are PNGs."""
+    rows = -(-len(pairs) // per_row)
+    figure = Figure(figsize=(3.6 * per_row, 1.9 * rows), layout="constrained")
+    axes = np.ravel(figure.subplots(rows, 2 * per_row))
+    for axis in axes:
+        axis.axis("off")
+    for axis, png in zip(axes, (png for pair in pairs for png in pair), strict=False):
+        axis.imshow(matplotlib.image.imread(io.BytesIO(png)))
+    return _png(figure)
+
+
+def gallery_png(rows: list[tuple[str, list[bytes]]]) -> bytes:
+    """Rows of the same pictures, each with its label on the left. Files are PNGs."""
+    columns = max(len(pictures) for _, pictures in rows)
+    figure = Figure(figsize=(2 + 1.3 * columns, 1.35 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, pictures) in zip(axes, rows, strict=True):
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        for axis, png in zip(row, pictures, strict=False):
+            axis.imshow(matplotlib.image.imread(io.BytesIO(png)), interpolation="nearest")
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    return _png(figure)
+
+
+def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str]) -> bytes:
+    """One panel for each of shown against x, one line per `method`, with bars of one standard deviation.
+
+    Where x has one value only, there is nothing to draw a line along: the methods stand below each other.
+    """
+    figure = Figure(figsize=(4.2 * len(shown), 3.8), layout="constrained")
+    axes = np.ravel(figure.subplots(1, len(shown)))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    listed = len({row[x] for row in rows if x in row}) == 1
+    for axis, name in zip(axes, shown, strict=True):
+        for place, method in enumerate(methods):
+            mine = sorted((row for row in rows if row["method"] == method and name in row), key=lambda row: row[x])
+            spread = np.nan_to_num([row.get(f"{name}_sd", 0.0) for row in mine])
+            xs, ys = [row[x] for row in mine], [row[name] for row in mine]
+            style = {"color": f"C{place % 10}", "marker": "osD^"[place // 10 % 4], "capsize": 2, "markersize": 4}
+            if listed:
+                axis.errorbar(ys, [place] * len(ys), xerr=spread, linestyle="none", **style)
+            else:
+                axis.errorbar(xs, ys, yerr=spread, label=method, **style)
+        axis.grid(alpha=0.3)
+        axis.set(title=name, xlabel="" if listed else xlabel)
+        if listed:
+            axis.set(yticks=range(len(methods)), yticklabels=methods if axis is axes[0] else [])
+            axis.invert_yaxis()
+        else:
+            axis.set_xscale("log", base=2)
+    if not listed:
+        axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _png(figure)
+
+
+def _two(points: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    flat = points @ plane
+    return flat[:, 0], flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
