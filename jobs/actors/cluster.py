@@ -20,9 +20,9 @@ def start() -> None:
     if address == "local":
         # otherwise it would depend on whether a token file happens to lie in the home directory
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports each actor as an error
         # there is no dashboard, for which Ray Train's cleaner would look for 12 s at the end of each training
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it reports each actor of Ray Data as an error
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     handler = signal.getsignal(signal.SIGTERM)

@@ -19,7 +19,7 @@ import psutil  # isort: skip
 
 RAY = Path(sysconfig.get_path("scripts")) / "ray"
 LAPTOP = "127.0.0.1"
-START_S = 120
+START_S = 300  # on a busy machine
 # Above those of tests/s3.py, below its gRPC ports, and outside of 10002 to 19999, which Ray gives to its workers.
 FIRST_PORT, LAST_PORT, PORTS_EACH = 23_000, 29_900, 10
 NOTICED_IN_SECONDS = {  # that a node is gone; Ray's own settings had not noticed a cut link after 60 s

@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from tests.faults.cluster import Cluster, start_cluster, wait_for
+from tests.faults.cluster import LAPTOP, Cluster, start_cluster, wait_for
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.ray
@@ -77,6 +78,32 @@ def test_a_job_waits_for_a_node_says_so_and_uses_each_node_that_joins(cluster: C
     second = [one.at for one in began if one.node != began[0].node]
     assert len(began) == 60
     assert min(second) - joined < 30
+
+
+def test_rays_page_and_metrics_name_the_job_and_count_its_shards_and_ray_is_quiet(cluster: Cluster, tmp_path: Path):
+    cluster.start_node()
+    with job(tmp_path, cluster.client_environment(), "20", "1") as running:
+        wait_for(lambda: len(running.began()) >= 5, 90, "five shards")
+        metrics = r'ray_data_output_rows{.*dataset="sleep_.*operator="Map\(Sleeper\)_1".*} [1-9]'
+        exported = f"http://{LAPTOP}:{cluster.first_port + 2}/metrics"
+        wait_for(lambda: re.search(metrics, answer(cluster, exported)), 30, f"{metrics} at {exported}")
+        running.wait()
+        [dataset] = json.loads(answer(cluster, f"{cluster.dashboard}/api/data/datasets/{job_id(cluster)}"))["datasets"]
+    assert dataset["dataset"].startswith("sleep_")
+    assert (dataset["state"], dataset["total"]) == ("FINISHED", 20)
+    lines = running.log.read_text().splitlines()
+    assert [line for line in lines if not line.startswith(("began ", "done")) and "Set ray log level" not in line] == []
+
+
+def answer(cluster: Cluster, url: str) -> str:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.token}"})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        return reply.read().decode()
+
+
+def job_id(cluster: Cluster) -> str:
+    [only] = [one for one in json.loads(answer(cluster, f"{cluster.dashboard}/api/jobs/")) if one["type"] == "DRIVER"]
+    return only["job_id"]
 
 
 def test_workers_with_a_quarter_of_a_gpu_fill_it(cluster: Cluster, tmp_path: Path):
