@@ -116,7 +116,12 @@ def map_shards(
         return
     options = {"num_cpus": workers.cpus or 1, "num_gpus": workers.gpus}
     at_most = min(workers.count or len(shards), len(shards))
-    ledger: Any = ray.remote(_Ledger).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
+    # a ledger that died is started again with an empty memory: a shard that kills its workers gets more tries then
+    ledger: Any = (
+        ray.remote(_Ledger)
+        .options(num_cpus=0, scheduling_strategy=on_this_node(), max_restarts=-1, max_task_retries=-1)
+        .remote()
+    )
     source = ray.data.from_items(
         [{"shard": cloudpickle.dumps(shard)} for shard in shards], override_num_blocks=min(len(shards), MAX_BLOCKS)
     )
@@ -137,7 +142,7 @@ def map_shards(
     )
     results.set_name(job)
     over = threading.Event()
-    threading.Thread(target=_say_while_idle, args=(job, workers, ledger, over), daemon=True).start()
+    threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over), daemon=True).start()
     try:
         # none fetched ahead: a result would wait for the next one
         for batch in results.iter_batches(prefetch_batches=0, batch_size=None, batch_format="numpy"):
@@ -160,13 +165,18 @@ def configure(context: Any) -> None:
             handler.setLevel(logging.ERROR)
 
 
-def _say_while_idle(job: str, workers: WorkersConfig, ledger: Any, over: threading.Event) -> None:
-    """Prints what the job waits for as long as no worker has a shard."""
+def _watch_ledger(job: str, workers: WorkersConfig, ledger: Any, over: threading.Event) -> None:
+    """Prints what the job waits for as long as no worker has a shard. Restarts a ledger that does not answer."""
     import ray
 
     while not over.wait(SAY_EVERY_S):
-        with contextlib.suppress(ray.exceptions.RayError):  # the driver itself reports a lost cluster
-            idle_s = ray.get(ledger.idle_s.remote())
+        with contextlib.suppress(ray.exceptions.RayActorError):  # the driver itself reports a lost cluster
+            try:
+                idle_s = ray.get(ledger.idle_s.remote(), timeout=SAY_EVERY_S)
+            except ray.exceptions.GetTimeoutError:
+                print(f"{job}: restarting the ledger of shards, which did not answer for {SAY_EVERY_S:g} s", flush=True)
+                ray.kill(ledger, no_restart=False)
+                continue
             if idle_s >= SAY_EVERY_S:
                 print(
                     f"{job}: no worker has started for {idle_s:.0f} s. A worker needs {described(workers)}; {have()}. "

@@ -29,7 +29,7 @@ NOTICED_IN_SECONDS = {  # that a node is gone; Ray's own settings had not notice
     "RAY_health_check_failure_threshold": "3",
 }
 STARTED = b"Ray runtime started"
-NOT_OF_A_JOB = ("ray::IDLE", "ray::JobSupervisor", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+OF_A_JOB = "ray::MapWorker("  # Ray Data's name for the actors that have the shards
 
 
 @dataclass
@@ -48,12 +48,11 @@ class Node:
             raise AssertionError(f"{error}; its log ends:\n{self.log.read_text(errors='replace')[-3000:]}") from error
 
     def job_workers(self) -> list[psutil.Process]:
-        """The processes of actors, as Ray titles them; those that wait for work are none."""
+        """The processes of the actors that have the shards, as Ray titles them."""
         found = []
         for child in _below(self.process.pid):
             with contextlib.suppress(psutil.Error):
-                title = " ".join(child.cmdline())
-                if title.startswith("ray::") and not title.startswith(NOT_OF_A_JOB):
+                if " ".join(child.cmdline()).startswith(OF_A_JOB):
                     found.append(child)
         return found
 

@@ -102,6 +102,16 @@ def children_named(part: str) -> list[psutil.Process]:
     return found
 
 
+def children_titled(start: str) -> list[psutil.Process]:
+    """Processes below this one whose title, which Ray sets, starts with that."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(child.cmdline()).startswith(start):
+                found.append(child)
+    return found
+
+
 @contextlib.contextmanager
 def driver_in_a_session(arguments: list[str], log: Path = Path(os.devnull)) -> Iterator[subprocess.Popen]:
     """`tokenmill ...` with a Ray of its own, which prints to the log. Whatever is left of both is killed in the end."""

@@ -15,6 +15,7 @@ from jobs.actors import pool
 from jobs.actors.pool import MAX_TRIES, ShardWorker, map_shards
 from jobs.config import WorkersConfig
 from pipeline.corpus.shards import Shard
+from tests.jobs.helpers import children_titled
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 TWO = WorkersConfig(count=2, cpus=0.25)
@@ -139,6 +140,28 @@ def test_a_finished_shard_whose_result_was_lost_is_not_processed_again(tmp_path:
     results = run(tmp_path, ["do-0", "dieonce-0", "do-1", "do-2"], WorkersConfig(count=1, cpus=0.25))
     assert results["do-0"] == ("finished before", "")
     assert tries(tmp_path) == {"do-0": 1, "dieonce-0": 2, "do-1": 1, "do-2": 1}
+
+
+@pytest.mark.parametrize("helper", ["_Ledger", "_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"])
+def test_a_helper_actor_that_is_killed_does_not_end_the_job(tmp_path: Path, helper: str):
+    """Ours, and those of Ray Data."""
+    shards = [Shard(f"do-{i}", None) for i in range(30)]
+    results = map_shards(shards, Scripted, {"notes": str(tmp_path)}, TWO)
+    first = next(results)
+    for process in children_titled(f"ray::{helper}"):
+        process.kill()
+    assert {url for _, url, _ in [first, *results]} == {shard.url for shard in shards}
+
+
+def test_a_ledger_that_is_stopped_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(pool, "SAY_EVERY_S", 1.0)
+    shards = [Shard(f"do-{i}", None) for i in range(30)]
+    results = map_shards(shards, Scripted, {"notes": str(tmp_path)}, TWO)
+    first = next(results)
+    [ledger] = children_titled("ray::_Ledger")
+    ledger.suspend()
+    assert {url for _, url, _ in [first, *results]} == {shard.url for shard in shards}
+    assert "restarting the ledger of shards, which did not answer for 1 s" in capsys.readouterr().out
 
 
 def test_an_exception_that_a_worker_does_not_handle_ends_the_job(tmp_path: Path):
