@@ -7,6 +7,9 @@ import pytest
 
 from tests.s3 import S3Server, start_s3
 
+# Ray Train looks for checkpoints, and for the end, every 2 s otherwise
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from jobs.actors import cluster
+from jobs.actors import cluster, pool
 from jobs.actors.pool import ShardWorker, map_shards
 from jobs.config import WorkersConfig
 from pipeline.corpus.shards import Shard
@@ -35,6 +35,7 @@ class Sleeper(ShardWorker):
 def main(num_shards: str, seconds: str, *settings: str) -> None:
     keys = dict(setting.removeprefix("workers.").split("=") for setting in settings)
     workers = WorkersConfig(**{key: int(value) if key == "count" else float(value) for key, value in keys.items()})
+    pool.SAY_EVERY_S = 5.0  # in place of 30
     cluster.start()
     shards = [Shard(f"shard-{i}", None) for i in range(int(num_shards))]
     for began, pid, node in map_shards(shards, Sleeper, {"seconds": float(seconds)}, workers, job="sleep"):

@@ -121,14 +121,6 @@ def assert_the_same_training(folder: Path, other: Path) -> None:
     assert all(one[name].equal(two[name]) for name in two)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_notes() -> Iterator[None]:
-    """Ray Train looks for checkpoints, and for the end, every 2 s otherwise: most of the time of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-        yield
-
-
 @pytest.fixture(scope="module")
 def calm(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run that nothing happened to."""
