@@ -170,7 +170,7 @@ def _watch_ledger(job: str, workers: WorkersConfig, ledger: Any, over: threading
     import ray
 
     while not over.wait(SAY_EVERY_S):
-        with contextlib.suppress(ray.exceptions.RayActorError):  # the driver itself reports a lost cluster
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver itself reports a lost cluster
             try:
                 idle_s = ray.get(ledger.idle_s.remote(), timeout=SAY_EVERY_S)
             except ray.exceptions.GetTimeoutError:
