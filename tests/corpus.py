@@ -1,16 +1,16 @@
 """Small real corpora for tests: pictures, tars, token shards. Imports neither torch nor ray."""
 
 import io
-import json
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pipeline.corpus.shards import Manifest, Shard, find_shards
-from pipeline.tokens import Layout, Output, Quarantined, TokenRow
+from pipeline.corpus.shards import Shard, ShardList, find_shards
+from pipeline.tokens import Output, Quarantined, ShardLayout, TokenRow, commit_shard
 
 Members = Iterable[tuple[str, bytes]]
 
@@ -68,16 +68,16 @@ def write_corpus(folder: Path, shards: Sequence[int] = (4, 4, 4)) -> list[Shard]
 # -- token shards, without a tokenizer ----------------------------------------------------------------------------
 
 
-def layout(**changes) -> Layout:
-    settings = {
+def layout(**changes) -> ShardLayout:
+    settings: dict[str, Any] = {
         "tokenizer_id": "tok-a",
         "codebook_id": "book-a",
         "codebook_size": 1024,
         "modality": "image",
         "index_order": "first dimension least significant",
-        "preprocessing": json.dumps({"short_side": 0}),
+        "preprocessing": {"short_side": 0},
     }
-    return Layout(**{**settings, **changes})
+    return ShardLayout.for_tokens(**{**settings, **changes})
 
 
 def token_row(key: str, index: int, codebook_size: int = 1024, shape: tuple[int, ...] | None = None) -> TokenRow:
@@ -97,10 +97,10 @@ def token_rows(shard: Shard, count: int, **settings) -> list[TokenRow]:
 def write_tokens(folder: Path, shards: Sequence[int] = (5, 0, 7, 3), **changes) -> Output:
     """A sound, complete output in folder/out of the real corpus in folder/in, with made-up tokens."""
     inputs = write_corpus(folder / "in", shards)
-    output = Output.create(str(folder / "out"), layout(**changes), Manifest(inputs), config={})
+    output = Output.create(str(folder / "out"), layout(**changes), ShardList(inputs), config={})
     for shard, count in zip(inputs, shards, strict=True):
         rows = token_rows(shard, count, codebook_size=output.layout.codebook_size)
-        output.commit(shard, rows, [], seconds={}, now=0.0)
+        commit_shard(output, shard, rows, [], seconds={}, now=0.0)
     return output
 
 

@@ -20,7 +20,7 @@ class Server:
         self.held, self.release, self.changed = held, threading.Event(), threading.Condition()
         self.asked: list[int] = []
 
-    def fetch(self, start: int, end: int, given_up: threading.Event) -> bytes:
+    def fetch(self, start: int, end: int, cancelled: threading.Event) -> bytes:
         with self.changed:
             self.asked.append(start // 100)
             self.changed.notify_all()
@@ -77,7 +77,7 @@ def test_any_place_can_be_read():
 
 
 def test_what_a_fetch_raises_comes_out_of_the_read_that_needs_it():
-    def fetch(start: int, end: int, given_up: threading.Event) -> bytes:
+    def fetch(start: int, end: int, cancelled: threading.Event) -> bytes:
         if start:
             raise OSError("the second block is broken")
         return DATA[start:end]
@@ -91,8 +91,8 @@ def test_what_a_fetch_raises_comes_out_of_the_read_that_needs_it():
 def test_a_closed_stream_tells_its_fetches_to_give_up():
     told: list[threading.Event] = []
 
-    def fetch(start: int, end: int, given_up: threading.Event) -> bytes:
-        told.append(given_up)
+    def fetch(start: int, end: int, cancelled: threading.Event) -> bytes:
+        told.append(cancelled)
         return DATA[start:end]
 
     stream = ReadAhead(fetch, 1000)

@@ -14,7 +14,7 @@ from pipeline.storage import retries
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0.2)
 
 
 class Failing:
@@ -38,7 +38,7 @@ def server_error(status: int, code: str) -> OSError:
     return error
 
 
-PASSING = [
+TRANSIENT = [
     ConnectionResetError("reset"),
     TimeoutError("slow"),
     aiohttp.ClientPayloadError("cut short"),
@@ -58,29 +58,29 @@ STAYING = [
 ]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=repr)
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
 def test_a_passing_error_is_tried_again(error: Exception, quick: None):
     call = Failing(error, error)
-    assert (retries.patiently(call, "s3://x/y"), call.calls) == ("there", 3)
+    assert (retries.with_retries(call, "s3://x/y"), call.calls) == ("there", 3)
 
 
 @pytest.mark.parametrize("error", STAYING, ids=repr)
 def test_an_error_that_will_not_pass_comes_out_at_once(error: Exception, quick: None):
     call = Failing(error)
     with pytest.raises(type(error)):
-        retries.patiently(call, "s3://x/y")
+        retries.with_retries(call, "s3://x/y")
     assert call.calls == 1
 
 
 def test_patience_ends_with_what_went_wrong(quick: None):
     call = Failing(*[aiohttp.ClientPayloadError("cut short")] * 1000)
     with pytest.raises(StorageError, match=r"s3://x/y: ClientPayloadError: cut short, after \d+ tries in 0 s"):
-        retries.patiently(call, "s3://x/y")
+        retries.with_retries(call, "s3://x/y")
     assert 3 < call.calls < 1000
 
 
 def test_who_gave_up_waits_no_longer():
-    given_up = threading.Event()
-    given_up.set()
+    cancelled = threading.Event()
+    cancelled.set()
     with pytest.raises(StorageError, match="after 1 tries"):
-        retries.patiently(Failing(TimeoutError("slow")), "s3://x/y", given_up)
+        retries.with_retries(Failing(TimeoutError("slow")), "s3://x/y", cancelled)

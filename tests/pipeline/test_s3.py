@@ -46,7 +46,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.5)
-    monkeypatch.setattr(retries, "PATIENCE_S", 20)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 20)
     monkeypatch.setitem(pipeline.s3.CLIENT, "read_timeout", 1)
 
 
@@ -252,7 +252,7 @@ def test_a_create_that_got_no_answer_is_not_taken_for_another_writers(proxy: Pro
     storage.write_once(f"{root}/x", b"mine")
     assert proxy.injected[kind] == times
     assert storage.read(f"{root}/x") == b"mine"
-    with pytest.raises(FileExistsError, match=f"{root}/x is already there"):
+    with pytest.raises(FileExistsError, match=f"{root}/x already exists"):
         storage.write_once(f"{root}/x", b"another's")
 
 
@@ -268,7 +268,7 @@ def test_lists_looks_and_removals_are_tried_again(proxy: Proxy, root: str):
 def test_an_end_of_patience_is_an_error_that_a_shard_can_fail_with(
     proxy: Proxy, root: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0.2)
     storage.write_once(f"{root}/x.tar", tar_bytes(samples_of(1)))
     proxy.plan = lambda request: TRUNCATE if request.method == "GET" else ""
     with pytest.raises(ShardError, match=r"StorageError: .*x.tar: .*Not enough data.* after \d+ tries"):
@@ -278,7 +278,7 @@ def test_an_end_of_patience_is_an_error_that_a_shard_can_fail_with(
 def test_a_write_into_a_connection_that_takes_nothing_ends(s3: S3Server, root: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage, "WRITE_S", 0.5)
     monkeypatch.setattr(storage, "WRITE_BYTES_PER_S", 1e9)
-    monkeypatch.setattr(retries, "PATIENCE_S", 0)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         s3.use(monkeypatch, endpoint=f"http://127.0.0.1:{deaf.getsockname()[1]}")
         with pytest.raises(StorageError, match=f"{root}/x: FSTimeoutError"):

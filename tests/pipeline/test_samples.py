@@ -51,7 +51,7 @@ def test_what_webdataset_writes_is_read_back(tmp_path: Path):
     with webdataset.TarWriter(path) as sink:
         sink.write({"__key__": "dir/x", "jpg": b"1", "cls": 7})
         sink.write({"__key__": "dir/y", "jpg": b"2", "cls": 8})
-    assert [(s.key, s.members["cls"], s.problem) for s in read_samples(path)] == [
+    assert [(s.key, s.members["cls"], s.quarantine_reason) for s in read_samples(path)] == [
         ("dir/x", b"7", None),
         ("dir/y", b"8", None),
     ]
@@ -70,7 +70,7 @@ def test_long_names_survive(tmp_path: Path):
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         name = "folder/" + "n" * 300 + ".jpg"
         [sample] = read(tar_bytes([(name, b"x")], kind=kind), tmp_path)
-        assert (sample.key, sample.members, sample.problem) == (name[:-4], {"jpg": b"x"}, None)
+        assert (sample.key, sample.members, sample.quarantine_reason) == (name[:-4], {"jpg": b"x"}, None)
 
 
 def test_global_pax_headers_are_no_samples(tmp_path: Path):
@@ -231,7 +231,7 @@ def test_damage_anywhere_is_a_shard_error_or_readable(tmp_path: Path):
 
 
 def problems(members: Members, folder: Path) -> list[tuple[str, str | None]]:
-    return [(s.key, s.problem) for s in read_members(members, folder)]
+    return [(s.key, s.quarantine_reason) for s in read_members(members, folder)]
 
 
 def test_interleaved_keys_are_told(tmp_path: Path):
@@ -266,7 +266,7 @@ def test_name_without_key_and_extension_is_told(tmp_path: Path, name: str):
 def test_name_that_is_not_utf_8_is_told_readably(tmp_path: Path):
     data = tar_bytes([("caf\udce9.jpg", b"x"), ("b.jpg", b"y")], errors="surrogateescape")
     samples = read(data, tmp_path)
-    assert [(s.key, bool(s.problem)) for s in samples] == [("caf\\xe9", True), ("b", False)]
+    assert [(s.key, bool(s.quarantine_reason)) for s in samples] == [("caf\\xe9", True), ("b", False)]
     assert str(samples[0].problem).endswith("xe9.jpg' is not UTF-8")
     assert all(s.key.encode() for s in samples)  # fit for Parquet
 
@@ -279,11 +279,11 @@ def test_link_or_device_is_told(tmp_path: Path, kind: bytes):
         info.type, info.linkname = kind, "/etc/passwd"
         archive.addfile(info)
     [sample] = read(out.getvalue(), tmp_path)
-    assert (sample.members, sample.problem) == ({}, "'jpg' is a link or a device, not a file")
+    assert (sample.members, sample.quarantine_reason) == ({}, "'jpg' is a link or a device, not a file")
 
 
 def test_a_member_beyond_the_limit_is_told_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipeline.corpus.samples.MAX_MEMBER_BYTES", 600)
     first, second = read_members([("a.jpg", b"x" * 601), ("b.jpg", b"y")], tmp_path)
-    assert (first.members, first.problem) == ({}, "'jpg' has 601 bytes, more than 600")
+    assert (first.members, first.quarantine_reason) == ({}, "'jpg' has 601 bytes, more than 600")
     assert second.members == {"jpg": b"y"}

@@ -42,7 +42,7 @@ def test_what_is_written_is_read(root: str):
 
 def test_write_once_leaves_what_is_there(root: str):
     storage.write_once(f"{root}/x", b"first")
-    with pytest.raises(FileExistsError, match="x is already there"):
+    with pytest.raises(FileExistsError, match="x already exists"):
         storage.write_once(f"{root}/x", b"second")
     assert storage.read(f"{root}/x") == b"first"
 
@@ -216,6 +216,6 @@ def test_where_the_server_does_not_check_we_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(storage.CREATE_ONLY, storage.CHECKED)
     url = f"memory://{uuid.uuid4().hex}/x"
     storage.write_once(url, b"first")
-    with pytest.raises(FileExistsError, match="x is already there"):
+    with pytest.raises(FileExistsError, match="x already exists"):
         storage.write_once(url, b"second")
     assert storage.read(url) == b"first"

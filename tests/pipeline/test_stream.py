@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.corpus.shards import Shard
-from pipeline.corpus.streams import Drawn, Lanes, Position, training_samples
+from pipeline.corpus.streams import Lanes, LaneSample, Position, training_samples
 from pipeline.errors import ShardError
 from tests.corpus import write_corpus
 
@@ -84,7 +84,7 @@ def test_a_rank_draws_from_its_lanes_in_turn(shards: list[Shard]):
     assert [one.lane for one in itertools.islice(stream(shards, Lanes(4, 2), 1, 2), 6)] == [1, 3, 1, 3, 1, 3]
 
 
-def positions_after(drawn: list[Drawn]) -> dict[int, Position]:
+def positions_after(drawn: list[LaneSample]) -> dict[int, Position]:
     return {one.lane: one.after for one in drawn}
 
 
@@ -104,7 +104,7 @@ def test_another_number_of_ranks_finishes_the_epoch_without_repeating_or_losing_
     full = [shard for shard, size in zip(shards, SIZES, strict=True) if size]
     lanes = Lanes(4, 2)
     first = [one for rank in range(before) for one in itertools.islice(stream(full, lanes, rank, before), 2 + rank)]
-    rest: list[Drawn] = []
+    rest: list[LaneSample] = []
     for rank in range(after):
         drawn = itertools.islice(stream(full, lanes, rank, after, positions_after(first)), 3 * sum(SIZES))
         rest += drawn

@@ -49,7 +49,7 @@ def test_a_compressed_shard_that_is_broken_is_told_and_the_others_go_on(tmp_path
 def test_an_outage_that_outlasts_the_retries_ends_the_stream_and_it_goes_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0.5)
     with start_s3(tmp_path / "s3") as server:
         server.use(monkeypatch)
         for shard in write_corpus(tmp_path):

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, Shard, find_shards
-from pipeline.tokens import Output
-from pipeline.tokens.files import TAIL, footer
+from pipeline.corpus.shards import Shard, ShardList, find_shards
+from pipeline.tokens import Output, commit_retry, commit_shard
+from pipeline.tokens.footer import TAIL, read_footer
 from pipeline.tokens.schema import to_parquet
 from pipeline.tokens.verify import verify
 from tests.corpus import layout, quarantined, samples_of, token_rows, write_corpus, write_tar, write_tokens
@@ -83,9 +83,9 @@ def test_a_sound_output_passes(output: Output, deep: bool):
 def with_bad(tmp_path: Path) -> Output:
     """A shard of 4 samples, of which the second is in quarantine."""
     inputs = write_corpus(tmp_path / "in", (4,))
-    output = Output.create(str(tmp_path / "out"), layout(), Manifest(inputs), config={})
+    output = Output.create(str(tmp_path / "out"), layout(), ShardList(inputs), config={})
     rows = token_rows(inputs[0], 4)
-    output.commit(inputs[0], [rows[0], *rows[2:]], [quarantined(inputs[0], 1)], seconds={}, now=0.0)
+    commit_shard(output, inputs[0], [rows[0], *rows[2:]], [quarantined(inputs[0], 1)], seconds={}, now=0.0)
     return output
 
 
@@ -96,8 +96,8 @@ def test_quarantined_samples_count(with_bad: Output, deep: bool):
 
 def test_a_shard_that_is_quarantined_to_the_last_sample_is_sound(tmp_path: Path):
     [only] = write_corpus(tmp_path / "in", (2,))
-    output = Output.create(str(tmp_path / "out"), layout(), Manifest([only]), config={})
-    output.commit(only, [], [quarantined(only, 0), quarantined(only, 1)], seconds={}, now=0.0)
+    output = Output.create(str(tmp_path / "out"), layout(), ShardList([only]), config={})
+    commit_shard(output, only, [], [quarantined(only, 0), quarantined(only, 1)], seconds={}, now=0.0)
     assert verify(output, deep=True).problems == []
 
 
@@ -169,7 +169,7 @@ def test_a_file_of_another_size_is_noticed_by_the_listing(output: Output):
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"\xff" * 40 + b"PAR1", b"PAR1" + bytes(40) + b"PAR1"])
 def test_a_file_that_is_no_parquet_is_named(output: Output, data: bytes):
     file(output, "tokens").write_bytes(data)
-    assert f"tokens/{shard(output).name}.parquet: its {len(data)} bytes do not end as" in shallow_problems(output)
+    assert f"tokens/{shard(output).name}.parquet: its {len(data)} bytes do not end in" in shallow_problems(output)
 
 
 def test_a_footer_longer_than_the_first_look_is_read_whole(tmp_path: Path):
@@ -178,7 +178,7 @@ def test_a_footer_longer_than_the_first_look_is_read_whole(tmp_path: Path):
     path = file(output, "tokens")
     pq.write_table(pq.read_table(path), path, row_group_size=1)
     forge_entry(output, tokens_num_bytes=path.stat().st_size)
-    assert footer(str(path), path.stat().st_size).serialized_size > TAIL
+    assert read_footer(str(path), path.stat().st_size).serialized_size > TAIL
     assert verify(output).problems == []
 
 
@@ -212,25 +212,25 @@ def test_a_shard_that_only_a_later_run_was_given_is_missing_too(output: Output, 
 
 def test_an_entry_of_a_shard_that_was_never_given_is_named(output: Output, tmp_path: Path):
     other = Shard("/elsewhere/photos-000.tar", 10)
-    output.commit(other, [], [], seconds={}, now=0.0)
+    commit_shard(output, other, [], [], seconds={}, now=0.0)
     assert "no run was given the shard /elsewhere/photos-000.tar" in shallow_problems(output)
 
 
 def test_an_entry_that_names_another_shard_is_noticed(output: Output):
     forge_entry(output, source_shard=shard(output, 2).url)
-    assert "the name is not that of its shard" in shallow_problems(output)
+    assert "its name does not belong to its shard" in shallow_problems(output)
 
 
 def test_an_entry_copied_and_renamed_is_noticed(output: Output):
     entry = json.loads(file(output, "manifest").read_text())
     copy = file(output, "manifest").with_name("copy-000000000000.json")
     copy.write_text(json.dumps({**entry, "name": copy.stem}))
-    assert "the name is not that of its shard" in shallow_problems(output)
+    assert "its name does not belong to its shard" in shallow_problems(output)
 
 
 def test_an_entry_of_another_size_of_the_shard_is_noticed(output: Output):
     forge_entry(output, source_num_bytes=512)
-    assert "no run was given that one" in shallow_problems(output)
+    assert "no run was given that version" in shallow_problems(output)
 
 
 def test_a_shard_with_another_date_but_the_same_size_is_the_same_input(output: Output):
@@ -277,13 +277,13 @@ def test_a_doubled_row_is_noticed(output: Output):
         return pa.concat_tables([table.slice(0, 4), table.slice(0, 1)])
 
     forge_tokens(output, doubled)
-    assert "a key is there twice" in problems(output)
+    assert "a key occurs twice" in problems(output)
     assert "lost or doubled" in problems(output)
 
 
 def test_a_doubled_key_is_noticed(output: Output):
     forge_tokens(output, lambda t: with_column(t, "key", ["a", "b", "a", "d", "e"]))
-    assert "a key is there twice" in problems(output)
+    assert "a key occurs twice" in problems(output)
 
 
 def test_a_sample_that_is_in_a_row_and_in_quarantine_is_noticed(with_bad: Output):
@@ -328,7 +328,7 @@ def test_a_token_that_is_no_code_is_noticed(tmp_path: Path, encoding: str):
 
 def test_a_shape_that_does_not_fit_its_tokens_is_noticed(output: Output):
     forge_tokens(output, lambda t: with_column(t, "shape", [[2, 3], [3, 3], [1, 3], [3, 3], [2, 3]]))
-    assert "another number of tokens than its shape says" in problems(output)
+    assert "a different number of tokens than its shape says" in problems(output)
 
 
 def test_row_groups_that_overlap_are_noticed_by_their_ranges(output: Output):
@@ -355,13 +355,13 @@ def test_another_column_is_noticed(output: Output):
 
 def retried_output(url: str, inputs: list[Shard]) -> Output:
     """A shard of 4 samples: 0 is a row, 1 was recovered by a first retry, 2 by a second, 3 is in quarantine."""
-    output = Output.create(url, layout(), Manifest(inputs), config={})
+    output = Output.create(url, layout(), ShardList(inputs), config={})
     rows, bad = token_rows(inputs[0], 4), [quarantined(inputs[0], i) for i in range(4)]
-    output.commit(inputs[0], rows[:1], bad[1:], seconds={}, now=0.0)
+    commit_shard(output, inputs[0], rows[:1], bad[1:], seconds={}, now=0.0)
     for number in (1, 2):
-        history = output.history(inputs[0].name)
+        history = output.committed_shard(inputs[0].name)
         assert history is not None
-        output.commit_retry(inputs[0], history, [rows[number]], bad[number + 1 :], seconds={}, now=0.0)
+        commit_retry(output, inputs[0], history, [rows[number]], bad[number + 1 :], seconds={}, now=0.0)
     return output
 
 
@@ -421,7 +421,7 @@ def test_a_sample_that_two_retries_settled_is_noticed(retried: Output):
     entry = json.loads(of_retry(retried, "manifest", 1).read_text())
     same = {name: entry[name] for name in ("tokens_sha256", "tokens_num_bytes", "num_tokens", "settled")}
     forge_retry(retried, 2, **same)
-    assert "two retries settled the same sample" in shallow_problems(retried)
+    assert "two retries recovered the same sample" in shallow_problems(retried)
 
 
 @pytest.mark.s3

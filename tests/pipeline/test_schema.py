@@ -9,17 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.tokens import Layout, TokenRow
+from pipeline.tokens import ShardLayout, TokenRow
 from pipeline.tokens.schema import SIZE_COLUMNS, to_parquet, token_dtype, tokens_as_lists
 from tests.corpus import layout, token_row
 
 
-def written(layout: Layout, rows: list[TokenRow]) -> pa.Table:
+def written(layout: ShardLayout, rows: list[TokenRow]) -> pa.Table:
     """The rows as they come back from Parquet."""
     return pq.read_table(io.BytesIO(to_parquet(layout.to_table(rows, "in/a.tar"))))
 
 
-def grids(table: pa.Table, layout: Layout) -> list[np.ndarray]:
+def grids(table: pa.Table, layout: ShardLayout) -> list[np.ndarray]:
     lists = tokens_as_lists(table["tokens"].combine_chunks(), layout.token_dtype).to_pylist()
     return [np.array(tokens).reshape(shape) for tokens, shape in zip(lists, table["shape"].to_pylist(), strict=True)]
 
@@ -153,7 +153,7 @@ def test_passthrough_that_is_a_column_already_is_refused(name: str):
 
 def test_layout_survives_its_dict():
     original = layout(passthrough=("txt",), encoding="packed")
-    assert Layout.from_dict(original.to_dict()) == original
+    assert ShardLayout.from_dict(original.to_dict()) == original
 
 
 # -- the readers that README shows --------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def with_datasets(file: Path) -> list[tuple]:
 READERS: list[Callable[[Path], list[tuple]]] = [with_pandas, with_polars, with_duckdb, with_datasets]
 
 
-def file_of(layout: Layout, folder: Path) -> tuple[Path, list[TokenRow]]:
+def file_of(layout: ShardLayout, folder: Path) -> tuple[Path, list[TokenRow]]:
     rows = [token_row(f"k{i}", i, layout.codebook_size) for i in range(20)]
     (folder / "a.parquet").write_bytes(to_parquet(layout.to_table(rows, "in/a.tar")))
     return folder / "a.parquet", rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Shard, ShardList, find_shards
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names(manifest: Manifest, root: Path) -> list[str]:
+def names(manifest: ShardList, root: Path) -> list[str]:
     return [str(Path(shard.url).relative_to(root)) for shard in manifest.shards]
 
 
@@ -78,7 +78,7 @@ def test_id_changes_with_size_and_list(shards: Path):
 
 def test_manifest_survives_json(shards: Path):
     manifest = find_shards([f"{shards}/train-*.tar", f"{shards}/gone.tar"])
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert ShardList.from_json(manifest.to_json()) == manifest
 
 
 def test_a_shard_replaced_by_one_of_its_size_has_another_version_and_the_manifest_the_same_id(shards: Path):
@@ -92,8 +92,8 @@ def test_a_shard_replaced_by_one_of_its_size_has_another_version_and_the_manifes
 
 def test_manifests_from_before_versions_keep_their_id():
     text = '[\n {\n  "url": "/a.tar",\n  "num_bytes": 3\n }\n]'  # as it was written then
-    assert Manifest.from_json(text).shards == [Shard("/a.tar", 3)]
-    assert Manifest.from_json(text).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert ShardList.from_json(text).shards == [Shard("/a.tar", 3)]
+    assert ShardList.from_json(text).id == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_many_named_shards_are_looked_up_and_the_missing_stay(shards: Path):
