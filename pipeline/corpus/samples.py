@@ -129,7 +129,7 @@ def _parse_name(path: str) -> tuple[str, str, str | None]:
     if match is None:
         return readable, "", f"file name {readable!r} is not KEY.EXTENSION"
     if readable != path:
-        return match[1], match[2].lower(), f"file name {readable!r} is not valid UTF-8"
+        return match[1], match[2].lower(), f"file name {readable!r} is not UTF-8"
     return match[1], match[2].lower(), None
 
 

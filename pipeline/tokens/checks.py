@@ -49,7 +49,7 @@ def check_shallow(output: Output, sizes: dict[str, dict[str, int]], shard: Commi
     return result
 
 
-# -- manifest entries -------------------------------------------------------------------------------------------------
+# -- manifest entries ---------------------------------------------------------------------------------------------
 
 
 def check_entries(output: Output, shard: CommittedShard) -> Iterator[str]:
@@ -89,7 +89,7 @@ def _check_counts(entry: Commit) -> Iterator[str]:
         yield f"{entry.num_rows} rows, but it settled {len(set(entry.settled))} samples"
 
 
-# -- sizes and footers ------------------------------------------------------------------------------------------------
+# -- sizes and footers --------------------------------------------------------------------------------------------
 
 
 def _check_file(

@@ -196,7 +196,7 @@ def _refuse_other(url: str, existing: dict[str, Any], wanted: dict[str, Any]) ->
         return
     differing = [name for name in wanted if existing.get(name) != wanted[name]]
     what = "; ".join(f"{name} is {existing.get(name)} there and {wanted[name]} here" for name in differing)
-    raise OutputMismatch(f"{url} holds a different dataset: {what}. Choose another output")
+    raise OutputMismatch(f"{url} holds another dataset: {what}. Choose another output")
 
 
 def _read_all(urls: list[str]) -> Iterator[tuple[str, bytes]]:

@@ -221,4 +221,4 @@ def passthrough_value(extension: str, row: TokenRow) -> str | bytes | None:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"key {row.key!r}: {extension!r} is not valid UTF-8 ({error})") from error
+        raise ValueError(f"key {row.key!r}: {extension!r} is not UTF-8 ({error})") from error

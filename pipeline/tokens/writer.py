@@ -111,7 +111,7 @@ def _few(indices: list[int]) -> str:
     return f"{shown} and {len(indices) - 5} more" if len(indices) > 5 else shown
 
 
-# -- the three steps of a commit --------------------------------------------------------------------------------------
+# -- the three steps of a commit ----------------------------------------------------------------------------------
 
 
 def _tokens_table(output: Output, shard: Shard, rows: list[TokenRow]) -> pa.Table:
@@ -181,7 +181,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-# -- files of other writers -------------------------------------------------------------------------------------------
+# -- files of other writers ---------------------------------------------------------------------------------------
 
 
 def _create_file(
