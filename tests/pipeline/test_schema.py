@@ -1,6 +1,7 @@
 """Schema 1 of a token shard: token widths, encodings, footer, versions, and the readers of other libraries."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,20 @@ def test_latents_are_stored_as_little_endian_float32():
     table = written(latent_layout(), [TokenRow("a", 0, values, {})])
     assert table["tokens"].to_pylist() == [values.astype("<f4").tobytes()]
     assert table["shape"].to_pylist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("folder", ["out", "out_audio", "run/latents"])
+def test_layout_and_footers_are_written_as_in_the_golden_outputs(folder: str):
+    """Also the order of the keys."""
+    golden = Path(__file__).parents[1] / "golden" / folder
+    stored = json.loads((golden / "dataset.json").read_text())["layout"]
+    layout = ShardLayout.from_dict(stored)
+    assert list(layout.to_dict().items()) == list(stored.items())
+    for file in (golden / "tokens").glob("*.parquet"):
+        footer = pq.read_schema(file)
+        expected = layout.schema(footer.metadata[b"source_shard"].decode())
+        assert expected.equals(footer)
+        assert list(expected.metadata.items()) == list(footer.metadata.items())[: len(expected.metadata)]
 
 
 @pytest.mark.parametrize("version", [2, "1", None])
