@@ -162,7 +162,7 @@ Tokenizer(new, {}).save_pretrained(sys.argv[2])
 
 
 def break_requests(lab: Lab, rng: Random, kinds: tuple[str, ...], limit: int = 10**9) -> Report:
-    """S3 fails in these ways at a rate of 10 to 30 %. A job may fail if retries do not help; its rerun has no faults."""
+    """10 to 30 % of S3 requests fail in these ways. A job may fail if retries do not help; a rerun has no faults."""
     trial, rate = lab.trial("storage", SHORT_TIMEOUT, on_s3=True), rng.choice((0.1, 0.2, 0.3))
     with faults(lab, proxy.seeded(rng.getrandbits(32), dict.fromkeys(kinds, rate / len(kinds)), limit)) as injected:
         code = trial.start().wait()

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-NAMED = re.compile(r"`(?P<file>[a-z_/]+\.py)?(?:::(?P<test>\w+))?`")
+NAMED = re.compile(r"`(?P<file>[\w/]+\.py)?(?:::(?P<test>\w+))?`")
 
 
 def test_every_test_that_the_guarantees_name_exists():
