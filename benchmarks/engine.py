@@ -20,9 +20,9 @@ from benchmarks.tokenize import ROOT, Run, Timed, TimedWorker, make_tokenizer, r
 from jobs.actors import cluster
 from jobs.actors.pool import Named, map_shards
 from jobs.config import TokensConfig, WorkersConfig, load_config
-from jobs.tokenize_corpus import layout_of
+from jobs.tokenize_corpus import token_layout
 from pipeline.corpus.samples import read_samples
-from pipeline.corpus.shards import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Shard, ShardList, find_shards
 from pipeline.tokens import Output
 from tokenizer.tokenizer import Tokenizer
 
@@ -87,8 +87,8 @@ def report(runs: dict[str, list[Run]]) -> Table:
 
 
 def timed_run(side: Map, options: TokensConfig, shards: list[Shard], work: Path) -> Run:
-    layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), options)
-    output = Output.create(tempfile.mkdtemp(dir=work, prefix="out-"), layout, Manifest(shards), {})
+    layout = token_layout(Tokenizer.from_pretrained(work / "tokenizer"), options)
+    output = Output.create(tempfile.mkdtemp(dir=work, prefix="out-"), layout, ShardList(shards), {})
     settings = settings_of(work, output, options)
     worker = TimedWorker if side is map_shards else OldTimedWorker
 

@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 
 from benchmarks.measure import Table, interleaved, ratio_text
-from pipeline.corpus.shards import Manifest, Shard
-from pipeline.tokens import Layout, Output, TokenDataset, TokenRow
+from pipeline.corpus.shards import Shard, ShardList
+from pipeline.tokens import Output, ShardLayout, TokenDataset, TokenRow, commit_shard
 
 NUM_SHARDS, ROWS_PER_SHARD, GRID = 8, 5000, (16, 16)
 CODEBOOK_SIZE = 16384
@@ -73,12 +73,21 @@ def write(work: Path) -> np.ndarray:
     tokens.tofile(work / "tokens.bin")
     shards = [Shard(f"/corpus/part-{i:03d}.tar", 1) for i in range(NUM_SHARDS)]
     for encoding in ("list", "packed"):
-        layout = Layout("t" * 16, "c" * 16, CODEBOOK_SIZE, "image", "first dimension least significant", "{}", encoding)
-        output = Output.create(str(work / encoding), layout, Manifest(shards), {})
+        layout = ShardLayout.for_tokens(
+            tokenizer_id="t" * 16,
+            codebook_id="c" * 16,
+            codebook_size=CODEBOOK_SIZE,
+            modality="image",
+            index_order="first dimension least significant",
+            preprocessing={},
+            encoding=encoding,
+        )
+        output = Output.create(str(work / encoding), layout, ShardList(shards), {})
         for i, shard in enumerate(shards):
             rows = range(i * ROWS_PER_SHARD, (i + 1) * ROWS_PER_SHARD)
             size = {"height": 128, "width": 128}
-            output.commit(shard, [TokenRow(f"{r:09d}", r - rows[0], tokens[r], size) for r in rows], [], {}, now=0.0)
+            made = [TokenRow(f"{r:09d}", r - rows[0], tokens[r], size) for r in rows]
+            commit_shard(output, shard, made, [], {}, now=0.0)
     return tokens.reshape(len(tokens), -1)
 
 

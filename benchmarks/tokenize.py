@@ -30,8 +30,8 @@ from jobs.actors.pool import ShardWorker, map_shards
 from jobs.artifacts import load_tokenizer
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
 from jobs.shards import Item, decoded_batches
-from jobs.tokenize_corpus import Committed, TokenizeWorker, layout_of
-from pipeline.corpus.shards import Manifest, Shard, find_shards
+from jobs.tokenize_corpus import Committed, TokenizeWorker, token_layout
+from pipeline.corpus.shards import Shard, ShardList, find_shards
 from pipeline.tokens import Output
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder
@@ -234,8 +234,8 @@ class BareWorker(ShardWorker):
 
 
 def ray_run(options: TokensConfig, workers: WorkersConfig, shards: list[Shard], work: Path) -> tuple[Run, Output]:
-    layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), options)
-    output = Output.create(tempfile.mkdtemp(dir=work, prefix="ray-"), layout, Manifest(shards), {})
+    layout = token_layout(Tokenizer.from_pretrained(work / "tokenizer"), options)
+    output = Output.create(tempfile.mkdtemp(dir=work, prefix="ray-"), layout, ShardList(shards), {})
     return _timed_run(TimedWorker, settings_of(work, output, options), workers, shards), output
 
 

@@ -24,7 +24,7 @@ from jobs.latents.sharded import CachedLatents
 from jobs.reports.html import page, picture, table
 from jobs.reports.plots import latents_png, line_png, usage_png
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, find_shards
+from pipeline.corpus.shards import ShardList, find_shards
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.latents import InMemory, Latents
 from tokenizer.coding import coding
@@ -59,7 +59,7 @@ def run(config: Config) -> int:
     return 3 if num_failed else 0
 
 
-def _made_by(config: Config, inputs: Manifest) -> dict[str, Any]:
+def _made_by(config: Config, inputs: ShardList) -> dict[str, Any]:
     """What decides on a codebook, besides the model and its size."""
     given = {name: getattr(config.codebook, name) for name in ("settings", "max_latents", "seed", "full", "warm_start")}
     return {**given, "input_manifest_id": inputs.id}
@@ -84,7 +84,7 @@ def _is_ready(place: str, made_by: dict[str, Any]) -> bool:
     return True
 
 
-def _gather(config: Config, run_url: str, inputs: Manifest, dim: int) -> tuple[Latents | None, int]:
+def _gather(config: Config, run_url: str, inputs: ShardList, dim: int) -> tuple[Latents | None, int]:
     """Latents of the corpus, and how many shards failed: a sample of them in memory, or all, on the cluster's nodes.
 
     None if a cache lacks shards: a codebook of all latents is not made from a part of them.

@@ -27,7 +27,7 @@ from jobs.training.checks import check
 from pipeline import storage
 from pipeline.corpus.batches import map_in_threads
 from pipeline.corpus.samples import read_samples
-from pipeline.corpus.shards import Manifest, find_shards
+from pipeline.corpus.shards import ShardList, find_shards
 from pipeline.errors import ShardError
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import Modality, build_modality
@@ -125,7 +125,7 @@ def _plan_one(config: Config, label: str, size: int, seed: int, url: str, corpus
 # -- data -----------------------------------------------------------------------------------------------------------
 
 
-def _load(manifest: Manifest, modality: Modality, config: Config, limit: int = 0) -> Any:
+def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 0) -> Any:
     """The samples as arrays in the order of the shards; one array [N, ...] if they have one shape."""
     limit = min(limit or config.compare.max_samples, config.compare.max_samples)
     arrays: list[np.ndarray] = []

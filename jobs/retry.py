@@ -20,7 +20,7 @@ from jobs.status import open_output
 from pipeline import storage
 from pipeline.corpus.shards import Shard, look_up
 from pipeline.errors import ShardError
-from pipeline.tokens import History, Output, Quarantined, TokenRow
+from pipeline.tokens import CommittedShard, Output, Quarantined, TokenRow, commit_retry
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -35,7 +35,7 @@ def run(config: Config) -> int:
     # ... and from the shards, since in a cache of latents they are as they were
     options = replace(config.tokens, encoding=layout.encoding, passthrough=list(layout.passthrough), latents="")
     config = replace(config, tokens=options)
-    shards = output.histories()
+    shards = output.committed_shards()
     done = {shard.first.name for shard in shards}
     bad = [shard.first.source_shard for shard in shards if shard.num_quarantined]
     failed = [note["source_shard"] for note in output.failures() if note["name"] not in done]
@@ -50,7 +50,7 @@ def _redo(urls: list[str], url: str, output: Output, config: Config) -> list[str
     if not urls:
         return []
     inputs = look_up(urls)  # a shard that was mended has another size than the one that failed
-    output.take_inputs(inputs)
+    output.add_inputs(inputs)
     return tokenize_corpus.tokenize_shards(inputs.shards, url, output, config)
 
 
@@ -70,7 +70,7 @@ def _recover(urls: list[str], url: str, output: Output, config: Config) -> list[
 
 def _outcome(output: Output, failures: list[str], config: Config) -> int:
     print_failures("retry", failures)
-    shards = output.histories()
+    shards = output.committed_shards()
     rows, bad = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
     print(f"retry: {rows} samples in {len(shards)} shards, {bad} quarantined, at {output.url}")
     if failures:
@@ -108,21 +108,23 @@ class RetryWorker(EncodeWorker[Tokenizer]):
         self.output = Output.open(output_url)
 
     def work(self, shard: Shard) -> ShardResult:
-        history = self.output.history(shard.name)
+        history = self.output.committed_shard(shard.name)
         assert history is not None, f"{shard.name} was committed when this command began"
         before = {sample.source_index: sample.key for sample in self.output.quarantined(history.last)}
         tick = partial(self.tick, shard)
         found = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, only=before)
         self._refuse_replaced(shard, history, before, found)
         with self.ticking(shard):
-            entry = self.output.commit_retry(
-                shard, history, found.rows, found.quarantined, found.seconds, now=time.time()
+            entry = commit_retry(
+                self.output, shard, history, found.rows, found.quarantined, found.seconds, now=time.time()
             )
         if entry is None:
             return Recovered(shard, num_still_bad=len(found.quarantined), won=not found.rows)
         return Recovered(shard, None, entry.num_rows, entry.num_quarantined)
 
-    def _refuse_replaced(self, shard: Shard, history: History, before: dict[int, str], found: EncodedShard) -> None:
+    def _refuse_replaced(
+        self, shard: Shard, history: CommittedShard, before: dict[int, str], found: EncodedShard
+    ) -> None:
         places: list[TokenRow | Quarantined] = [*found.rows, *found.quarantined]
         again = {sample.source_index: sample.key for sample in places}
         if again != before or found.num_samples != history.first.num_samples:

@@ -146,8 +146,8 @@ def _tallied(samples: Iterator[Sample], tally: Tally) -> Iterator[Sample]:
 
 def decode_sample(sample: Sample, modality: Modality) -> Item | Quarantined:
     """The sample's medium as an array, or why it is none."""
-    if sample.problem:
-        return Quarantined(sample.key, sample.index, "read", "BadSample", sample.problem)
+    if sample.quarantine_reason:
+        return Quarantined(sample.key, sample.index, "read", "BadSample", sample.quarantine_reason)
     found = [e for e in sample.members if e.rsplit(".", 1)[-1] in modality.extensions]
     try:
         if len(found) != 1:

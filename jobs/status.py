@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.config import Config, ConfigError
 from jobs.reports.progress import clock
-from pipeline.tokens.commit import Commit, histories
+from pipeline.tokens.commit import Commit, group_by_shard
 from pipeline.tokens.output import Output
 
 RATE_OVER = 50  # last commits
@@ -39,7 +39,7 @@ def open_output(url: str) -> Output:
 
 def summarise(output: Output) -> dict[str, Any]:
     """Everything that `status` tells, as JSON can hold it. Rates and the time left are None if nothing tells them."""
-    shards = histories(output.commits())
+    shards = group_by_shard(output.commits())
     entries = [entry for shard in shards for entry in shard.entries]
     done = {shard.first.name for shard in shards}
     left = [shard for shard in output.inputs() if shard.name not in done]

@@ -5,7 +5,6 @@ encodes, writes tokens and quarantine, and commits -> one small row of counts co
 """
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,8 @@ from jobs.config import Config, ConfigError, TokensConfig
 from jobs.latents.cache import open_cache, tokenize_cached
 from jobs.shards import EncodedShard, encode_shard
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, Shard, find_shards
-from pipeline.tokens import Commit, Layout, Output
+from pipeline.corpus.shards import Shard, ShardList, find_shards
+from pipeline.tokens import Commit, Output, ShardLayout, commit_shard
 from tokenizer.encoder import LatentEncoder
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
@@ -30,7 +29,7 @@ def run(config: Config) -> int:
     inputs = find_shards(config.data.shards)
     _refuse_uploaded(inputs)
     try:
-        layout = layout_of(tokenizer, config.tokens)
+        layout = token_layout(tokenizer, config.tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if config.tokens.latents:
@@ -45,7 +44,7 @@ def run(config: Config) -> int:
     return _outcome(output, inputs.shards, failures, config)
 
 
-def _refuse_uploaded(inputs: Manifest) -> None:
+def _refuse_uploaded(inputs: ShardList) -> None:
     """A shard's URL is its name in the output, and Ray's copies of a working directory have new ones each time."""
     for shard in inputs.shards:
         if "/working_dir_files/_ray_pkg_" in shard.url:
@@ -66,7 +65,7 @@ def tokenize_shards(todo: list[Shard], url: str, output: Output, config: Config)
 
 def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
     print_failures("tokenize", failures)
-    done = {history.first.name: history for history in output.histories()}
+    done = {history.first.name: history for history in output.committed_shards()}
     mine = [done[shard.name] for shard in shards if shard.name in done]
     rows, bad = sum(one.num_rows for one in mine), sum(one.num_quarantined for one in mine)
     print(f"tokenize: {rows} samples in {len(mine)} of {len(shards)} shards, {bad} quarantined, at {output.url}")
@@ -80,17 +79,17 @@ def _outcome(output: Output, shards: list[Shard], failures: list[str], config: C
     return 0
 
 
-def layout_of(tokenizer: Tokenizer, options: TokensConfig) -> Layout:
-    """What stands in the footer of every shard that this tokenizer writes."""
-    return Layout(
+def token_layout(tokenizer: Tokenizer, options: TokensConfig) -> ShardLayout:
+    """The layout of every shard that this tokenizer writes."""
+    return ShardLayout.for_tokens(
         tokenizer_id=tokenizer.id,
         codebook_id=tokenizer.codebook_id,
         codebook_size=tokenizer.codebook_size,
         modality=tokenizer.modality.name,
         index_order=INDEX_ORDER,
-        preprocessing=json.dumps(tokenizer.preprocessing, sort_keys=True),
+        preprocessing=tokenizer.preprocessing,
         encoding=options.encoding,
-        passthrough=tuple(options.passthrough),
+        passthrough=options.passthrough,
     )
 
 
@@ -123,14 +122,20 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
         return self._noted(super().failed(shard, reason))
 
     def finished(self, shard: Shard) -> ShardResult | None:
-        history = self.output.history(shard.name)
+        history = self.output.committed_shard(shard.name)
         return None if history is None else _committed(shard, history.first)
 
     def work(self, shard: Shard) -> ShardResult:
         found = self.encode(shard)
         with self.ticking(shard):
-            entry = self.output.commit(
-                shard, found.rows, found.quarantined, found.seconds, now=time.time(), num_samples=found.num_samples
+            entry = commit_shard(
+                self.output,
+                shard,
+                found.rows,
+                found.quarantined,
+                found.seconds,
+                now=time.time(),
+                num_samples=found.num_samples,
             )
         return _committed(shard, entry)
 
@@ -141,7 +146,7 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
         """A failure is noted in the output, for `status`. If that fails, too, the driver still prints it."""
         if result.failure:
             with self.ticking(result.shard), contextlib.suppress(OSError):
-                self.output.note_failure(result.shard, result.failure, now=time.time())
+                self.output.record_failure(result.shard, result.failure, now=time.time())
         return result
 
 

@@ -9,7 +9,7 @@ row, once, with the key that the input has; files are those committed, by checks
 from jobs.config import Config
 from jobs.reports.progress import Progress
 from jobs.status import open_output
-from pipeline.tokens.commit import histories
+from pipeline.tokens.commit import group_by_shard
 from pipeline.tokens.verify import LEFT_TO_DEEP, Proof, verify
 
 SHOWN_PROBLEMS = 50
@@ -43,7 +43,7 @@ def _tell(proof: Proof, tokenizer_id: str) -> None:
         print(f"verify: {problem}")
     if len(proof.problems) > SHOWN_PROBLEMS:
         print(f"verify: and {len(proof.problems) - SHOWN_PROBLEMS} more")
-    shards = histories(proof.entries)
+    shards = group_by_shard(proof.entries)
     rows, bad = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
     print(f"verify: {len(shards)} shards, {rows} rows, {bad} quarantined, tokenizer {tokenizer_id}")
     if retries := len(proof.entries) - len(shards):

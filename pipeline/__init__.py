@@ -1,1 +1,1 @@
-"""Data: storage, shards, samples, batches, token shards. Knows neither Ray nor any model."""
+"""The data layer: storage, shards, samples, batches and token shards. Imports neither Ray nor any model."""

@@ -2,28 +2,32 @@
 
 
 class ShardError(OSError):
-    """A shard cannot be read to its end: missing, forbidden, truncated, no tar. Nothing of it is committed."""
+    """A shard cannot be read to its end: missing, forbidden, truncated, or not a tar. Nothing of it is committed."""
 
 
 class StorageError(OSError):
-    """Storage failed in a way that passes by itself, but did not within the time that we wait."""
+    """A transient storage error lasted longer than we retry."""
 
 
 class ReplacedObject(OSError):
-    """An object is no longer the one that was listed or opened."""
+    """An object is not the version that was listed or opened."""
 
 
 class UnsafeStorage(ValueError):
-    """The storage overwrites objects that it is told only to create, so that two writers could undo each other."""
+    """The storage overwrites objects on create-only writes, so two writers could destroy each other's work."""
 
 
 class OutputMismatch(ValueError):
-    """An output belongs to another tokenizer, corpus or setting than the one at hand."""
+    """An output belongs to a different tokenizer, corpus or setting."""
+
+
+class UnsupportedSchema(OutputMismatch):
+    """An output was written with a newer schema than this version can read."""
 
 
 class BrokenOutput(ValueError):
-    """A file of an output is not what its place says it is."""
+    """A file of an output has invalid content."""
 
 
 class NoShards(ValueError):
-    """What data.shards says names no shards at all: a mistake in the configuration."""
+    """data.shards matches no shards: a mistake in the configuration."""

@@ -1,4 +1,4 @@
-"""A uniform sample of rows that come from many places, the same however the places are dealt out to workers."""
+"""A uniform sample of rows from many sources, which does not depend on how the sources are split among workers."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 class Reservoir:
-    """Keeps the `capacity` rows of lowest priority; priorities are random in 0..1, drawn from (seed, place).
+    """Keeps the `capacity` rows with the lowest priorities. Priorities are random in 0..1, seeded by (seed, source).
 
-    Two reservoirs merge into what one would hold that had seen the rows of both. below: rows of a higher priority are
-    not kept, as where another reservoir holds enough of lower ones already.
+    Merging two reservoirs gives the reservoir that has seen the rows of both. below: rows with a priority of at least
+    this are dropped; use it if another reservoir already holds enough rows with lower priorities.
     """
 
     def __init__(self, capacity: int, seed: int, below: float = 1.0):
@@ -17,16 +17,16 @@ class Reservoir:
         self.rows: np.ndarray | None = None
         self.priorities = np.empty(0)
 
-    def add(self, rows: np.ndarray, place: str) -> None:
-        """rows [N, ...] of one place, which must be added whole, once."""
-        rng = np.random.default_rng([self.seed, int(hashlib.sha256(place.encode()).hexdigest(), 16)])
+    def add(self, rows: np.ndarray, source: str) -> None:
+        """rows: [N, ...], all rows of one source. Add each source once."""
+        rng = np.random.default_rng([self.seed, int(hashlib.sha256(source.encode()).hexdigest(), 16)])
         priorities = rng.random(len(rows))
         wanted = priorities < self.below
         self._keep(rows[wanted], priorities[wanted])
 
     @property
     def bound(self) -> float:
-        """Rows of no lower priority cannot enter."""
+        """Only rows with a lower priority than this can still enter."""
         return float(self.priorities[-1]) if len(self.priorities) == self.capacity > 0 else self.below
 
     def merge(self, other: "Reservoir") -> None:
@@ -36,5 +36,7 @@ class Reservoir:
     def _keep(self, rows: np.ndarray, priorities: np.ndarray) -> None:
         if self.rows is not None:
             rows, priorities = np.concatenate([self.rows, rows]), np.concatenate([self.priorities, priorities])
-        lowest = np.argsort(priorities, kind="stable")[: self.capacity]  # sorted: the order of merging leaves no trace
+        lowest = np.argsort(priorities, kind="stable")[
+            : self.capacity
+        ]  # sorted, so the order of merging does not matter
         self.rows, self.priorities = rows[lowest], priorities[lowest]

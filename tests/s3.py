@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS (`weed mini`) on loopback ports of its own, with two keys and a bucket."""
+"""A real S3 server for tests: SeaweedFS (`weed mini`) on its own loopback ports, with two keys and a bucket."""
 
 import contextlib
 import socket
@@ -17,8 +17,8 @@ import s3fs
 READ_WRITE = ("test-read-write", "secret-of-read-write")
 READ_ONLY = ("test-read-only", "secret-of-read-only")
 BUCKET = "test-bucket"
-# Below them Ray puts its workers' ports; 10000 above them, where SeaweedFS puts its gRPC ports, the system's own
-# range for outgoing connections begins (32768).
+# Ray uses the ports below for its workers. SeaweedFS uses the ports 10000 above for gRPC, which must stay below 32768,
+# where the system's range for outgoing connections starts.
 FIRST_PORT, LAST_PORT, PORTS_EACH = 20_000, 22_700, 10
 GRPC_OFFSET = 10_000
 START_S = 60
@@ -32,10 +32,10 @@ KEYS = """{"identities": [
 
 @dataclass
 class S3Server:
-    """`weed mini` with its data in `folder`. `kill` and `start` again is a crash and a restart: the data stay."""
+    """`weed mini` with its data in `folder`. `kill` and `start` imitate a crash and a restart; the data remain."""
 
     folder: Path
-    port: int  # the first of those that the server may use; S3 itself listens there
+    port: int  # the first port of the server's range; S3 listens on it
     read_write: tuple[str, str] = READ_WRITE  # access key, secret key
     read_only: tuple[str, str] = READ_ONLY
     bucket: str = BUCKET
@@ -47,11 +47,11 @@ class S3Server:
 
     @property
     def url(self) -> str:
-        """The bucket: put your own folder into it."""
+        """URL of the bucket. Each test uses its own folder in it."""
         return f"s3://{self.bucket}"
 
     def environment(self, read_only: bool = False, endpoint: str | None = None) -> dict[str, str]:
-        """What S3 clients and child processes need; `endpoint` for a proxy in front of the server."""
+        """Environment variables for S3 clients and child processes. endpoint: of a proxy in front of the server."""
         access, secret = self.read_only if read_only else self.read_write
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
@@ -61,13 +61,13 @@ class S3Server:
         }
 
     def use(self, patch: pytest.MonkeyPatch, read_only: bool = False, endpoint: str | None = None) -> None:
-        """Makes this process, and what it starts, talk to the server until `patch` is undone."""
+        """Makes this process and its child processes use the server until `patch` is undone."""
         for name, value in self.environment(read_only, endpoint).items():
             patch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()  # those made before hold the keys of then
+        s3fs.S3FileSystem.clear_instance_cache()  # existing clients hold the old keys
 
     def start(self) -> None:
-        """Returns once the server answers. Raises RuntimeError with its log if it ends or does not in START_S."""
+        """Returns when the server responds. Raises RuntimeError with its log if it exits or START_S have passed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "keys.json").write_text(KEYS % (*self.read_write, *self.read_only))
         with (self.folder / "log").open("ab") as log:
@@ -82,7 +82,7 @@ class S3Server:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """SIGKILL: as a crash is, and at a test's end quicker than SIGTERM (3 s) for data that nobody keeps."""
+        """SIGKILL: like a crash. It is also faster than SIGTERM (3 s), and nobody needs the data after a test."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -110,7 +110,7 @@ class S3Server:
 
 @contextlib.contextmanager
 def start_s3(folder: Path) -> Iterator[S3Server]:
-    """A running server with an empty bucket; killed in the end."""
+    """A running server with an empty bucket. It is killed at the end."""
     with _claimed_ports() as port:
         server = S3Server(folder, port)
         try:
@@ -129,7 +129,7 @@ def start_s3(folder: Path) -> Iterator[S3Server]:
 
 @contextlib.contextmanager
 def _claimed_ports() -> Iterator[int]:
-    """The first of some free ports. No other test process gets them meanwhile: this one holds the port before it."""
+    """The first of PORTS_EACH - 1 free ports. Holds the port before it, so that no other test process takes them."""
     for claim in range(FIRST_PORT, LAST_PORT, PORTS_EACH):
         with socket.socket() as held:
             if _bind(held, claim) and all(_is_free(port) for port in _all_ports(claim + 1)):
@@ -145,7 +145,7 @@ def _all_ports(first: int) -> list[int]:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a closed connection's leftovers do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore closed connections in TIME_WAIT
         return _bind(probe, port)
 
 

@@ -6,7 +6,6 @@ Written once, so that another codebook, and tokens from it, need no second look 
 import hashlib
 import io
 import itertools
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,25 +20,22 @@ from jobs.config import ConfigError, TokensConfig
 from jobs.shards import EncodedShard
 from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError
-from pipeline.tokens import Output, TokenRow
+from pipeline.tokens import Output, ShardLayout, TokenRow
 from pipeline.tokens.commit import Commit, what_changed
-from pipeline.tokens.schema import LATENT_DTYPE, SIZE_COLUMNS, LatentLayout, tokens_as_lists
+from pipeline.tokens.schema import LATENT_DTYPE, SIZE_COLUMNS, tokens_as_lists
 from tokenizer.encoder import LatentEncoder
 from tokenizer.tokenizer import Tokenizer
 
 LATENTS_AT_ONCE = 2**18  # channels counted: of the rows that are quantized together
 
 
-def layout_of(encoder: LatentEncoder, options: TokensConfig) -> LatentLayout:
-    return LatentLayout(
-        tokenizer_id=encoder.encoder_id,
-        codebook_id="",
-        codebook_size=0,
+def latent_layout(encoder: LatentEncoder, options: TokensConfig) -> ShardLayout:
+    """The layout of every shard in the cache."""
+    return ShardLayout.for_latents(
+        encoder_id=encoder.encoder_id,
         modality=encoder.modality.name,
-        index_order="",
-        preprocessing=json.dumps(encoder.preprocessing, sort_keys=True),
-        encoding="packed",
-        passthrough=tuple(options.passthrough),
+        preprocessing=encoder.preprocessing,
+        passthrough=options.passthrough,
     )
 
 
@@ -49,7 +45,7 @@ def open_cache(url: str, tokenizer: Tokenizer, shards: list[Shard], options: Tok
         cache = Output.open(url)
     except FileNotFoundError as error:
         raise ConfigError(f"tokens.latents: {error}; `tokenmill codebook codebook.cache=true` makes one") from error
-    if not isinstance(cache.layout, LatentLayout):
+    if not cache.layout.holds_latents:
         raise ConfigError(f"tokens.latents: {url} holds tokens, not latents")
     if cache.layout.tokenizer_id != tokenizer.encoder_id:
         raise ConfigError(
@@ -79,7 +75,7 @@ def tokenize_cached(
 ) -> EncodedShard:
     """As `encode_shard`, from the latents that it left; what was bad then is still. Raises ShardError."""
     started = time.monotonic()
-    history = cache.history(shard.name)
+    history = cache.committed_shard(shard.name)
     if history is None:
         raise ShardError(f"{shard.url}: its latents are no longer in {cache.url}")
     if changed := what_changed(history.first, shard):

@@ -10,17 +10,17 @@ from jobs.actors import cluster
 from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
 from jobs.artifacts import load_encoder
 from jobs.config import Config, ConfigError, TokensConfig
-from jobs.latents.cache import layout_of
+from jobs.latents.cache import latent_layout
 from jobs.shards import encode_shard
 from jobs.tokenize_corpus import TokenizeWorker
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, Shard
+from pipeline.corpus.shards import Shard, ShardList
 from pipeline.reservoir import Reservoir
 from pipeline.tokens import Output
 from tokenizer.encoder import LatentEncoder
 
 
-def draw_latents(run_url: str, inputs: Manifest, config: Config) -> tuple[np.ndarray | None, int]:
+def draw_latents(run_url: str, inputs: ShardList, config: Config) -> tuple[np.ndarray | None, int]:
     """A uniform sample [N, in_dim] of the corpus's latents, the same for any number of workers; None if it has none.
 
     And how many shards failed; the sample has nothing from them.
@@ -92,18 +92,18 @@ class SampleWorker(EncodeWorker[LatentEncoder]):
         latents = [row.tokens.reshape(-1, row.tokens.shape[-1]) for row in found.rows]
         if latents:
             sampled.num_latents = sum(map(len, latents))
-            sampled.sample.add(np.concatenate(latents), place=shard.url)
+            sampled.sample.add(np.concatenate(latents), source=shard.url)
         return sampled
 
 
-def fill_cache(run_url: str, inputs: Manifest, config: Config) -> Output:
+def fill_cache(run_url: str, inputs: ShardList, config: Config) -> Output:
     """Writes what RUN/latents lacks, and returns it. A shard that fails is reported and is not in it."""
     encoder = load_encoder(run_url, config.data.preprocess)
     url = storage.join(run_url, "latents")
     options = _as_before(url, encoder, config.tokens)
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(url)
-    cache = Output.create(url, layout_of(encoder, options), inputs, config.to_dict())
+    cache = Output.create(url, latent_layout(encoder, options), inputs, config.to_dict())
     done = cache.committed_names()
     todo = [shard for shard in inputs.shards if shard.name not in done]
     print(f"codebook: {cache.url} has the latents of {len(inputs.shards) - len(todo)} of {len(inputs.shards)} shards")

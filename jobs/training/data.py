@@ -11,7 +11,7 @@ from jobs.shards import Item, decode_sample
 from pipeline.corpus.batches import map_in_threads, prefetch
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard
-from pipeline.corpus.streams import Drawn, Lanes, Position, is_of_storage, training_samples
+from pipeline.corpus.streams import Lanes, LaneSample, Position, is_storage_failure, training_samples
 from pipeline.errors import ShardError
 from tokenizer.modalities.base import Modality
 
@@ -78,7 +78,7 @@ class TrainingData:
                 yield batch
                 arrays, batch = [], Batch(Tensor(), [], {}, 0)
 
-    def _segment(self, drawn: Drawn) -> tuple[np.ndarray | None, Drawn]:
+    def _segment(self, drawn: LaneSample) -> tuple[np.ndarray | None, LaneSample]:
         """A random piece of the sample, the same in every run; None if the sample is bad."""
         item = decode_sample(drawn.sample, self.modality)
         if not isinstance(item, Item):
@@ -100,6 +100,6 @@ def fixed_samples(shards: list[Shard], modality: Modality, segment: int, count: 
                 if len(found) == count:
                     return found
         except ShardError as error:  # training has told of it, or will
-            if is_of_storage(error):
+            if is_storage_failure(error):
                 break  # the next one would take as long to fail
     return found

@@ -1,1 +1,1 @@
-"""The input: a list of shards, the samples in a shard, a training rank's stream of samples."""
+"""The input: the list of shards, the samples of a shard, batches, and the sample stream of a training rank."""

@@ -1,4 +1,4 @@
-"""Samples to batches: decoding in threads, and grouping by shape under a budget. Order depends on the input alone."""
+"""Turns samples into batches: decodes in threads and groups by shape. The order depends only on the input."""
 
 import collections
 import queue
@@ -12,7 +12,7 @@ B = TypeVar("B")
 
 
 def map_in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """function over items, `threads` at a time, results in the order of the items. Reads a few items ahead."""
+    """Applies the function to the items in `threads` threads; yields results in order. Reads a few items ahead."""
     pending: collections.deque[Future[B]] = collections.deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
@@ -24,7 +24,7 @@ def map_in_threads(function: Callable[[A], B], items: Iterable[A], threads: int)
 
 
 def prefetch(items: Iterable[A], depth: int = 2) -> Iterator[A]:
-    """The same items, made in a thread of their own, up to `depth` ahead. Raises what making them raised."""
+    """Yields the same items, but produces up to `depth` of them ahead in a thread. Passes errors on."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     stop = threading.Event()
 
@@ -43,7 +43,7 @@ def prefetch(items: Iterable[A], depth: int = 2) -> Iterator[A]:
                 if not put("item", item):
                     return
             put("end", None)
-        except BaseException as error:  # handed to the consumer, which raises it
+        except BaseException as error:  # raised in the consumer
             put("error", error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -62,9 +62,10 @@ def prefetch(items: Iterable[A], depth: int = 2) -> Iterator[A]:
 def in_buckets(
     items: Iterable[A], array_of: Callable[[A], Any], bucket_of: Callable[[Any], Any], budget: int, max_pending: int = 8
 ) -> Iterator[list[A]]:
-    """Batches of items of one bucket: at most `budget` array elements, all padded to the largest, but one item or more.
+    """Yields batches of items from one bucket each.
 
-    At most max_pending budgets are held back in unfinished batches; then the oldest goes out as it is.
+    A batch has at most `budget` array elements, counted as if all items were padded to the largest, or a single item.
+    When unfinished batches hold more than max_pending budgets, the oldest is yielded early.
     """
     buckets: dict[Any, _Bucket[A]] = {}
     held = 0
@@ -88,7 +89,7 @@ def in_buckets(
 
 
 class _Bucket(Generic[A]):
-    """Items that will be one batch, the elements that they have, and the size of the largest."""
+    """The items of an unfinished batch, their number of elements, and the size of the largest."""
 
     def __init__(self) -> None:
         self.items: list[A] = []

@@ -1,4 +1,4 @@
-"""Which shards a job reads: `data.shards` (path, glob, braces, or a list of them) to a Manifest with an id."""
+"""Finds the shards that a job reads: `data.shards` (a path, glob, braces, or a list of them) to a ShardList."""
 
 import hashlib
 import json
@@ -8,19 +8,17 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
-
 from pipeline import storage
 from pipeline.errors import NoShards
 
-LOOKUPS = 32  # at a time, of shards that are named one by one
+LOOKUPS = 32  # threads that look up shards named one by one
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One WebDataset tar. num_bytes is None if it is not there, or not ours to read; reading it tells which.
+    """One WebDataset tar. num_bytes is None if it is missing or we may not read it; reading it raises the reason.
 
-    version: the ETag, or a local file's mtime in ns; None where storage has neither, or an older manifest said nothing.
+    version: the ETag, or the mtime in ns of a local file; None if storage has neither, or in lists of older versions.
     """
 
     url: str
@@ -29,20 +27,23 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Stem and a hash of the URL: what the shard's output files are called."""
+        """Stem and a hash of the URL. Names the output files of the shard."""
         stem = re.sub(r"(\.tar)?(\.(gz|bz2|xz)|\.tgz)?$", "", PurePosixPath(self.url).name)
         return f"{stem}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
 
 
+SHARD_FIELDS = frozenset(Shard.__dataclass_fields__)
+
+
 @dataclass(frozen=True)
-class Manifest:
-    """The input of a job. Its id changes when a shard comes, goes, or changes its size."""
+class ShardList:
+    """The input shards of a job. The id changes when a shard is added, removed, or changes its size."""
 
     shards: list[Shard]
 
     @cached_property
     def id(self) -> str:
-        # without versions: a copy of the corpus with other dates, or a tool's new field, is the same input
+        # without versions: a copy of the corpus with other dates, or with new fields in Shard, is the same input
         named = [{"url": shard.url, "num_bytes": shard.num_bytes} for shard in self.shards]
         return hashlib.sha256(json.dumps(named, indent=1).encode()).hexdigest()[:16]
 
@@ -50,29 +51,33 @@ class Manifest:
         return json.dumps([asdict(shard) for shard in self.shards], indent=1)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> "Manifest":
-        return cls([Shard(**shard) for shard in json.loads(text)])
+    def from_json(cls, text: str | bytes) -> "ShardList":
+        """Ignores unknown fields, which a newer version may have added."""
+        known = [{name: shard[name] for name in SHARD_FIELDS & shard.keys()} for shard in json.loads(text)]
+        return cls([Shard(**shard) for shard in known])
 
 
-def find_shards(spec: str | list[str]) -> Manifest:
-    """Sorted by URL, each once. Raises NoShards if a glob matches nothing or nothing is named at all.
+def find_shards(spec: str | list[str]) -> ShardList:
+    """The shards sorted by URL, without duplicates. Raises NoShards if a glob matches nothing or the list is empty.
 
-    A shard that is named but missing stays in the manifest: the job reports it as failed, rather than not at all.
+    A missing shard that is named without a glob stays in the list, so that the job reports it as failed.
     """
     shards: dict[str, Shard] = {}
     for pattern in [spec] if isinstance(spec, str) else spec:
         shards.update((shard.url, shard) for shard in _expand(pattern))
     if not shards:
-        raise NoShards("data.shards names no shards; give a path, a glob, braces, or a list of them")
-    return Manifest([shards[url] for url in sorted(shards)])
+        raise NoShards("data.shards names no shards; set it to a path, a glob, braces, or a list of them")
+    return ShardList([shards[url] for url in sorted(shards)])
 
 
-def look_up(urls: list[str]) -> Manifest:
-    """The shards of these URLs, which are names and no patterns, as they are now."""
-    return Manifest(_look_up(sorted(urls)))
+def look_up(urls: list[str]) -> ShardList:
+    """The current size and version of the shards at these URLs, which are not patterns."""
+    return ShardList(_look_up(sorted(urls)))
 
 
 def _expand(pattern: str) -> list[Shard]:
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # readers do without it
+
     try:
         urls = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
@@ -81,7 +86,7 @@ def _expand(pattern: str) -> list[Shard]:
     for url in filter(_is_glob, urls):
         matches = storage.glob(url)
         if not matches:
-            raise NoShards(f"data.shards: nothing matches {url!r}")
+            raise NoShards(f"data.shards: nothing matches {url!r}; check the path")
         shards += [Shard(found.url, found.num_bytes, found.version) for found in matches]
     return shards
 

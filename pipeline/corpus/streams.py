@@ -1,7 +1,7 @@
-"""The samples of training ranks, without end. A run's corpus is cut into lanes, which ranks read in turn.
+"""The endless stream of samples for each training rank. The corpus of a run is split into lanes; ranks share the lanes.
 
-Lanes and the order within each depend on the seed alone, so that a run goes on from where its lanes are, neither
-repeating nor omitting a sample, with another number of ranks than before.
+The lanes and the order of samples in each lane depend only on the seed. A run can therefore resume from the positions
+of its lanes, even with a different number of ranks, without repeating or skipping a sample.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +16,12 @@ from pipeline.errors import ShardError, StorageError
 
 S = TypeVar("S")
 
-LANES_PER_RANK = 8  # shards that a rank reads at a time: samples of that many are mixed
+LANES_PER_RANK = 8  # shards that a rank reads at the same time and mixes
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """How a corpus is cut. shuffle_buffer: samples that one lane holds, of which it gives out a random one."""
+    """How a corpus is split. shuffle_buffer: number of samples that one lane holds to draw from at random."""
 
     count: int
     shuffle_buffer: int
@@ -29,7 +29,7 @@ class Lanes:
 
     @classmethod
     def for_ranks(cls, world_size: int, num_shards: int, shuffle_buffer: int, seed: int) -> "Lanes":
-        """shuffle_buffer: samples of a rank. With fewer shards than ranks every lane reads a part of each shard."""
+        """shuffle_buffer: samples per rank. With fewer shards than lanes, every lane reads a part of each shard."""
         per_rank = min(LANES_PER_RANK, max(1, num_shards // world_size))
         return cls(per_rank * world_size, max(1, shuffle_buffer // per_rank), seed)
 
@@ -37,14 +37,14 @@ class Lanes:
         """Raises ValueError if there are fewer lanes than ranks."""
         if self.count < world_size:
             raise ValueError(
-                f"this run's corpus is cut into {self.count} lanes, too few for {world_size} workers; "
+                f"the corpus of this run is split into {self.count} lanes, too few for {world_size} workers; "
                 f"set workers.count to {self.count} or fewer, or start a new run"
             )
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a lane is: so many samples of this epoch were taken, and so many in all."""
+    """The position of a lane: samples drawn in this epoch, and in total."""
 
     epoch: int = 0
     sample: int = 0
@@ -52,8 +52,8 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A sample, the URL of its shard, the lane that it comes from, and where that lane was before and is after it."""
+class LaneSample:
+    """A sample, the URL of its shard, its lane, and the position of the lane before and after the sample."""
 
     sample: Sample
     shard: str
@@ -70,11 +70,11 @@ def training_samples(
     world_size: int = 1,
     positions: Mapping[int, Position],
     on_bad_shard: Callable[[ShardError], None],
-) -> Iterator[Drawn]:
-    """What a rank draws from its lanes, each of them in turn. positions: of lanes that were read before.
+) -> Iterator[LaneSample]:
+    """Yields the samples of a rank, from each of its lanes in turn. positions: of the lanes, when a run resumes.
 
-    A shard that breaks off gives the samples before the break. Raises ShardError if there are none at all, StorageError
-    if a shard could be read another time, and ValueError if there are fewer lanes than ranks.
+    A truncated shard yields the samples before the break. Raises ShardError if there are no samples at all,
+    StorageError if a shard may become readable later, and ValueError if there are fewer lanes than ranks.
     """
     lanes.check_enough_for(world_size)
     mine = {
@@ -83,7 +83,9 @@ def training_samples(
     }
     totals = {lane: positions.get(lane, Position()).total for lane in mine}
     while True:
-        lane = min(totals, key=lambda one: (totals[one], one))  # in turn, and even after the ranks have changed
+        lane = min(
+            totals, key=lambda one: (totals[one], one)
+        )  # in turn, and balanced after the number of ranks has changed
         drawn = next(mine[lane])
         totals[lane] = drawn.after.total
         yield drawn
@@ -91,27 +93,27 @@ def training_samples(
 
 def _read_lane(
     shards: list[Shard], lanes: Lanes, lane: int, position: Position, on_bad_shard: Callable[[ShardError], None]
-) -> Iterator[Drawn]:
-    """The samples of one lane, epoch after epoch."""
+) -> Iterator[LaneSample]:
+    """Yields the samples of one lane, epoch after epoch."""
     epoch, resumed, total = position.epoch, position.sample, position.total
-    fruitless: set[int] = set()  # shards read since the last sample: those of one epoch may all be bad
+    empty: set[int] = set()  # shards read since the last sample; those of a single epoch may all be broken
     while True:
         taken = 0
-        mine = _dealt(len(shards), lanes, lane, epoch)
+        mine = _shards_of_lane(len(shards), lanes, lane, epoch)
         for sample, shard in _shuffled(_read(shards, mine, lanes, lane, on_bad_shard), lanes, lane, epoch):
             taken += 1
             if taken > resumed:
                 before = Position(epoch, taken - 1, total)
                 total += 1
-                yield Drawn(sample, shard, lane, before, Position(epoch, taken, total))
-        fruitless = set() if taken else fruitless | set(mine)
-        if len(fruitless) == len(shards):
-            raise ShardError(f"there is no sample in {len(shards)} shards; is data.shards right?")
+                yield LaneSample(sample, shard, lane, before, Position(epoch, taken, total))
+        empty = set() if taken else empty | set(mine)
+        if len(empty) == len(shards):
+            raise ShardError(f"none of the {len(shards)} shards has a readable sample; check data.shards")
         epoch, resumed = epoch + 1, 0
 
 
-def _dealt(num_shards: int, lanes: Lanes, lane: int, epoch: int) -> list[int]:
-    """The shards that this lane reads in this epoch: all of them where there are fewer than lanes."""
+def _shards_of_lane(num_shards: int, lanes: Lanes, lane: int, epoch: int) -> list[int]:
+    """Indices of the shards that this lane reads in this epoch: all of them if there are fewer shards than lanes."""
     order = np.random.default_rng([lanes.seed, epoch]).permutation(num_shards).tolist()
     return order if num_shards < lanes.count else order[lane :: lanes.count]
 
@@ -119,7 +121,7 @@ def _dealt(num_shards: int, lanes: Lanes, lane: int, epoch: int) -> list[int]:
 def _read(
     shards: list[Shard], mine: list[int], lanes: Lanes, lane: int, on_bad_shard: Callable[[ShardError], None]
 ) -> Iterator[tuple[Sample, str]]:
-    """Samples, each with the URL of its shard."""
+    """Yields samples, each with the URL of its shard."""
     by_sample = len(shards) < lanes.count
     for index in mine:
         url = shards[index].url
@@ -128,24 +130,24 @@ def _read(
                 if not by_sample or sample.index % lanes.count == lane:
                     yield sample, url
         except ShardError as error:
-            if is_of_storage(error):  # who goes on later would find samples there that were left out now
+            if is_storage_failure(error):  # a resumed run would find samples there that this run skipped
                 raise StorageError(str(error)) from error
             on_bad_shard(error)
 
 
-def is_of_storage(error: ShardError) -> bool:
-    """Whether storage does not give what may be a sound shard; else the shard itself is broken, or gone."""
+def is_storage_failure(error: ShardError) -> bool:
+    """Whether storage failed and the shard may be intact. Otherwise the shard itself is broken or missing."""
     cause = error.__cause__
     if isinstance(cause, StorageError | PermissionError):
         return True
-    # decompressors raise OSErrors too, but without a number
+    # decompressors also raise OSError, but without an errno
     return isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError)
 
 
 def _shuffled(samples: Iterator[S], lanes: Lanes, lane: int, epoch: int) -> Iterator[S]:
-    """Keeps `shuffle_buffer` samples and gives out a random one of them for each that comes in."""
+    """Holds `shuffle_buffer` samples and yields a random one of them for each new sample."""
     rng = np.random.default_rng([lanes.seed, epoch, lane])
-    size = max(1, lanes.shuffle_buffer)  # 0 keeps the order, as 1 does
+    size = max(1, lanes.shuffle_buffer)  # both 0 and 1 keep the order
     held: list[S] = []
     for sample in samples:
         if len(held) < size:

@@ -1,7 +1,7 @@
-"""The only folder that opens URLs: local paths, s3://, and anything else that fsspec knows.
+"""The only folder that opens URLs: local paths, s3://, and every other protocol that fsspec supports.
 
-Objects are written whole. What proves something (token shards, manifests, tokenizers) is written once and never
-again; only views that are made anew from it (reports) may be replaced.
+Objects are always written whole. Token shards, manifest entries and tokenizers are written once and never replaced.
+Only objects that can be made again from them, such as reports, may be replaced.
 """
 
 from pipeline.storage.client import (
@@ -19,7 +19,7 @@ from pipeline.storage.client import (
 from pipeline.storage.create import check_create_only, remove, replace, upload, write_once
 from pipeline.storage.objects import (
     TEMPORARY,
-    Found,
+    StoredObject,
     downloaded,
     exists,
     find,
@@ -28,6 +28,7 @@ from pipeline.storage.objects import (
     list_folders,
     open_stream,
     read,
+    read_if_exists,
     scan,
 )
 
@@ -36,8 +37,8 @@ __all__ = [
     "CREATE_ONLY",
     "SERVER",
     "TEMPORARY",
-    "Found",
     "Options",
+    "StoredObject",
     "check_create_only",
     "configure",
     "downloaded",
@@ -53,6 +54,7 @@ __all__ = [
     "normalise",
     "open_stream",
     "read",
+    "read_if_exists",
     "remove",
     "replace",
     "scan",

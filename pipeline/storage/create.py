@@ -1,4 +1,4 @@
-"""Writing objects, whole: once and never again what proves something; anew what is a view of it."""
+"""Writes whole objects: create-only with `write_once`, or over an existing object with `replace`."""
 
 import contextlib
 import errno
@@ -10,21 +10,21 @@ from typing import Any
 
 from pipeline.errors import UnsafeStorage
 from pipeline.storage import s3
-from pipeline.storage.client import CHECKED, CREATE_ONLY, SERVER, ask, is_local, join, locate_once
+from pipeline.storage.client import CHECKED, CREATE_ONLY, SERVER, is_local, join, locate_once, request
 from pipeline.storage.objects import TEMPORARY, exists, read
 from pipeline.storage.retries import http_status
 
-WRITE_S, WRITE_BYTES_PER_S = 60, 250_000  # a slower write counts as stalled: nothing else notices a peer that is gone
+WRITE_S, WRITE_BYTES_PER_S = 60, 250_000  # slower writes time out; nothing else detects a server that is gone
 
 
 def write_once(url: str, data: bytes) -> None:
-    """Creates the object, whole and atomically. Raises FileExistsError if it is there: then it is left as it is.
+    """Creates the object atomically. Raises FileExistsError, and leaves the object unchanged, if it already exists.
 
-    Not on local disks: an object of the very same bytes counts as this call's own, for it cannot be told from one
-    whose answer got lost on the way (the HTTP client itself sends a request again, without a word).
-    Where the server does not honour create-only writes (`check_create_only`), `configure(..., create_only="checked")`
-    looks, writes and reads back. That is safe with one driver at a time; with two, each may believe that it was
-    first, and the later one's bytes stand.
+    Except on local disks, an existing object with exactly these bytes counts as success. It may be our own write with
+    a lost response: the HTTP client itself silently sends some requests again.
+    For servers without create-only writes (see `check_create_only`), `configure(..., create_only="checked")` checks
+    for the object, writes it and reads it back. This is safe with one driver at a time. With two, both may believe
+    that they were first, and the bytes of the later one stay.
     """
     fs, path = locate_once(url)
     if is_local(fs):
@@ -36,42 +36,44 @@ def write_once(url: str, data: bytes) -> None:
         try:
             return _put(url, data, mode="create")
         except OSError as error:
-            # servers name a failed condition in their own words, and s3fs knows only some of them
+            # servers report a failed condition in different ways, and s3fs recognises only some
             if not isinstance(error, FileExistsError) and http_status(error) != 412:
                 raise
-    with contextlib.suppress(FileNotFoundError):  # removed since: it was there all the same
+    with contextlib.suppress(FileNotFoundError):  # removed since then, but it did exist
         if read(url) == data:
             return
-    raise FileExistsError(f"{url} is already there")
+    raise FileExistsError(f"{url} already exists")
 
 
 def check_create_only(folder: str) -> None:
-    """Writes a small object into the folder twice, to see whether the second write is refused; then removes it.
+    """Checks that the server refuses to create an object twice, with a small object that is removed afterwards.
 
-    Raises UnsafeStorage if it is not, PermissionError if these keys may not write there.
+    Raises UnsafeStorage if the server overwrites the object, and PermissionError if these keys may not write there.
     """
     url = join(folder, f"{TEMPORARY}probe-{uuid.uuid4().hex}")
     advice = (
-        "two drivers on one output could undo each other's work. Have the server updated or take another; "
-        f"or set create_only to {CHECKED!r} if never more than one driver at a time writes there"
+        "two drivers on one output could destroy each other's work. Update the server or use another one. "
+        f"Or set storage.create_only={CHECKED}, if only one driver at a time writes there"
     )
     try:
         write_once(url, b"first")
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
-        raise UnsafeStorage(f"{folder}: the server has no create-only writes ({error}), so {advice}") from error
+        raise UnsafeStorage(
+            f"{folder}: the server does not support create-only writes ({error}), so {advice}"
+        ) from error
     try:
         with contextlib.suppress(FileExistsError):
             write_once(url, b"second")
         if read(url) != b"first":
-            raise UnsafeStorage(f"{folder}: the server overwrites what it is told only to create, so {advice}")
+            raise UnsafeStorage(f"{folder}: the server overwrites objects on create-only writes, so {advice}")
     finally:
         remove(url)
 
 
 def replace(url: str, data: bytes) -> None:
-    """Writes the object whole, over what was there. For reports and notes, never for what proves something."""
+    """Writes the object, replacing an existing one. For reports and notes; never for tokens or manifest entries."""
     fs, path = locate_once(url)
     if is_local(fs):
         with _temporary_beside(Path(path), data) as temporary:
@@ -83,16 +85,18 @@ def replace(url: str, data: bytes) -> None:
 def remove(url: str) -> None:
     fs, path = locate_once(url)
     with contextlib.suppress(FileNotFoundError):
-        ask("remove", url, lambda: fs.rm_file(path))
+        request("remove", url, lambda: fs.rm_file(path))
 
 
 def upload(folder: str | Path, url: str) -> None:
-    """Writes each file of a local folder, in the order of their names. The last one, written once, is the commit:
-    what lies there without it was left by a run that died, and is written anew.
+    """Writes each file of a local folder, in the order of their names. Raises FileExistsError if the last one exists.
+
+    The last file is written create-only and commits the folder. Files without it were left by a run that died, and
+    are replaced.
     """
     *others, last = sorted(Path(folder).iterdir())
     if exists(join(url, last.name)):
-        raise FileExistsError(f"{url} is already there")
+        raise FileExistsError(f"{url} already exists")
     for file in others:
         replace(join(url, file.name), file.read_bytes())
     write_once(join(url, last.name), last.read_bytes())
@@ -104,19 +108,19 @@ def _put(url: str, data: bytes, **options: Any) -> None:
         options["chunksize"] = s3.PART_BYTES
     if fs.async_impl:
         options["timeout"] = WRITE_S + len(data) / WRITE_BYTES_PER_S
-    ask("write", url, lambda: fs.pipe_file(path, data, **options))
+    request("write", url, lambda: fs.pipe_file(path, data, **options))
 
 
 def _create_local(path: Path, data: bytes) -> None:
     if path.exists():
-        raise FileExistsError(f"{path} is already there")
+        raise FileExistsError(f"{path} already exists")
     with _temporary_beside(path, data) as temporary:
-        os.link(temporary, path)  # atomic, and fails if another writer was first
+        os.link(temporary, path)  # atomic; fails if another writer was first
 
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path, data: bytes):
-    """The data in a file of the same folder, durable, gone afterwards."""
+    """A temporary file with the data in the same folder, flushed to disk. It is removed afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     try:

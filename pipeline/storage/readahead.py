@@ -1,4 +1,4 @@
-"""Front-to-back reading of an object in blocks that are fetched before they are asked for."""
+"""Reads an object from front to back in blocks, and fetches the next blocks in advance."""
 
 import io
 import threading
@@ -6,23 +6,23 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 BLOCK_BYTES = 8 * 2**20
-BLOCKS_AHEAD = 2  # besides the one being read, so that a stream holds 24 MiB
+BLOCKS_AHEAD = 2  # beyond the current one, so a stream holds 24 MiB
 Fetch = Callable[[int, int, threading.Event], bytes]
 
 
 class ReadAhead(io.RawIOBase):
-    """A file of `num_bytes` whose blocks come from `fetch(start, end, closed)`, up to BLOCKS_AHEAD at a time.
+    """A file of `num_bytes` bytes. Its blocks come from `fetch(start, end, closed)`, up to BLOCKS_AHEAD in advance.
 
-    The reader waits only where the block at its place is still on the way. Seeking works, for formats with a footer:
-    blocks off the new place are dropped. What fetch raises comes out of the read that needs the block.
+    A read waits only if the block at its position has not arrived yet. Seeking drops blocks that are not near the new
+    position; formats with a footer need it. An error of a fetch is raised by the read that needs the block.
     """
 
     def __init__(self, fetch: Fetch, num_bytes: int):
         super().__init__()
         self._fetch, self._num_bytes, self._block_bytes = fetch, num_bytes, BLOCK_BYTES
-        self._at = 0
-        self._blocks: dict[int, Future[bytes]] = {}  # by their number
-        self._gone = threading.Event()  # set when closed: no fetch is tried again
+        self._position = 0
+        self._blocks: dict[int, Future[bytes]] = {}  # by block number
+        self._closing = threading.Event()  # stops retries of fetches
         self._threads = ThreadPoolExecutor(BLOCKS_AHEAD, thread_name_prefix="read-ahead")
 
     def readable(self) -> bool:
@@ -32,24 +32,24 @@ class ReadAhead(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._num_bytes}[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
         if start + offset < 0:
-            raise ValueError(f"seek to byte {start + offset}: a place in a file is 0 or more")
-        self._at = start + offset
-        return self._at
+            raise ValueError(f"seek to byte {start + offset}; a position in a file must be 0 or more")
+        self._position = start + offset
+        return self._position
 
     def readinto(self, buffer, /) -> int:
-        if self._at >= self._num_bytes:
+        if self._position >= self._num_bytes:
             return 0
-        number, offset = divmod(self._at, self._block_bytes)
+        number, offset = divmod(self._position, self._block_bytes)
         part = memoryview(self._block(number))[offset : offset + len(buffer)]
         buffer[: len(part)] = part
-        self._at += len(part)
+        self._position += len(part)
         return len(part)
 
     def close(self) -> None:
         if not self.closed:
-            self._gone.set()
+            self._closing.set()
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._blocks.clear()
         super().close()
@@ -66,4 +66,4 @@ class ReadAhead(io.RawIOBase):
 
     def _fetch_block(self, number: int) -> bytes:
         start = number * self._block_bytes
-        return self._fetch(start, min(start + self._block_bytes, self._num_bytes), self._gone)
+        return self._fetch(start, min(start + self._block_bytes, self._num_bytes), self._closing)

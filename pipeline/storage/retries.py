@@ -1,6 +1,4 @@
-"""Which errors of storage pass by themselves, and how long we wait for that. The only retries there are:
-those of botocore and s3fs are switched off, since layers of them multiply.
-"""
+"""Retries of transient storage errors. Retries in botocore and s3fs are off, because layers of retries multiply."""
 
 import errno
 import itertools
@@ -16,67 +14,77 @@ from typing import TypeVar
 from pipeline.errors import StorageError
 
 R = TypeVar("R")
-PATIENCE_S = 300.0  # for a server that restarts, a network that is down, a throttled bucket
-FIRST_PAUSE_S = 0.2  # doubled after each try
+RETRY_FOR_S = 300.0  # long enough for a server restart, a network outage or a throttled bucket
+FIRST_PAUSE_S = 0.2  # doubled after each attempt
 LONGEST_PAUSE_S = 20.0
-TOLD_FROM_S = 1.0  # shorter pauses are not worth a line in the log
+LOG_FROM_S = 1.0  # shorter pauses are not logged
 
-PASSING = (ConnectionError, TimeoutError, socket.gaierror)
-# By name, for to import them costs as much as all of our own, and who reads local files needs none of them.
-PASSING_NAMES = {
-    "aiohttp.client_exceptions.ClientError",  # a body cut short, among others
+TRANSIENT = (ConnectionError, TimeoutError, socket.gaierror)
+# By name: importing these classes would double the import time, and local files do not need them.
+TRANSIENT_NAMES = {
+    "aiohttp.client_exceptions.ClientError",  # for example a truncated body
     "botocore.exceptions.ConnectionError",  # refused, reset, name not found
     "botocore.exceptions.CredentialRetrievalError",
     "botocore.exceptions.HTTPClientError",  # closed, timed out
-    "botocore.parsers.ResponseParserError",  # busy proxies answer with HTML
+    "botocore.parsers.ResponseParserError",  # overloaded proxies respond with HTML
     "http.client.HTTPException",
     "urllib3.exceptions.HTTPError",
 }
-PASSING_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ESTALE}
-PASSING_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}  # 409: two conditional writes at the same moment
-PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"}  # with 400
+TRANSIENT_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ESTALE}
+TRANSIENT_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}  # 409: two conditional writes at the same time
+TRANSIENT_CODES = {
+    "RequestTimeout",
+    "IncompleteBody",
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+    "SlowDown",
+}  # with status 400
 
 
-def patiently(call: Callable[[], R], url: str, given_up: threading.Event | None = None) -> R:
-    """What the call returns, after as many tries as PATIENCE_S allows. No try begins once `given_up` is set.
+def with_retries(call: Callable[[], R], url: str, cancelled: threading.Event | None = None) -> R:
+    """Makes the call and returns its result. Transient errors are retried for up to RETRY_FOR_S (five minutes).
 
-    Errors that do not pass come out at once. Raises StorageError, an OSError, if those that do have not.
+    Raises other errors at once, and StorageError if transient errors do not stop or if `cancelled` is set.
     """
     start = time.monotonic()
-    given_up = given_up or threading.Event()
+    cancelled = cancelled or threading.Event()
     for attempt in itertools.count():
         try:
             return call()
         except Exception as error:
-            # random, lest all workers come back to a busy server in the same moment
+            # random, so that workers do not all return to a busy server at the same time
             pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
             waited = time.monotonic() - start
-            if not passes(error):
+            if not is_transient(error):
                 raise
-            if waited + pause > PATIENCE_S or given_up.is_set():
+            if waited + pause > RETRY_FOR_S or cancelled.is_set():
                 tries = f"{attempt + 1} tries in {waited:.0f} s"
                 raise StorageError(
-                    f"{url}: {_told(error)}, after {tries}; check the endpoint and the network"
+                    f"{url}: {_describe(error)}, after {tries}; check the endpoint and the network"
                 ) from error
-            if pause >= TOLD_FROM_S:
-                logging.getLogger(__name__).warning("%s: %s; next try in %.0f s", url, _told(error), pause)
-            given_up.wait(pause)
+            if pause >= LOG_FROM_S:
+                logging.getLogger(__name__).warning("%s: %s; retrying in %.0f s", url, _describe(error), pause)
+            cancelled.wait(pause)
     raise AssertionError("unreachable")
 
 
-def passes(error: BaseException) -> bool:
-    """Whether the same call may well succeed a moment later."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a moment later."""
     causes = list(_causes(error))
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return False
     if (status := http_status(error)) is not None:
-        return status in PASSING_STATUSES or bool(PASSING_CODES & {_code(cause) for cause in causes})
+        return status in TRANSIENT_STATUSES or bool(TRANSIENT_CODES & {_code(cause) for cause in causes})
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
-    return isinstance(error, PASSING) or bool(names & PASSING_NAMES) or getattr(error, "errno", None) in PASSING_ERRNOS
+    return (
+        isinstance(error, TRANSIENT)
+        or bool(names & TRANSIENT_NAMES)
+        or getattr(error, "errno", None) in TRANSIENT_ERRNOS
+    )
 
 
 def http_status(error: BaseException) -> int | None:
-    """What the server answered, if it did."""
+    """The status of the server's response, if there was one."""
     for cause in _causes(error):
         if isinstance(response := getattr(cause, "response", None), dict):
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -89,13 +97,13 @@ def _code(error: BaseException) -> str | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it was raised from."""
+    """The error, and the chain of errors that it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
-def _told(error: BaseException) -> str:
-    """The root cause beside the error: the outer layers say little, FSTimeoutError nothing at all."""
-    told = [" ".join(f"{type(cause).__name__}: {cause}".rstrip(": ").split()) for cause in _causes(error)]
-    return told[0] if len(told) == 1 else f"{told[0]} ({told[-1]})"
+def _describe(error: BaseException) -> str:
+    """The error and its root cause: outer layers say little, and FSTimeoutError nothing at all."""
+    lines = [" ".join(f"{type(cause).__name__}: {cause}".rstrip(": ").split()) for cause in _causes(error)]
+    return lines[0] if len(lines) == 1 else f"{lines[0]} ({lines[-1]})"

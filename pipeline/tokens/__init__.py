@@ -1,15 +1,26 @@
-"""Token shards: how they are laid out, committed, proven and read."""
+"""Token shards: their schema, and how they are committed, verified and read."""
 
-from pipeline.tokens.commit import Commit, History
+from pipeline.tokens.commit import Commit, CommittedShard
 from pipeline.tokens.output import Output
 from pipeline.tokens.quarantine import Quarantined
-from pipeline.tokens.schema import Layout, TokenRow
+from pipeline.tokens.schema import ShardLayout, TokenRow
+from pipeline.tokens.writer import commit_retry, commit_shard
 
-__all__ = ["Commit", "History", "Layout", "Output", "Quarantined", "TokenDataset", "TokenRow"]
+__all__ = [
+    "Commit",
+    "CommittedShard",
+    "Output",
+    "Quarantined",
+    "ShardLayout",
+    "TokenDataset",
+    "TokenRow",
+    "commit_retry",
+    "commit_shard",
+]
 
 
 def __getattr__(name: str):
-    # late: a TokenDataset is a torch IterableDataset where torch is installed, and importing torch takes seconds
+    # imported on first use: TokenDataset subclasses torch's IterableDataset, and importing torch takes seconds
     if name == "TokenDataset":
         from pipeline.tokens.dataset import TokenDataset
 

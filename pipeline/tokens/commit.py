@@ -1,4 +1,4 @@
-"""Manifest entries: what is proven of a shard by its first commit, and what each retry added to that."""
+"""Manifest entries: one for the first commit of a shard, and one for each retry of its quarantined samples."""
 
 import json
 import re
@@ -8,19 +8,19 @@ from typing import Any
 from pipeline.corpus.shards import Shard
 from pipeline.errors import BrokenOutput
 
-RETRY_NAME = re.compile(r"^(.+)\+([1-9][0-9]*)$")  # no shard's name ends so: they end in a dash and 12 hex digits
+RETRY_NAME = re.compile(r"^(.+)\+([1-9][0-9]*)$")  # a shard's own name ends in a dash and 12 hex digits
 
 
 @dataclass
 class Commit:
-    """One manifest entry. What is None or empty by default is missing from entries of older versions.
+    """One manifest entry. Fields with a default may be missing from entries written by older versions.
 
-    A retry's entry counts the samples that it took up: those which were in quarantine until then.
+    The entry of a retry counts only the samples that were in quarantine when the retry started.
     """
 
     name: str
     source_shard: str
-    source_num_bytes: int | None  # None where the storage did not tell
+    source_num_bytes: int | None  # None if the storage did not report it
     num_samples: int
     num_rows: int
     num_quarantined: int
@@ -31,20 +31,21 @@ class Commit:
     codebook_id: str
     committed_at: float = 0.0  # seconds since 1970
     seconds: dict[str, float] = field(default_factory=dict)  # by stage: read, decode, encode, write; total
-    source_version: str | None = None  # ETag or time of change
+    source_version: str | None = None  # ETag or modification time
     tokens_num_bytes: int | None = None
     worker: dict[str, Any] = field(default_factory=dict)  # host and pid
-    reasons: dict[str, int] = field(default_factory=dict)  # "stage error" of what is in quarantine, and how many
+    reasons: dict[str, int] = field(default_factory=dict)  # "stage error" -> number of quarantined samples
     retry: int = 0
-    settled: list[int] = field(default_factory=list)  # a retry: the source_index of each of its rows
+    settled: list[int] = field(default_factory=list)  # retries only: the source_index of each recovered row
 
 
 COUNTS = tuple(known.name for known in fields(Commit) if known.type is int)
+KNOWN_FIELDS = frozenset(known.name for known in fields(Commit))
 
 
 @dataclass
-class History:
-    """All entries of one shard: the first commit, and its retries in order."""
+class CommittedShard:
+    """All entries of one shard: the first commit, then its retries in order."""
 
     entries: list[Commit]
 
@@ -54,7 +55,7 @@ class History:
 
     @property
     def last(self) -> Commit:
-        """Whose quarantine is the one that stands."""
+        """The entry with the current quarantine file."""
         return self.entries[-1]
 
     @property
@@ -70,16 +71,16 @@ class History:
         return self.last.num_quarantined
 
 
-def histories(entries: list[Commit]) -> list[History]:
-    """The entries by shard, in the order of their names."""
+def group_by_shard(entries: list[Commit]) -> list[CommittedShard]:
+    """One CommittedShard per shard, sorted by name."""
     by_shard: dict[str, list[Commit]] = {}
-    for entry in sorted(entries, key=in_order):
+    for entry in sorted(entries, key=sort_key):
         by_shard.setdefault(shard_name(entry.name), []).append(entry)
-    return [History(of_one) for of_one in by_shard.values()]
+    return [CommittedShard(of_one) for of_one in by_shard.values()]
 
 
-def in_order(entry: Commit) -> tuple[str, int]:
-    """Sorts entries by shard, and each shard's retries after its first commit."""
+def sort_key(entry: Commit) -> tuple[str, int]:
+    """Sorts entries by shard, with the retries of a shard after its first commit."""
     return shard_name(entry.name), entry.retry
 
 
@@ -88,32 +89,36 @@ def retry_name(name: str, retry: int) -> str:
 
 
 def shard_name(name: str) -> str:
-    """The name of the shard that an entry is of."""
+    """The name of the shard that an entry belongs to."""
     match = RETRY_NAME.match(name)
     return match[1] if match else name
 
 
 def parse_commit(name: str, text: bytes) -> Commit:
-    """Raises BrokenOutput if manifest/NAME.json does not hold what belongs there."""
+    """The entry in manifest/NAME.json. Ignores unknown fields, which a newer version may have added.
+
+    Raises BrokenOutput if the text is not a valid entry of that name.
+    """
     try:
-        entry = Commit(**json.loads(text))
-    except (TypeError, ValueError) as error:
-        raise BrokenOutput(f"manifest/{name}.json is no manifest entry: {error}") from error
+        values = json.loads(text)
+        entry = Commit(**{known: values[known] for known in KNOWN_FIELDS & values.keys()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {error}") from error
     for count in COUNTS:
         value = getattr(entry, count)
         if type(value) is not int or value < 0:
-            raise BrokenOutput(f"manifest/{name}.json is no manifest entry: {count} is {value!r}, not a count")
+            raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {count} is {value!r}, not a count")
     if entry.name != name:
         raise BrokenOutput(f"manifest/{name}.json is the entry of {entry.name}: readers would get its rows twice")
     if entry.name != retry_name(shard_name(name), entry.retry):
-        raise BrokenOutput(f"manifest/{name}.json says retry {entry.retry}, which its name does not")
+        raise BrokenOutput(f"manifest/{name}.json says retry {entry.retry}, but its name does not")
     return entry
 
 
 def what_changed(entry: Commit, shard: Shard) -> str | None:
-    """How a shard differs from the one that was tokenized; None if it does not, as far as the storage tells."""
+    """How a shard differs from the one that was tokenized. None if storage reports no difference."""
     if None not in (entry.source_num_bytes, shard.num_bytes) and entry.source_num_bytes != shard.num_bytes:
-        return f"has {shard.num_bytes} bytes now, and had {entry.source_num_bytes}"
+        return f"has {shard.num_bytes} bytes now, but had {entry.source_num_bytes}"
     if None not in (entry.source_version, shard.version) and entry.source_version != shard.version:
-        return f"is version {shard.version} now, and was {entry.source_version}"
+        return f"is version {shard.version} now, but was {entry.source_version}"
     return None

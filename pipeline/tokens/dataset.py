@@ -1,8 +1,10 @@
-"""Reads token shards to train on: sharded, shuffled, resumable, without ray; a torch IterableDataset if torch is there.
+"""Reads token shards for training: sharded, shuffled and resumable. Needs no ray, and no torch.
 
-How rows are dealt out: the committed shards, permuted by (seed, epoch) when shuffling, make one long line of rows.
-Stream s of S (ranks times DataLoader workers) takes the s-th S-th of it, so that streams differ by one row at most.
-Within a stream, `shuffle_window` rows at a time are permuted; 0 reads everything in order.
+If torch is installed, TokenDataset is a torch IterableDataset.
+
+The rows of all committed shards form one sequence; with shuffling, the shards are permuted by (seed, epoch). The
+sequence is split into consecutive parts, one per stream (ranks times DataLoader workers), and their lengths differ by
+at most one row. Each stream permutes `shuffle_window` rows at a time; 0 reads everything in order.
 """
 
 import io
@@ -18,7 +20,7 @@ from pipeline.errors import OutputMismatch
 from pipeline.tokens.output import Output
 from pipeline.tokens.schema import tokens_as_lists
 
-try:  # torch's DataLoader takes what is no IterableDataset for a map-style dataset
+try:  # torch's DataLoader treats every other class as a map-style dataset
     from torch.utils.data import IterableDataset, get_worker_info
 except ImportError:
     IterableDataset = object  # type: ignore[assignment, misc]
@@ -28,13 +30,15 @@ except ImportError:
 
 
 class TokenDataset(IterableDataset):  # type: ignore[misc]
-    """Rows as dicts: `tokens` (integers in the shape of the token grid), `key`, and the `columns` asked for.
+    """Yields rows as dicts: `tokens` (integers in the shape of the token grid), `key`, and the requested `columns`.
 
-    tokenizer_id: if given, shards of another tokenizer raise OutputMismatch. equal_length gives every rank the same
-    number of rows, by leaving out up to world_size - 1. One pass is one epoch, and the next pass has the next
-    epoch's order; where DataLoader workers do the reading, say so by `set_epoch`, since their copies do not come back.
-    state_dict tells how many rows this stream has handed out; load_state_dict goes on right after them. With
-    DataLoader workers use torchdata's StatefulDataLoader, which keeps each worker's state.
+    tokenizer_id: if given, shards of another tokenizer raise OutputMismatch. equal_length: gives every rank the same
+    number of rows by skipping up to world_size - 1 rows. Raises UnsupportedSchema if a newer version wrote the output.
+
+    One pass is one epoch, and the next pass uses the order of the next epoch. DataLoader workers read in copies of
+    the dataset that do not count epochs: call `set_epoch` before each epoch there.
+    state_dict holds the number of rows that this stream has yielded; load_state_dict resumes right after them. With
+    DataLoader workers use torchdata's StatefulDataLoader, which stores the state of each worker.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         equal_length: bool = False,
     ):
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; it must lie in 0..{world_size - 1}, below world_size")
+            raise ValueError(f"rank is {rank}; it must be in 0..{world_size - 1}, below world_size")
         self.output = Output.open(url)
         self.layout = self.output.layout
         if tokenizer_id not in (None, self.layout.tokenizer_id):
@@ -61,17 +65,17 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self.files = [(entry.name, entry.num_rows) for entry in self.output.commits() if entry.num_rows]
         self.num_rows = sum(rows for _, rows in self.files)
         self.epoch = self.position = 0
-        self._open: tuple[str, pa.Table] | None = None  # the file read last: windows are often smaller than files
-        self._resumed = 0  # rows that a loaded state has handed out of the epoch
+        self._open: tuple[str, pa.Table] | None = None  # the last file read: windows are often smaller than files
+        self._resumed = 0  # rows of the epoch that were yielded before the loaded state was saved
         self._resumed_by = (0, 0)
 
     def __len__(self) -> int:
-        """Rows of this rank's epoch."""
+        """Number of rows that this rank reads per epoch."""
         start, stop = self._share()
         return stop - start
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch is another order of the rows; it starts at its first row."""
+        """Starts the given epoch, with its own order of rows, at its first row."""
         self.epoch, self.position, self._resumed = epoch, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,10 +84,10 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         return {**where, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises OutputMismatch if rows would come in another order than when the state was taken."""
+        """Raises OutputMismatch if this dataset would yield rows in a different order than the saved one."""
         for name, now in self._identity().items():
             if state[name] != now:
-                raise OutputMismatch(f"the state was taken with {name}={state[name]}; this dataset has {name}={now}")
+                raise OutputMismatch(f"the state was saved with {name}={state[name]}; this dataset has {name}={now}")
         self.epoch, self.position, self._resumed = state["epoch"], state["position"], state["position"]
         self._resumed_by = (state["worker"], state["num_workers"])
 
@@ -103,38 +107,38 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         worker, num_workers = _worker()
         if self._resumed and self._resumed_by != (worker, num_workers):
             raise OutputMismatch(
-                "the state is of DataLoader worker {} of {}, ".format(*self._resumed_by)
-                + f"this is {worker} of {num_workers}; resume with as many workers as before, and if there are any, "
-                "with torchdata's StatefulDataLoader"
+                "the state belongs to DataLoader worker {} of {}, ".format(*self._resumed_by)
+                + f"this is worker {worker} of {num_workers}; resume with the same number of workers, and with "
+                "torchdata's StatefulDataLoader if there are any"
             )
         start, stop = self._share()
         if num_workers:
             start, stop = _split(start, stop, worker, num_workers)
         window = self.window or max(1, stop - start)
-        line = self._line()
+        sequence = self._sequence()
         resumed, self._resumed = self._resumed, 0
         self.position = resumed
         for low in range(start + resumed // window * window, stop, window):
             already = max(0, start + resumed - low)
-            for row in self._window(line, low, min(low + window, stop), already):
+            for row in self._window(sequence, low, min(low + window, stop), already):
                 self.position += 1
                 yield row
         self.set_epoch(self.epoch + 1)
 
     def _share(self) -> tuple[int, int]:
-        """This rank's rows start..stop of the line."""
+        """The rows start..stop of the sequence that this rank reads."""
         total = self.num_rows // self.world_size * self.world_size if self.equal_length else self.num_rows
         return _split(0, total, self.rank, self.world_size)
 
-    def _line(self) -> list[tuple[str, int]]:
+    def _sequence(self) -> list[tuple[str, int]]:
         if not self.window:
             return self.files
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
         return [self.files[i] for i in order]
 
-    def _window(self, line: list[tuple[str, int]], low: int, high: int, already: int) -> Iterator[dict[str, Any]]:
-        """Rows low..high of the line, permuted when shuffling, less the first `already`."""
-        pieces = _pieces(line, low, high)
+    def _window(self, sequence: list[tuple[str, int]], low: int, high: int, already: int) -> Iterator[dict[str, Any]]:
+        """Rows low..high of the sequence, permuted when shuffling, without the first `already`."""
+        pieces = _pieces(sequence, low, high)
         if not self.window:  # one file at a time in memory
             for name, first, last in pieces:
                 skip = min(already, last - first)
@@ -166,12 +170,12 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
 
 class _Rows:
-    """Some rows of one shard, ready to be handed out one by one."""
+    """Some rows of one shard in memory, for access one by one."""
 
     def __init__(self, table: pa.Table, dtype: np.dtype):
         tokens = tokens_as_lists(table["tokens"].combine_chunks(), dtype)
-        offsets = tokens.offsets.to_numpy()  # of a slice of the file: its values are those between the two ends
-        self.values = np.array(tokens.values[offsets[0] : offsets[-1]])  # a copy: torch wants to write to it
+        offsets = tokens.offsets.to_numpy()  # of a slice of the file, so the first offset may not be 0
+        self.values = np.array(tokens.values[offsets[0] : offsets[-1]])  # a copy, because torch needs writable memory
         self.offsets = (offsets - offsets[0]).tolist()
         self.shapes = [tuple(shape) for shape in table["shape"].to_pylist()]
         self.others = {name: table[name].to_pylist() for name in table.column_names if name not in ("tokens", "shape")}
@@ -182,22 +186,22 @@ class _Rows:
 
 
 def _worker() -> tuple[int, int]:
-    """This DataLoader worker and how many there are; (0, 0) outside of any."""
+    """Number of this DataLoader worker, and the number of workers; (0, 0) outside a worker."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 0)
 
 
 def _split(start: int, stop: int, part: int, parts: int) -> tuple[int, int]:
-    """The part-th of `parts` consecutive pieces of start..stop, which differ by one at most."""
+    """Bounds of the part-th of `parts` consecutive parts of start..stop. Their lengths differ by at most one."""
     length = stop - start
     return start + part * length // parts, start + (part + 1) * length // parts
 
 
-def _pieces(line: list[tuple[str, int]], low: int, high: int) -> list[tuple[str, int, int]]:
-    """Rows low..high of the line as (file, first row, last row + 1)."""
+def _pieces(sequence: list[tuple[str, int]], low: int, high: int) -> list[tuple[str, int, int]]:
+    """Rows low..high of the sequence as (file, first row, last row + 1)."""
     pieces = []
     start = 0
-    for name, rows in line:
+    for name, rows in sequence:
         first, last = max(low - start, 0), min(high - start, rows)
         if first < last:
             pieces.append((name, first, last))

@@ -1,4 +1,4 @@
-"""The samples of a shard that could not be tokenized, as a Parquet file."""
+"""Quarantine files: the samples of a shard that could not be tokenized, in Parquet."""
 
 import io
 from dataclasses import asdict, dataclass
@@ -36,6 +36,6 @@ def quarantine_table(source_shard: str, quarantined: list[Quarantined]) -> pa.Ta
 
 
 def parse_quarantine(data: bytes) -> list[Quarantined]:
-    """Raises pa.ArrowInvalid where that is no such file."""
+    """Raises pa.ArrowInvalid if the data is not a Parquet file."""
     rows = pq.read_table(io.BytesIO(data), columns=list(Quarantined.__dataclass_fields__)).to_pylist()
     return [Quarantined(**row) for row in rows]

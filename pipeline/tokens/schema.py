@@ -1,10 +1,12 @@
-"""Schema 1 of a token shard: one row per sample, in the order of the shard it came from.
+"""Schema 1 of a token shard: one row per sample, in the order of the input shard. See docs/token-shards.md.
 
-tokens are a list column, which every tool opens, or, packed, the same integers as little-endian bytes, which
-Parquet reads 5 to 6 times faster. The reader gives both as Arrow list arrays.
+The tokens column is a list, which every Parquet tool can read. With encoding "packed" it holds the same integers as
+little-endian bytes, which Parquet reads 5 to 6 times faster. Our reader returns Arrow list arrays for both.
 """
 
 import io
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,18 +14,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import UnsupportedSchema
+
 SCHEMA_VERSION = 1
 ENCODINGS = ("list", "packed")
 SIZE_COLUMNS = ("height", "width", "sample_rate", "num_samples")
 RESERVED = ("key", "source_shard", "source_index", "modality", "tokens", "shape", *SIZE_COLUMNS)
 LATENT_DTYPE = np.dtype(np.float32)
 TEXT_EXTENSIONS = ("txt", "json", "cls", "text", "caption")
-ROWS_PER_GROUP = 4096  # at 128 rows a group the footer alone is 379 kB, at 8192 it is 6 kB
+ROWS_PER_GROUP = 4096  # with 128 rows per group the footer alone takes 379 kB; with 8192 rows it takes 6 kB
 
 
 @dataclass
 class TokenRow:
-    """One tokenized sample. tokens: integers in the shape of the token grid."""
+    """One tokenized sample. tokens: integers in the shape of the token grid; or float32 latents [..., channels]."""
 
     key: str
     source_index: int
@@ -33,38 +37,77 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What all shards of one output share, and what stands in each footer."""
+class ShardLayout:
+    """What all shards of one output have in common. It is written to dataset.json and to the footer of each shard.
+
+    Use `for_tokens` or `for_latents`. A shard of latents holds float32 values in its tokens column, with the channels
+    on the last axis. It has no codebook: codebook_id and index_order are None, codebook_size is 0.
+    """
 
     tokenizer_id: str
-    codebook_id: str
+    codebook_id: str | None
     codebook_size: int
     modality: str
-    index_order: str
+    index_order: str | None
     preprocessing: str  # JSON
-    encoding: str = "list"
-    passthrough: tuple[str, ...] = ()
+    encoding: str
+    passthrough: tuple[str, ...]
     schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def for_tokens(
+        cls,
+        *,
+        tokenizer_id: str,
+        codebook_id: str,
+        codebook_size: int,
+        modality: str,
+        index_order: str,
+        preprocessing: dict[str, Any],
+        encoding: str = "list",
+        passthrough: Sequence[str] = (),
+    ) -> "ShardLayout":
+        """Raises ValueError for an unknown encoding and for passthrough columns that clash."""
+        fixed = json.dumps(preprocessing, sort_keys=True)
+        columns = tuple(passthrough)
+        return cls(tokenizer_id, codebook_id, codebook_size, modality, index_order, fixed, encoding, columns)
+
+    @classmethod
+    def for_latents(
+        cls, *, encoder_id: str, modality: str, preprocessing: dict[str, Any], passthrough: Sequence[str] = ()
+    ) -> "ShardLayout":
+        """Always packed. The encoder's id takes the place of the tokenizer's. Raises ValueError like `for_tokens`."""
+        fixed = json.dumps(preprocessing, sort_keys=True)
+        return cls(encoder_id, None, 0, modality, None, fixed, "packed", tuple(passthrough))
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
         for name in self.passthrough:
             if name in RESERVED or self.passthrough.count(name) > 1:
-                raise ValueError(f"tokens.passthrough: there is a column {name!r} already")
+                raise ValueError(f"tokens.passthrough: a column {name!r} already exists; remove it from the list")
+
+    @property
+    def holds_latents(self) -> bool:
+        return self.codebook_id is None
 
     @property
     def token_dtype(self) -> np.dtype:
-        return token_dtype(self.codebook_size)
+        return LATENT_DTYPE if self.holds_latents else token_dtype(self.codebook_size)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passthrough": list(self.passthrough), "token_dtype": self.token_dtype.name}
+        """As dataset.json stores it: an absent codebook is written as empty strings."""
+        fields = {name: "" if value is None else value for name, value in asdict(self).items()}
+        return {**fields, "passthrough": list(self.passthrough), "token_dtype": self.token_dtype.name}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "Layout":
+    def from_dict(cls, fields: dict[str, Any]) -> "ShardLayout":
+        """Ignores fields that it does not know. Raises UnsupportedSchema if a newer schema is needed to read them."""
+        check_schema_version(fields["schema_version"])
         known = {name: fields[name] for name in cls.__dataclass_fields__}
-        kind = LatentLayout if fields["token_dtype"] == LATENT_DTYPE.name else Layout
-        return kind(**{**known, "passthrough": tuple(known["passthrough"])})
+        if fields["token_dtype"] == LATENT_DTYPE.name:
+            known |= {"codebook_id": None, "index_order": None}
+        return cls(**{**known, "passthrough": tuple(known["passthrough"])})
 
     def schema(self, source_shard: str) -> pa.Schema:
         tokens = pa.binary() if self.encoding == "packed" else pa.list_(pa.from_numpy_dtype(self.token_dtype))
@@ -82,9 +125,9 @@ class Layout:
         return pa.schema(columns, metadata={**footer, "source_shard": source_shard})
 
     def to_table(self, rows: list[TokenRow], source_shard: str) -> pa.Table:
-        """Arrow table of the rows. Raises ValueError on a token that is not one of the codebook's."""
+        """Arrow table of the rows. Raises ValueError if a token is not an index into the codebook."""
         schema = self.schema(source_shard)
-        flat = [self._checked(row) for row in rows]
+        flat = [self._flat_tokens(row) for row in rows]
         columns: dict[str, Any] = {
             "key": [row.key for row in rows],
             "source_shard": [source_shard] * len(rows),
@@ -97,25 +140,23 @@ class Layout:
         }
         return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
 
-    def _checked(self, row: TokenRow) -> np.ndarray:
+    def _flat_tokens(self, row: TokenRow) -> np.ndarray:
         tokens = row.tokens.reshape(-1)
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
+        has_tokens = tokens.size > 0 and not self.holds_latents
+        if has_tokens and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.codebook_size:
             raise ValueError(
-                f"key {row.key!r} has tokens in {tokens.min()}..{tokens.max()}, not 0..{self.codebook_size - 1}"
+                f"key {row.key!r} has tokens in {tokens.min()}..{tokens.max()}; "
+                f"the codebook allows 0..{self.codebook_size - 1}"
             )
         return tokens.astype(self.token_dtype.newbyteorder("<"))
 
 
-@dataclass(frozen=True)
-class LatentLayout(Layout):
-    """Of a cache of latents: float32 in place of tokens, their last axis the channels. It has no codebook."""
-
-    @property
-    def token_dtype(self) -> np.dtype:
-        return LATENT_DTYPE
-
-    def _checked(self, row: TokenRow) -> np.ndarray:
-        return row.tokens.reshape(-1).astype(LATENT_DTYPE.newbyteorder("<"))
+def check_schema_version(version: Any) -> None:
+    """Raises UnsupportedSchema if this program is too old to read it."""
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise UnsupportedSchema(
+            f"schema_version is {version!r}; this version of tokenmill reads up to {SCHEMA_VERSION}; upgrade tokenmill"
+        )
 
 
 def token_dtype(codebook_size: int) -> np.dtype:
@@ -124,14 +165,14 @@ def token_dtype(codebook_size: int) -> np.dtype:
         if codebook_size <= np.iinfo(dtype).max + 1:
             return np.dtype(dtype)
     raise ValueError(
-        f"{codebook_size} codes need more than 32 bits a token, which schema {SCHEMA_VERSION} does not have"
+        f"{codebook_size} codes need more than 32 bits per token; schema {SCHEMA_VERSION} allows at most {2**32} codes"
     )
 
 
 def to_parquet(table: pa.Table) -> bytes:
-    """zstd with dictionaries: the smallest on disk up to K = 16384 (facts.md), and read by every tool.
+    """Bytes of a Parquet file, with zstd and dictionaries: smallest on disk up to K = 16384, and every tool reads it.
 
-    Packed tokens go uncompressed: nothing is to be won, and reading stays as fast as memory.
+    Packed tokens are not compressed: compression saves nothing there and slows reading down.
     """
     out = io.BytesIO()
     packed = pa.types.is_binary(table.schema.field("tokens").type) if "tokens" in table.column_names else False
@@ -142,13 +183,13 @@ def to_parquet(table: pa.Table) -> bytes:
         row_group_size=ROWS_PER_GROUP,
         compression={name: "none" if name in plain else "zstd" for name in _leaves(table.schema)},
         use_dictionary=[name for name in _leaves(table.schema) if name not in plain],
-        write_statistics=["source_index"],  # which `verify` proves from the footers
+        write_statistics=["source_index"],  # `verify` checks its range in the footers
     )
     return out.getvalue()
 
 
 def tokens_as_lists(column: pa.Array, dtype: np.dtype) -> pa.ListArray:
-    """The tokens column, list or packed, as a list array. Packed bytes are looked at in place, not copied."""
+    """The tokens column, list or packed, as a list array. Packed bytes are viewed in place, not copied."""
     if not pa.types.is_binary(column.type):
         return column
     _, offsets, data = column.buffers()
@@ -173,7 +214,7 @@ def _passthrough_type(extension: str) -> pa.DataType:
 
 
 def passthrough_value(extension: str, row: TokenRow) -> str | bytes | None:
-    """What the column gets. Raises ValueError that names the key where text is not UTF-8."""
+    """The value for the passthrough column. Raises ValueError with the sample's key if text is not UTF-8."""
     value = row.passthrough.get(extension)
     if value is None or _passthrough_type(extension) == pa.binary():
         return value

@@ -1,4 +1,4 @@
-"""Fault injection: whatever is killed or breaks, every input sample ends in exactly one committed row.
+"""Fault injection: whatever is killed or breaks, every input sample ends up in exactly one committed row.
 
-A package, unlike the other folders of tests, so that its fixture can live as long as its tests.
+Unlike the other test folders this is a package, so that its fixture can have package scope.
 """

@@ -1,7 +1,7 @@
 """The full form: `python -m tests.faults [--trials 114] [--seed 0] [--kind NAME] [--results results/faults]`.
 
-Trials go round the kinds; the i-th has the seed `seed + i`. Each is written to faults.json when it ends, and those
-that are there are not run again: after an interruption the same command goes on. README.md is made from it.
+Trials cycle through the kinds; trial i has the seed `seed + i`. Each is written to faults.json when it ends. After an
+interruption, rerun the same command; it runs only the missing trials. README.md is generated from faults.json.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from tests.s3 import start_s3
 Record = dict[str, Any]  # kind, seed, wall_s, failure ("" if none), and the fields of Report
 ABOUT = """# Fault injection
 
-Made by `make faults` ({trials} trials in {hours:.1f} h on {cpus} CPUs). Each trial kills or breaks a running
-`tokenmill tokenize` of {samples} samples, some of them bad, in {shards} shards, on a Ray cluster of a head and two
-nodes, on disk or on a SeaweedFS server; runs the same command again where the fault ends it; and then compares every
-row and quarantine row with those of an undisturbed run.
+Result of `make faults` ({trials} trials in {hours:.1f} h on {cpus} CPUs). Each trial injects faults into a running
+`tokenmill tokenize` of {samples} samples, some of them bad, in {shards} shards. It runs on a Ray cluster with a head
+and two nodes, and writes to disk or to a SeaweedFS server. If the fault ends the command, the trial reruns the same
+command. Finally it compares every row and quarantine row with those of an undisturbed run.
 
-faults: kills, or requests that were answered wrongly or not at all. lost: samples in no row; doubled: rows too many;
-wrong: rows that differ from the undisturbed run's; failed: trials with any of these, that `verify deep=true` refused,
-or in which a job did not end with the exit code that it should.
+faults: kills, and requests with a wrong response or none. lost: samples in no row. doubled: additional rows of a
+sample. wrong: rows that differ from those of the undisturbed run. failed: trials with lost, doubled or wrong rows, with
+a failed `verify deep=true`, or with an unexpected exit code of a job.
 
 | kind | trials | faults | reruns | lost | doubled | wrong rows | failed | median s |
 |---|---|---|---|---|---|---|---|---|
@@ -42,7 +42,7 @@ or in which a job did not end with the exit code that it should.
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster and the server end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster and the server are stopped
     arguments = _arguments()
     results = Path(arguments.results)
     results.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,9 @@ def main() -> int:
     print(f"faults: {len(records)} trials done before, {len(todo)} to do; results in {results}", flush=True)
     for record in _run(todo):
         records.append(record)
-        storage.replace(str(file), (json.dumps(records, indent=1) + "\n").encode())  # whole, whenever this is killed
+        storage.replace(
+            str(file), (json.dumps(records, indent=1) + "\n").encode()
+        )  # atomic, in case this process is killed
         (results / "README.md").write_text(readme(records))
     failed = [record for record in records if record["failure"]]
     for record in failed:
@@ -88,30 +90,30 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=6 * len(KINDS))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=KINDS, help="only this one")
+    parser.add_argument("--kind", choices=KINDS, help="run only this kind")
     parser.add_argument("--results", default="results/faults")
     return parser.parse_args()
 
 
 def _left(arguments: argparse.Namespace, done: list[Record]) -> Iterator[tuple[str, int]]:
-    """Kind and seed of the trials that are not done yet."""
-    there = {(record["kind"], record["seed"]) for record in done}
+    """Kind and seed of the missing trials."""
+    finished = {(record["kind"], record["seed"]) for record in done}
     kinds = [arguments.kind] if arguments.kind else list(KINDS)
     for i in range(arguments.trials):
         planned = (kinds[i % len(kinds)], arguments.seed + i)
-        if planned not in there:
+        if planned not in finished:
             yield planned
 
 
 def _run(todo: list[tuple[str, int]]) -> Iterator[Record]:
-    """One lab for all; a new one after a failure, which may have left the old one in any state."""
+    """Runs all trials in one lab. After a failure starts a new lab, because the old one may be in any state."""
     while todo:
         with tempfile.TemporaryDirectory(prefix="tm-faults-", ignore_cleanup_errors=True) as place:
             yield from _in_new_lab(Path(place), todo)
 
 
 def _in_new_lab(folder: Path, todo: list[tuple[str, int]]) -> Iterator[Record]:
-    """Takes trials from `todo` until one fails or none is left."""
+    """Runs trials from `todo` until one fails or none is left."""
     with start_s3(folder / "s3") as server:
         os.environ.update(server.environment())
         with open_lab(folder / "lab", server) as lab:
@@ -123,18 +125,18 @@ def _in_new_lab(folder: Path, todo: list[tuple[str, int]]) -> Iterator[Record]:
 
 
 def _one(lab: Lab, kind: str, seed: int) -> Record:
-    """Runs one trial: what it did and gave, or why it failed."""
+    """Runs one trial and returns its record."""
     start = time.monotonic()
     record: Record = {"kind": kind, "seed": seed, "failure": ""}
     try:
         report = run(lab, kind, seed)
         record |= asdict(report)
-        if not report.is_sound():
+        if not report.is_correct():
             record["failure"] = f"{report.damage}, verified: {report.verified}"
-    except Exception as error:  # a trial that failed is a result, and the others are still to be run
+    except Exception as error:  # a failed trial is a result; run the others
         record["failure"] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     record["wall_s"] = round(time.monotonic() - start, 1)
-    print(f"faults: {kind}, seed {seed}: {record['failure'] or 'sound'}, {record['wall_s']} s", flush=True)
+    print(f"faults: {kind}, seed {seed}: {record['failure'] or 'correct'}, {record['wall_s']} s", flush=True)
     return record
 
 

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, whose nodes and workers may be killed for real."""
+"""A Ray cluster with several nodes on this machine. Its nodes and workers can really be killed."""
 
 import contextlib
 import itertools
@@ -57,7 +57,7 @@ class Node:
         return found
 
     def kill(self) -> None:
-        """SIGKILL to all of it at once, as when the power goes."""
+        """Sends SIGKILL to all processes of the node at once, like a power failure."""
         everything = _below(self.process.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
             everything.append(psutil.Process(self.process.pid))
@@ -70,9 +70,9 @@ class Node:
 
 @dataclass
 class Cluster:
-    """A head, and nodes with one CPU each. They talk to S3 as `environment` says."""
+    """A head, and nodes with one CPU each. environment: their settings for S3."""
 
-    folder: Path  # short: Unix sockets lie in it
+    folder: Path  # a short path, because it holds Unix sockets
     environment: dict[str, str]
     first_port: int
     token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
@@ -84,18 +84,18 @@ class Cluster:
         return f"http://{LAPTOP}:{self.first_port + 1}"
 
     def client_environment(self) -> dict[str, str]:
-        """What a driver needs to join, and `ray job submit` to submit."""
+        """Environment variables for drivers and for `ray job submit`."""
         return {
             **without_ray(os.environ),
             **self.environment,
             "RAY_ADDRESS": f"{LAPTOP}:{self.first_port}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
-            "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # of `ray start`: where submitted jobs find their python
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # `ray start` needs it, so that submitted jobs find python
         }
 
     def start_head(self, *options: str) -> Node:
-        """Without a CPU for jobs, as on a cluster whose head must not die."""
+        """Starts the head without CPUs for jobs, so that killing workers never kills it."""
         names = ("port", "dashboard-port", "metrics-export-port", "ray-client-server-port")
         ports = [f"--{name}={self.first_port + i}" for i, name in enumerate(names)]
         return self._start("--head", "--num-cpus=0", *ports, f"--temp-dir={self.folder}", *options)
@@ -119,9 +119,9 @@ class Cluster:
 
     def _start(self, *options: str) -> Node:
         common = [f"--node-ip-address={LAPTOP}", "--object-store-memory=100000000", "--disable-usage-stats"]
-        common += ["--dashboard-agent-listen-port=0"]  # any: only one node of a machine could have the usual one
+        common += ["--dashboard-agent-listen-port=0"]  # any free port: only one node per machine can use the default
         environment = {**self.client_environment(), **NOTICED_IN_SECONDS}
-        del environment["RAY_ADDRESS"]  # `ray start --head` refuses to start while it names a cluster
+        del environment["RAY_ADDRESS"]  # `ray start --head` refuses to start if it is set
         log = self.folder.parent / f"node-{next(self._count)}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
@@ -140,14 +140,14 @@ class Cluster:
 def start_cluster(
     environment: dict[str, str], num_nodes: int = 2, head_options: tuple[str, ...] = ()
 ) -> Iterator[Cluster]:
-    """A head and that many nodes with a CPU each; killed in the end, all of it."""
+    """A head and `num_nodes` nodes with one CPU each. All processes are killed at the end."""
     with tempfile.TemporaryDirectory(prefix="tm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         sub = Path(folder) / "r"
         sub.mkdir()
         cluster = Cluster(sub, environment, _free_ports())
         try:
             cluster.start_head(*head_options)
-            for _ in range(num_nodes):  # one after the other: together they take longer than Ray lets them on two cores
+            for _ in range(num_nodes):  # one by one: in parallel on two cores they exceed Ray's time limit
                 cluster.start_node()
             yield cluster
         finally:
@@ -159,7 +159,7 @@ def without_ray(environment: os._Environ[str] | dict[str, str]) -> dict[str, str
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Asks every few milliseconds. Raises AssertionError, which tells what was waited for."""
+    """Checks the condition every few milliseconds. Raises AssertionError with `what` after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
@@ -174,7 +174,7 @@ def _below(pid: int) -> list[psutil.Process]:
 
 
 def _free_ports() -> int:
-    """The first of PORTS_EACH free ports. Where the search begins depends on the process, so that two do not meet."""
+    """The first of PORTS_EACH free ports. The search starts at a place that depends on the process id."""
     places = (LAST_PORT - FIRST_PORT) // PORTS_EACH
     for i in range(places):
         first = FIRST_PORT + PORTS_EACH * ((os.getpid() + i) % places)

@@ -1,4 +1,4 @@
-"""A corpus of many small shards of real pictures, some samples of it bad, and what tokenizing it must give."""
+"""A corpus of many small shards of real images, with some bad samples, and the expected result of tokenizing it."""
 
 import io
 import json
@@ -15,14 +15,14 @@ from tests.corpus import tar_bytes
 from tests.jobs.helpers import SAMPLES, tokenize_without_ray
 
 NUM_SHARDS, PER_SHARD = 24, 5
-WITH_BAD = range(1, NUM_SHARDS, 4)  # shards that have three bad samples more
+WITH_BAD = range(1, NUM_SHARDS, 4)  # shards with three additional bad samples
 NUM_SAMPLES = PER_SHARD * (NUM_SHARDS - 1) + 3 * len(WITH_BAD)  # the first shard is empty
-Place = tuple[str, int]  # file name of the shard, and the sample's place in it
+Place = tuple[str, int]  # file name of the shard, and index of the sample
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Samples in no row, rows beyond a sample's first, and rows that are not those of an undisturbed run."""
+    """Number of samples in no row, of additional rows for a sample, and of rows that differ from an undisturbed run."""
 
     lost: int
     doubled: int
@@ -31,7 +31,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Expected:
-    """Each sample's one row: what an undisturbed run makes of it."""
+    """The row of each sample in an undisturbed run."""
 
     rows: dict[Place, str]
 
@@ -46,7 +46,7 @@ class Expected:
 
 
 def write_corpus(folder: Path) -> str:
-    """Returns the glob. The keys of a shard are those of no other."""
+    """Writes the shards and returns their glob. Keys are unique across shards."""
     folder.mkdir(parents=True)
     pictures = _real_pictures()
     for shard in range(NUM_SHARDS):
@@ -59,7 +59,7 @@ def write_corpus(folder: Path) -> str:
 
 
 def undisturbed(shards: str, tokenizer: str, folder: Path) -> Expected:
-    """What one worker makes of these shards, in this process and with no faults."""
+    """Tokenizes the shards in this process, without faults."""
     tokenize_without_ray(shards, tokenizer, folder)
     rows = list(rows_of(str(folder)))
     assert len(dict(rows)) == len(rows) == NUM_SAMPLES, f"{len(rows)} rows of {NUM_SAMPLES} samples, undisturbed"
@@ -67,7 +67,7 @@ def undisturbed(shards: str, tokenizer: str, folder: Path) -> Expected:
 
 
 def rows_of(output_url: str) -> Iterator[tuple[Place, str]]:
-    """Every committed row and quarantine row, read without the code that wrote them."""
+    """Every committed row and quarantine row, read independently of the code that wrote them."""
     for entry_url in storage.list_files(storage.join(output_url, "manifest")):
         name, entry = Path(entry_url).stem, json.loads(storage.read(entry_url))
         yield from _rows(storage.join(output_url, "tokens", f"{name}.parquet"), ("key", "tokens", "shape", "height"))

@@ -1,4 +1,4 @@
-"""A modality whose decoder crashes on a marked picture, as C libraries do: put into tokenizer/modalities of a copy."""
+"""A modality whose decoder crashes on a marked image, as C libraries may. It goes into a copy of the program."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import signal
 from tokenizer.modalities.base import MODALITIES, Decoded
 from tokenizer.modalities.image.modality import Image
 
-MARK = b"this picture kills who decodes it"
+MARK = b"decoding this image kills the process"
 
 
 @MODALITIES.register("deadly")

@@ -1,4 +1,4 @@
-"""The kinds of faults. Each is a trial from the first command to the proof, and tells what it did to it."""
+"""The kinds of faults. Each function runs a trial, from the first command to verification, and reports the faults."""
 
 import contextlib
 import io
@@ -24,28 +24,28 @@ from tests.faults.corpus import NUM_SHARDS, Damage, Expected
 from tests.faults.deadly import MARK
 from tests.faults.lab import JOB_S, ROOT, Job, Lab, Trial
 
-STALL_TIMEOUT_S = 10.0  # far above what a picture takes here, on a busy machine too
-COMMITS, MOMENT_S = 4, 0.1  # until a kill, at most; two of them leave enough to do on an idle machine too
+STALL_TIMEOUT_S = 10.0  # much longer than one image takes, even on a busy machine
+COMMITS, MOMENT_S = 4, 0.1  # at most, until a kill; after two kills work must remain, even on an idle machine
 QUICK = tuple(kind for kind in proxy.KINDS if kind not in (proxy.STALL, proxy.STALL_BODY))
-SHORT_TIMEOUT = "storage.options.s3.config_kwargs.read_timeout=3"  # s, instead of 30 for each stall
+SHORT_TIMEOUT = "storage.options.s3.config_kwargs.read_timeout=3"  # s, instead of 30 s per stall
 MAX_STALLS = 3
-FAULTS_PER_JOB = 2  # below pool.MAX_TRIES, so that no shard may be given up for them
+FAULTS_PER_JOB = 2  # below pool.MAX_TRIES, so no shard may fail because of them
 
 
 @dataclass
 class Report:
-    """What was done to a trial's jobs, and what became of its output.
+    """The faults of a trial, and the state of its output.
 
-    faults: kills, or broken requests; reruns: jobs after the first; seconds: from a node's death until the next commit.
+    faults: kills or broken requests. reruns: jobs after the first. seconds: from a node's death to the next commit.
     """
 
     faults: int
     reruns: int = 0
     seconds: float | None = None
-    damage: Damage | None = None  # None where no job came to its end
+    damage: Damage | None = None  # None if no job finished
     verified: bool = False  # by `tokenmill verify deep=true`
 
-    def is_sound(self) -> bool:
+    def is_correct(self) -> bool:
         return self.verified and self.damage == Damage(0, 0, 0)
 
 
@@ -53,7 +53,7 @@ Kind = Callable[[Lab, Random], Report]
 
 
 def run(lab: Lab, kind: str, seed: int) -> Report:
-    """One trial. Raises AssertionError if a job does not end, or not with the exit code that it should."""
+    """Runs one trial. Raises AssertionError if a job does not end or has an unexpected exit code."""
     try:
         return KINDS[kind](lab, Random(seed))
     finally:
@@ -64,7 +64,7 @@ def run(lab: Lab, kind: str, seed: int) -> Report:
 
 
 def kill_drivers(lab: Lab, rng: Random, own_ray: bool, everything: bool) -> Report:
-    """The driver dies, alone or with all that it started; the same command again, until it may finish."""
+    """Kills the driver, alone or with all its child processes, and reruns the same command until it finishes."""
     trial = lab.trial("driver", on_s3=rng.random() < 0.5)
     kills = rng.randint(1, FAULTS_PER_JOB)
     for _ in range(kills):
@@ -78,7 +78,7 @@ def kill_drivers(lab: Lab, rng: Random, own_ray: bool, everything: bool) -> Repo
 
 
 def kill_workers(lab: Lab, rng: Random) -> Report:
-    """Actors die; the job goes on."""
+    """Kills actors. The job must continue."""
     trial = lab.trial("worker", on_s3=rng.random() < 0.5)
     job = trial.start()
     for _ in range(FAULTS_PER_JOB):
@@ -88,7 +88,7 @@ def kill_workers(lab: Lab, rng: Random) -> Report:
 
 
 def kill_a_node(lab: Lab, rng: Random, workers: int) -> Report:
-    """A raylet and all its workers die; the job goes on elsewhere. With one worker it is that worker's node."""
+    """Kills a raylet and all its workers. The job must continue on another node. With one worker, kills its node."""
     trial = lab.trial("node", on_s3=rng.random() < 0.5)
     job = trial.start(f"workers.count={workers}")
     wait_for_a_moment(trial, job, rng, first=1)
@@ -103,7 +103,7 @@ def kill_a_node(lab: Lab, rng: Random, workers: int) -> Report:
 
 
 def hang_a_worker(lab: Lab, rng: Random) -> Report:
-    """An actor's process stops without dying; the watchdog must end it, and give its shards to another."""
+    """Suspends the process of an actor. The watchdog must kill it, and another actor must get its shards."""
     trial = lab.trial("hang", f"workers.stall_timeout_s={STALL_TIMEOUT_S:g}", on_s3=rng.random() < 0.5)
     job = trial.start()
     wait_for_a_moment(trial, job, rng, first=1)
@@ -115,27 +115,29 @@ def hang_a_worker(lab: Lab, rng: Random) -> Report:
 
 
 def kill_by_poison(lab: Lab, rng: Random) -> Report:
-    """A shard kills whoever reads it: given up after three tries with its reason, and all else done. Then mended."""
+    """A shard kills every worker that reads it. It must fail after three attempts, with a reason, and the other shards
+    must be done. Then the shard is repaired.
+    """
     copy = deadly_copy(lab)
     poison = lab.folder / f"poison-{rng.getrandbits(32):08x}.tar"
-    poison.write_bytes(tar_bytes([("a.txt", b"no picture"), ("b.jpg", MARK)]))
+    poison.write_bytes(tar_bytes([("a.txt", b"not an image"), ("b.jpg", MARK)]))
     trial = lab.trial("poison", f"tokenizer={copy}/frozen", f"data.shards=[{lab.corpus},{poison}]")
     job = trial.start(cwd=copy)
-    assert job.wait() == 3, job.told()
+    assert job.wait() == 3, job.log_tail()
     assert trial.damage() == Damage(0, 0, 0)
-    told = status(trial)
-    assert "24 done, 1 left, 1 of them failed" in told, told
-    assert f"{poison}: its worker died" in told, told
+    printed = status(trial)
+    assert "24 done, 1 left, 1 of them failed" in printed, printed
+    assert f"{poison}: its worker died" in printed, printed
 
-    sound = lab.folder / f"corpus/photos-{NUM_SHARDS - 1:02d}.tar"
-    shutil.copy(sound, poison)
-    mended = {(poison.name, index): row for (name, index), row in lab.expected.rows.items() if name == sound.name}
-    trial.expected = Expected({**lab.expected.rows, **mended})
+    intact = lab.folder / f"corpus/photos-{NUM_SHARDS - 1:02d}.tar"
+    shutil.copy(intact, poison)
+    repaired = {(poison.name, index): row for (name, index), row in lab.expected.rows.items() if name == intact.name}
+    trial.expected = Expected({**lab.expected.rows, **repaired})
     return finished(trial, Report(3, reruns=1), trial.start(cwd=copy))
 
 
 def deadly_copy(lab: Lab) -> Path:
-    """A copy of the program with one more modality, and the lab's tokenizer changed to that: same codes and weights."""
+    """A copy of the program with an additional modality, and the lab's tokenizer changed to that modality."""
     copy = lab.folder / "program"
     if not copy.exists():
         for layer in ("jobs", "pipeline", "tokenizer"):
@@ -160,16 +162,16 @@ Tokenizer(new, {}).save_pretrained(sys.argv[2])
 
 
 def break_requests(lab: Lab, rng: Random, kinds: tuple[str, ...], limit: int = 10**9) -> Report:
-    """S3 fails in these ways at a rate of 10 to 30 %. A job out of patience may say so; it then ends without faults."""
+    """10 to 30 % of S3 requests fail in these ways. A job may fail if retries do not help; a rerun has no faults."""
     trial, rate = lab.trial("storage", SHORT_TIMEOUT, on_s3=True), rng.choice((0.1, 0.2, 0.3))
     with faults(lab, proxy.seeded(rng.getrandbits(32), dict.fromkeys(kinds, rate / len(kinds)), limit)) as injected:
         code = trial.start().wait()
-    assert injected, f"no fault of {kinds} came to pass"
+    assert injected, f"no fault of {kinds} was injected"
     return ended(trial, Report(injected.total()), code)
 
 
 def break_everything(lab: Lab, rng: Random) -> Report:
-    """S3 fails in every quick way while first an actor, then the driver dies; and again while the rerun is at work."""
+    """S3 fails in every quick way while an actor and then the driver are killed, and also during the rerun."""
     trial = lab.trial("everything", on_s3=True)
     with faults(lab, proxy.seeded(rng.getrandbits(32), dict.fromkeys(QUICK, 0.02))) as injected:
         job = trial.start()
@@ -178,13 +180,13 @@ def break_everything(lab: Lab, rng: Random) -> Report:
         wait_for_a_moment(trial, job, rng)
         job.kill()
         code = trial.start().wait()
-    assert injected, "no fault of S3 came to pass"
+    assert injected, "no fault of S3 was injected"
     return ended(trial, Report(injected.total() + 2, reruns=1), code)
 
 
 @contextlib.contextmanager
 def faults(lab: Lab, plan: proxy.Plan) -> Iterator[Counter[str]]:
-    """Requests fail by the plan; gives a count of the faults, which is filled in the end."""
+    """Makes requests fail by the plan. Yields the number of faults by kind, which is filled at the end."""
     injected: Counter[str] = Counter()
     before, lab.proxy.plan = lab.proxy.injected.copy(), plan
     try:
@@ -194,28 +196,28 @@ def faults(lab: Lab, plan: proxy.Plan) -> Iterator[Counter[str]]:
         injected.update(lab.proxy.injected - before)
 
 
-# -- other drivers, and what they leave ---------------------------------------------------------------------------
+# -- other drivers and leftover files ---------------------------------------------------------------------------
 
 
 def race(lab: Lab, rng: Random, on_s3: bool) -> Report:
-    """The same command twice at a time: both must end well, with one set of rows."""
+    """Runs the same command twice in parallel. Both must succeed, with one set of rows."""
     trial = lab.trial("race", "workers.count=1", on_s3=on_s3)
     jobs = [trial.start(), trial.start()]
     codes = [job.wait() for job in jobs]
-    assert codes == [0, 0], f"{codes}; {jobs[0].told()}\n{jobs[1].told()}"
+    assert codes == [0, 0], f"{codes}; {jobs[0].log_tail()}\n{jobs[1].log_tail()}"
     return proven(trial, Report(1))
 
 
 def leave_torn_files(lab: Lab, rng: Random) -> Report:
-    """What older runs and kills can leave: files without an entry that are cut, empty, whole, or another's."""
+    """Files that killed runs may leave: without an entry, and truncated, empty, intact, or of another tokenizer."""
     trial = lab.trial("torn")
     output = Path(shutil.copytree(lab.folder / "undisturbed", trial.output))
     entries = rng.sample(sorted((output / "manifest").iterdir()), 8)
-    for entry, spoil in zip(entries, [cut, empty, keep, change_tokenizer] * 2, strict=True):
+    for entry, modify in zip(entries, [cut, empty, keep, change_tokenizer] * 2, strict=True):
         entry.unlink()
         for folder in ("tokens", "quarantine"):
             for file in (output / folder).glob(f"{entry.stem}.parquet"):
-                spoil(file)
+                modify(file)
     for folder in ("tokens", "manifest"):
         shutil.copy(output / "dataset.json", output / folder / f"{storage.TEMPORARY}left")
     return finished(trial, Report(len(entries), reruns=1), trial.start())
@@ -242,36 +244,36 @@ def change_tokenizer(file: Path) -> None:
 
 
 def wait_for_a_moment(trial: Trial, job: Job, rng: Random, first: int = 0) -> None:
-    """Until the output is begun and some more shards are done, and anywhere in the next one."""
+    """Waits until the output exists and some more shards are done, and then for a random time."""
     trial.wait(lambda: storage.exists(storage.join(trial.output, "dataset.json")), job, "its output")
     trial.wait_for_commits(trial.num_committed() + rng.randint(first, COMMITS), job)
-    time.sleep(rng.uniform(0, MOMENT_S))  # the moment itself is random, there is nothing to wait for
+    time.sleep(rng.uniform(0, MOMENT_S))  # the moment is random, so there is no condition to wait for
 
 
 def finished(trial: Trial, report: Report, job: Job) -> Report:
-    """The report, once the job has ended with exit code 0."""
+    """Waits for exit code 0, and returns the report with the state of the output."""
     code = job.wait()
-    assert code == 0, f"exit code {code}; {job.told()}"
+    assert code == 0, f"exit code {code}; {job.log_tail()}"
     return proven(trial, report)
 
 
 def ended(trial: Trial, report: Report, code: int) -> Report:
-    """The same, where the job that ended with this code may also have told that it is incomplete."""
-    assert code in (0, 3), f"exit code {code}; {trial.jobs[-1].told()}"
+    """Like `finished`, but the job may also have ended as incomplete; then it is run again."""
+    assert code in (0, 3), f"exit code {code}; {trial.jobs[-1].log_tail()}"
     if code == 0:
         return proven(trial, report)
     return finished(trial, replace(report, reruns=report.reruns + 1), trial.start())
 
 
 def proven(trial: Trial, report: Report) -> Report:
-    """The report with what an own reading of the output and `verify` say."""
+    """The report with the damage that we find in the output and the result of `verify`."""
     return replace(report, damage=trial.damage(), verified=main(["verify", f"output={trial.output}", "deep=true"]) == 0)
 
 
 def status(trial: Trial) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["status", f"output={trial.output}"]) == 0
-    return told.getvalue()
+    return printed.getvalue()
 
 
 KINDS: dict[str, Kind] = {

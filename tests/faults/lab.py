@@ -1,4 +1,4 @@
-"""Where trials run: a cluster, an S3 server behind the proxy that injects faults, a corpus on disk and on S3."""
+"""The lab for trials: a cluster, an S3 server behind a proxy that injects faults, a corpus on disk and on S3."""
 
 import contextlib
 import itertools
@@ -23,11 +23,11 @@ from tests.s3 import S3Server
 
 R = TypeVar("R")
 ROOT = Path(__file__).parents[2]
-JOB_S = 300  # a job that takes longer hangs
+JOB_S = 300  # a job that takes longer counts as hung
 
 
 class Job:
-    """`tokenmill tokenize` in a process of its own."""
+    """`tokenmill tokenize` in a separate process."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], log: Path, cwd: Path = ROOT):
         self.log = log
@@ -42,35 +42,35 @@ class Job:
             )
 
     def wait(self) -> int:
-        """Its exit code. Raises AssertionError with its log if it is still at work after JOB_S."""
+        """Waits for the exit code. Raises AssertionError with the log if the job runs longer than JOB_S."""
         try:
             return self.process.wait(JOB_S)
         except subprocess.TimeoutExpired:
             self.kill_everything()
-            raise AssertionError(f"no end after {JOB_S} s; {self.told()}") from None
+            raise AssertionError(f"no end after {JOB_S} s; {self.log_tail()}") from None
 
     def kill(self) -> None:
-        """SIGKILL to the driver alone: what Ray it started is left to find out."""
+        """Sends SIGKILL only to the driver. A Ray that it started has to notice."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def kill_everything(self) -> None:
-        """The driver and what it started, Ray too: all of its session."""
+        """Kills the whole session: the driver and all that it started, also Ray."""
         if self.process.returncode is not None and psutil.pid_exists(self.process.pid):
-            return  # Linux gives a number to others once nobody is left of the session that it named
+            return  # the session is gone, and Linux has reused its number
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 if os.getsid(process.pid) == self.process.pid:
                     process.kill()
         self.process.wait()
 
-    def told(self) -> str:
+    def log_tail(self) -> str:
         return f"its log ends:\n{self.log.read_text(errors='replace')[-3000:]}"
 
 
 @dataclass
 class Lab:
-    """What all trials share. The cluster reaches S3 through the proxy, this process directly."""
+    """Shared by all trials. The cluster accesses S3 through the proxy, and this process directly."""
 
     folder: Path
     server: S3Server
@@ -83,14 +83,14 @@ class Lab:
     _count: Iterator[int] = field(default_factory=itertools.count)
 
     def trial(self, name: str, *changes: str, on_s3: bool = False) -> "Trial":
-        """changes: KEY=VALUE, over the settings that all trials have."""
+        """changes: KEY=VALUE, in addition to the settings of all trials."""
         number = f"{name}-{next(self._count):03d}"
         place = self.server.url if on_s3 else str(self.folder)
         arguments = [
             f"tokenizer={place}/tokenizer",
             f"data.shards={place}/corpus/photos-*.tar",
             f"output={place}/{number}",
-            "tokens.batch_budget=0.001",  # picture by picture: slow enough for a kill in the midst of a shard
+            "tokens.batch_budget=0.001",  # one image per batch: slow enough to kill in the middle of a shard
             "tokens.max_bad_fraction=1",
             "workers.cpus=1",
             *changes,
@@ -98,24 +98,24 @@ class Lab:
         return Trial(self, f"{place}/{number}", arguments, self.folder / number, self.expected)
 
     def end_jobs(self) -> None:
-        """What is left of them, such as the Ray of a driver that was killed."""
+        """Kills remaining processes, such as the Ray of a driver that was killed."""
         while self.jobs:
             self.jobs.pop().kill_everything()
 
 
 @dataclass
 class Trial:
-    """One output that is made under faults, by one job or by several one after the other."""
+    """One output that is written under faults, by one job or several jobs in sequence."""
 
     lab: Lab
     output: str
     arguments: list[str]  # of the command line
-    logs: Path  # a number and .log are added
+    logs: Path  # prefix; a number and .log are added
     expected: Expected
     jobs: list[Job] = field(default_factory=list)
 
     def start(self, *changes: str, own_ray: bool = False, cwd: Path = ROOT) -> Job:
-        """The command, joined to the lab's cluster or with a local Ray of its own."""
+        """Starts the command, on the cluster of the lab or with its own local Ray."""
         environment = self.lab.cluster.client_environment()
         if own_ray:
             environment = without_ray(environment)
@@ -129,11 +129,11 @@ class Trial:
         return len(storage.list_files(storage.join(self.output, "manifest")))
 
     def wait_for_commits(self, count: int, job: Job) -> None:
-        """Until the output has that many. Raises AssertionError with its log if the job ends before."""
+        """Waits until the output has that many commits. Raises AssertionError with the log if the job ends first."""
         self.wait(lambda: self.num_committed() >= count, job, f"commit {count} of {self.output}")
 
     def wait(self, condition: Callable[[], R], job: Job, what: str) -> R:
-        """What the condition gives once that is true. Raises AssertionError with its log if the job ends before."""
+        """Waits for a true result and returns it. Raises AssertionError with the log if the job ends first."""
         ended, given = False, condition()
 
         def is_over() -> bool:
@@ -142,7 +142,7 @@ class Trial:
             return bool(given) or ended
 
         wait_for(is_over, JOB_S, what)
-        assert given, f"the job ended before {what}; {job.told()}"
+        assert given, f"the job ended before {what}; {job.log_tail()}"
         return given
 
     def damage(self) -> Damage:
@@ -151,7 +151,7 @@ class Trial:
 
 @contextlib.contextmanager
 def open_lab(folder: Path, server: S3Server) -> Iterator[Lab]:
-    """This process must talk to `server`, as S3Server.use or its environment make it."""
+    """This process must already use `server`, through S3Server.use or its environment."""
     tokenizer = save_tiny_tokenizer(folder / "tokenizer")
     corpus = write_corpus(folder / "corpus")
     for place in (folder / "tokenizer", folder / "corpus"):

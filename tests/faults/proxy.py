@@ -1,7 +1,7 @@
-"""A proxy in front of an S3 server that injects faults by a seeded plan, and counts those that it did inject.
+"""A proxy in front of an S3 server that injects faults by a seeded plan, and counts them.
 
-It speaks HTTP/1.1 with one request per connection. Requests go on byte for byte but for `Connection` and `Expect`,
-which signatures leave out; `Host` stays the one that the client signed, although the server listens elsewhere.
+It speaks HTTP/1.1 with one request per connection. It forwards requests unchanged except for `Connection` and `Expect`,
+which are not part of signatures. `Host` stays as the client signed it, although the server has another address.
 """
 
 import collections
@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 ERROR_500, SLOW_DOWN = "error_500", "slow_down"
-RESET_BEFORE, RESET_AFTER = "reset_before", "reset_after"  # after: the server did as asked; only its answer is lost
+RESET_BEFORE, RESET_AFTER = (
+    "reset_before",
+    "reset_after",
+)  # after: the server handled the request; only its response is lost
 STALL, STALL_BODY, TRUNCATE = "stall", "stall_body", "truncate"
 KINDS = (ERROR_500, SLOW_DOWN, RESET_BEFORE, RESET_AFTER, STALL, STALL_BODY, TRUNCATE)
-IN_BODY = (STALL_BODY, TRUNCATE)  # need an answer with a body, which only GET is sure to have
-SERVER_DOWN = "server_down"  # counted beside the kinds: the proxy did its part, and the server did not answer
+IN_BODY = (STALL_BODY, TRUNCATE)  # need a response with a body, which only GET always has
+SERVER_DOWN = "server_down"  # counted in addition to the kinds: the server itself did not respond
 ERRORS = {
     ERROR_500: ("500 Internal Server Error", "InternalError", "We encountered an internal error. Please try again."),
     SLOW_DOWN: ("503 Slow Down", "SlowDown", "Please reduce your request rate."),
@@ -44,13 +47,15 @@ def no_faults(request: Request) -> str:
 
 
 def seeded(seed: int, rates: dict[str, float], limit: int = 10**9) -> Plan:
-    """Each request is hit by a kind with the rate of that kind, until `limit` have been hit.
+    """A plan in which each kind of fault hits requests at its rate, up to `limit` faults in total.
 
-    The draws are a function of the seed; which request gets which draw depends on the clients' timing.
+    The sequence of faults depends only on the seed. Which request gets which fault depends on the clients' timing.
     """
     unknown = set(rates) - set(KINDS)
     if unknown or sum(rates.values()) > 1:
-        raise ValueError(f"rates are {rates}; their sum must be 1 or less, their kinds among {', '.join(KINDS)}")
+        raise ValueError(
+            f"rates are {rates}; their sum must be at most 1, and the kinds must be among {', '.join(KINDS)}"
+        )
     rng, lock, left = random.Random(seed), threading.Lock(), limit
 
     def plan(request: Request) -> str:
@@ -66,7 +71,7 @@ def seeded(seed: int, rates: dict[str, float], limit: int = 10**9) -> Plan:
 
 
 class Proxy:
-    """Forwards to 127.0.0.1:`server_port`. `plan` may be exchanged at any time; `injected` counts faults by kind."""
+    """Forwards to 127.0.0.1:`server_port`. `plan` may be replaced at any time. `injected` counts faults by kind."""
 
     def __init__(self, server_port: int):
         self.server_port = server_port
@@ -82,7 +87,7 @@ class Proxy:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def serve(self) -> None:
-        """Serves connections, a thread for each, until `close`."""
+        """Serves connections until `close`, each in its own thread."""
         while True:
             try:
                 client, _ = self._listener.accept()
@@ -91,8 +96,8 @@ class Proxy:
             threading.Thread(target=self._handle, args=(client,), daemon=True).start()
 
     def close(self) -> None:
-        """Ends all connections, those that stall too."""
-        self._listener.shutdown(socket.SHUT_RDWR)  # close alone would leave `accept` waiting
+        """Closes all connections, including stalled ones."""
+        self._listener.shutdown(socket.SHUT_RDWR)  # `close` alone would not end `accept`
         self._listener.close()
         with self._lock:
             for client in self._clients:
@@ -103,7 +108,7 @@ class Proxy:
         with self._lock:
             self._clients.add(client)
         try:
-            with contextlib.suppress(ConnectionError):  # clients go at any time: out of patience, or killed
+            with contextlib.suppress(ConnectionError):  # clients may disconnect or be killed at any time
                 request = _read_request(client)
                 if request is not None:
                     self._serve(client, request)
@@ -126,27 +131,27 @@ class Proxy:
             self._count(kind)
             _wait_until_gone(client)
         else:
-            self._answer(client, kind, self._forward(request))
+            self._respond(client, kind, self._forward(request))
 
-    def _answer(self, client: socket.socket, kind: str, answer: bytes) -> None:
-        body = answer.partition(b"\r\n\r\n")[2]
-        if kind == RESET_AFTER or not answer:
-            self._count(kind if answer else SERVER_DOWN)
+    def _respond(self, client: socket.socket, kind: str, response: bytes) -> None:
+        body = response.partition(b"\r\n\r\n")[2]
+        if kind == RESET_AFTER or not response:
+            self._count(kind if response else SERVER_DOWN)
             _reset(client)
         elif kind in IN_BODY and body:
             self._count(kind)
-            client.sendall(answer[: -(len(body) + 1) // 2])
+            client.sendall(response[: -(len(body) + 1) // 2])
             if kind == STALL_BODY:
                 _wait_until_gone(client)
         else:
-            client.sendall(answer)
+            client.sendall(response)
 
     def _count(self, kind: str) -> None:
         with self._lock:
             self.injected[kind] += 1
 
     def _forward(self, request: Request) -> bytes:
-        """The server's whole answer, which it ends by closing; b"" if there is none."""
+        """The complete response of the server, until it closes the connection; b"" if there is none."""
         parts: list[bytes] = []
         with (
             contextlib.suppress(ConnectionError),
@@ -171,7 +176,7 @@ def start_proxy(server_port: int) -> Iterator[Proxy]:
 
 
 def _read_request(client: socket.socket) -> Request | None:
-    """None if the client closed without one."""
+    """None if the client closed the connection without a request."""
     received = b""
     while b"\r\n\r\n" not in received:
         part = client.recv(2**16)
@@ -180,7 +185,7 @@ def _read_request(client: socket.socket) -> Request | None:
         received += part
     head, _, start = received.partition(b"\r\n\r\n")
     if re.search(rb"(?im)^transfer-encoding:", head):
-        raise ValueError(f"this proxy reads no bodies without a Content-Length: {head!r}")
+        raise ValueError(f"this proxy does not support bodies without a Content-Length: {head!r}")
     if re.search(rb"(?im)^expect: *100-continue", head):
         client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
     length = re.search(rb"(?im)^content-length: *(\d+)", head)
@@ -203,7 +208,7 @@ def _error(kind: str, request: Request) -> bytes:
 
 
 def _reset(client: socket.socket) -> None:
-    """Makes the coming close a TCP reset: what is under way gets lost, and the client sees an error."""
+    """Turns the next close into a TCP reset: data in flight is lost, and the client sees an error."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 

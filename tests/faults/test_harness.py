@@ -1,4 +1,4 @@
-"""The harness finds what it looks for: damage planted by hand is counted, faults come as planned."""
+"""Tests of the harness: it counts damage that we cause by hand, and injects faults as planned."""
 
 import shutil
 from collections import Counter
@@ -17,7 +17,7 @@ GET, PUT = (Request(method, "/", b"", b"") for method in ("GET", "PUT"))
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """Of two shards of three samples."""
+    """An output of two shards with three samples each."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.tar").write_bytes(tar_bytes(jpegs(3)))
     tokenize_without_ray(f"{tmp_path}/*.tar", save_tiny_tokenizer(tmp_path / "tokenizer"), tmp_path / "out")
@@ -25,7 +25,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def damage_after(output: Path, change) -> Damage:
-    """Of the output by what `change` does to the first shard's entry and token file."""
+    """The damage after `change` has modified the entry and the token file of the first shard."""
     expected = Expected(dict(rows_of(str(output))))
     assert expected.damage(str(output)) == Damage(0, 0, 0)
     [entry, _] = sorted((output / "manifest").iterdir())
@@ -33,7 +33,7 @@ def damage_after(output: Path, change) -> Damage:
     return expected.damage(str(output))
 
 
-def test_rows_that_no_entry_names_are_lost(output: Path):
+def test_rows_without_an_entry_are_lost(output: Path):
     assert damage_after(output, lambda entry, tokens: entry.unlink()) == Damage(lost=3, doubled=0, wrong=0)
 
 
@@ -48,7 +48,7 @@ def test_rows_of_two_entries_are_doubled(output: Path):
 def test_rows_with_other_tokens_are_wrong(output: Path):
     def change(entry: Path, tokens: Path) -> None:
         table = pq.read_table(tokens)
-        order = [0, 1, 1]  # the second sample's tokens for the third too
+        order = [0, 1, 1]  # the third sample gets the tokens of the second
         pq.write_table(
             table.set_column(table.schema.get_field_index("tokens"), "tokens", table["tokens"].take(order)), tokens
         )
@@ -56,7 +56,7 @@ def test_rows_with_other_tokens_are_wrong(output: Path):
     assert damage_after(output, change) == Damage(lost=0, doubled=0, wrong=1)
 
 
-def test_faults_are_drawn_by_seed_at_their_rates_up_to_the_limit():
+def test_faults_follow_the_seed_the_rates_and_the_limit():
     rates = {SLOW_DOWN: 0.2, RESET_BEFORE: 0.1}
     first, again = ([plan(GET) for _ in range(1000)] for plan in (seeded(7, rates), seeded(7, rates)))
     assert first == again
@@ -67,6 +67,6 @@ def test_faults_are_drawn_by_seed_at_their_rates_up_to_the_limit():
     assert sum(bool(limited(GET)) for _ in range(1000)) == 5
 
 
-def test_only_answers_that_have_a_body_are_truncated():
+def test_only_responses_with_a_body_are_truncated():
     plan = seeded(0, {TRUNCATE: 1.0})
     assert (plan(PUT), plan(GET)) == ("", TRUNCATE)

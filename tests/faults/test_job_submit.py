@@ -17,7 +17,7 @@ SUBMIT = ("job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs", "
 
 
 def submit(trial: Trial, *changes: str) -> subprocess.CompletedProcess[str]:
-    """From the repository's root, as a user does."""
+    """Runs `ray job submit` in the repository root, as a user would."""
     cluster = trial.lab.cluster
     return subprocess.run(
         [str(RAY), *SUBMIT, *trial.arguments, *changes],
@@ -30,9 +30,9 @@ def submit(trial: Trial, *changes: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def job_details(cluster: Cluster, told: str) -> dict:
-    """What the cluster knows of the job that `ray job submit` told of."""
-    submission = re.findall(r"raysubmit_\w+", told)[0]
+def job_details(cluster: Cluster, output: str) -> dict:
+    """The cluster's record of the job in the output of `ray job submit`."""
+    submission = re.findall(r"raysubmit_\w+", output)[0]
     request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/{submission}")
     request.add_header("Authorization", f"Bearer {cluster.token}")
     with urllib.request.urlopen(request, timeout=30) as answer:
@@ -40,24 +40,24 @@ def job_details(cluster: Cluster, told: str) -> dict:
 
 
 def worker_pids(trial: Trial) -> set[int]:
-    """Of those that committed a shard."""
+    """Process ids of the workers that committed a shard."""
     return {entry.worker["pid"] for entry in Output.open(trial.output).commits()}
 
 
 @pytest.mark.faults
-def test_a_submitted_job_runs_on_both_nodes_and_its_log_ends_in_words(lab: Lab):
+def test_a_submitted_job_runs_on_both_nodes_and_its_log_ends_with_the_result(lab: Lab):
     trial = lab.trial("submitted")
     done = submit(trial)
     assert done.returncode == 0, done.stdout
     assert "\ntokenize: done\n" in done.stdout
     assert job_details(lab.cluster, done.stdout)["driver_exit_code"] == 0
-    assert len(worker_pids(trial)) == 2  # each of them fills its node
+    assert len(worker_pids(trial)) == 2  # each worker fills one node
     assert trial.damage() == Damage(0, 0, 0)
 
 
 @pytest.mark.faults
 def test_the_exit_code_of_a_submitted_job_is_in_its_last_line(lab: Lab):
-    """`ray job submit` itself ends with 1 whatever the job's exit code was."""
+    """`ray job submit` itself exits with 1, whatever the exit code of the job was."""
     done = submit(lab.trial("submitted"), f"data.shards={lab.folder}/missing.tar")
     assert done.returncode == 1, done.stdout
     assert "\ntokenmill tokenize: exit 3: incomplete" in done.stdout
@@ -65,6 +65,6 @@ def test_the_exit_code_of_a_submitted_job_is_in_its_last_line(lab: Lab):
 
 
 @pytest.mark.faults
-def test_without_the_token_nobody_submits(lab: Lab):
+def test_submitting_without_the_token_is_refused(lab: Lab):
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{lab.cluster.dashboard}/api/jobs/", timeout=30)

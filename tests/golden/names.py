@@ -268,7 +268,7 @@ def _reservoir() -> list[int]:
     """Which of 3 * 100 rows are kept, lowest priority first."""
     kept = Reservoir(12, seed=7)
     for i, name in enumerate(("a.tar", "b.tar", "c.tar")):
-        kept.add(np.arange(100 * i, 100 * i + 100)[:, None], place=name)
+        kept.add(np.arange(100 * i, 100 * i + 100)[:, None], source=name)
     assert kept.rows is not None
     return kept.rows[:, 0].tolist()
 

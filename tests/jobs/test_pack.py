@@ -35,7 +35,7 @@ def pack(source: Path, target: Path, *more: str) -> int:
 def packed(target: Path) -> dict[str, dict[str, bytes]]:
     """Key to members, over all shards."""
     samples = [sample for file in sorted(target.glob("*.tar")) for sample in read_samples(str(file))]
-    assert all(sample.problem is None for sample in samples)
+    assert all(sample.quarantine_reason is None for sample in samples)
     assert len({sample.key for sample in samples}) == len(samples)
     return {sample.key: sample.members for sample in samples}
 

@@ -41,7 +41,7 @@ def shard(output: Output) -> Shard:
 
 
 def in_quarantine(output: Output) -> list[int]:
-    history = output.history(output.inputs()[0].name)
+    history = output.committed_shard(output.inputs()[0].name)
     assert history is not None
     return [sample.source_index for sample in output.quarantined(history.last)]
 
@@ -129,8 +129,8 @@ def test_the_command_recovers_samples_and_failed_shards_until_only_the_bad_are_l
 ):
     """The workers' Pillow has its usual limit. A third shard could not be read when the output was made."""
     late = tmp_path / "late.tar"
-    output.take_inputs(find_shards(str(late)))
-    output.note_failure(find_shards(str(late)).shards[0], f"{late}: there is no such shard", now=1.0)
+    output.add_inputs(find_shards(str(late)))
+    output.record_failure(find_shards(str(late)).shards[0], f"{late}: there is no such shard", now=1.0)
     late.write_bytes(tar_bytes([(f"late{name}", data) for name, data in jpegs(3)]))
     low_limit.undo()
     command = ["retry", f"output={output.url}", f"tokenizer={tokenizer}", "tokens.encoding=packed"]  # not heeded

@@ -7,8 +7,8 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.status import encoder_idle, summarise
-from pipeline.corpus.shards import Manifest, Shard
-from pipeline.tokens import Commit, Output, Quarantined
+from pipeline.corpus.shards import Shard, ShardList
+from pipeline.tokens import Commit, Output, Quarantined, commit_retry, commit_shard
 from tests.corpus import layout, quarantined, token_rows, write_corpus
 
 
@@ -20,12 +20,12 @@ def inputs(tmp_path: Path) -> list[Shard]:
 @pytest.fixture
 def output(tmp_path: Path, inputs: list[Shard]) -> Output:
     """Two shards done in 10 s, with three bad samples of two kinds; one failed; one left."""
-    output = Output.create(str(tmp_path / "out"), layout(), Manifest(inputs), config={})
+    output = Output.create(str(tmp_path / "out"), layout(), ShardList(inputs), config={})
     bad = [quarantined(inputs[0], 3), Quarantined("x", 2, "read", "BadSample", "no")]
-    output.commit(inputs[0], token_rows(inputs[0], 2), bad, {"encode": 1.0, "total": 4.0}, now=100.0)
+    commit_shard(output, inputs[0], token_rows(inputs[0], 2), bad, {"encode": 1.0, "total": 4.0}, now=100.0)
     rows = token_rows(inputs[1], 2)
-    output.commit(inputs[1], rows, [quarantined(inputs[1], 2)], {"encode": 2.0, "total": 4.0}, now=110.0)
-    output.note_failure(inputs[2], "photos-002.tar: cut short\nand more", now=111.0)
+    commit_shard(output, inputs[1], rows, [quarantined(inputs[1], 2)], {"encode": 2.0, "total": 4.0}, now=110.0)
+    output.record_failure(inputs[2], "photos-002.tar: cut short\nand more", now=111.0)
     return output
 
 
@@ -43,10 +43,10 @@ def test_rate_and_time_left_are_of_the_last_commits(output: Output):
 
 
 def test_a_retry_moves_samples_out_of_quarantine(output: Output, inputs: list[Shard]):
-    history = output.history(inputs[0].name)
+    history = output.committed_shard(inputs[0].name)
     assert history is not None
     bad = [sample for sample in output.quarantined(history.last) if sample.source_index == 2]
-    output.commit_retry(inputs[0], history, token_rows(inputs[0], 4)[3:], bad, seconds={}, now=0.0)
+    commit_retry(output, inputs[0], history, token_rows(inputs[0], 4)[3:], bad, seconds={}, now=0.0)
     summary = summarise(output)
     assert summary["shards"] == {"done": 2, "left": 2, "retries": 1}
     assert (summary["samples"], summary["quarantined"]) == (5, 2)
@@ -101,5 +101,5 @@ def test_status_as_json_is_the_same(output: Output, capsys: pytest.CaptureFixtur
 
 
 def test_an_output_without_commits_has_no_rate(tmp_path: Path, inputs: list[Shard]):
-    summary = summarise(Output.create(str(tmp_path / "new"), layout(), Manifest(inputs), config={}))
+    summary = summarise(Output.create(str(tmp_path / "new"), layout(), ShardList(inputs), config={}))
     assert (summary["rate"], summary["encoder_idle"], summary["shards"]["left"]) == (None, None, 4)

@@ -1,4 +1,4 @@
-"""Batches depend on their input alone, and threads hand on errors and end when nobody listens."""
+"""Batches depend only on their input. Threads pass on errors, and stop when the consumer stops."""
 
 import itertools
 import threading
@@ -27,7 +27,7 @@ def test_every_item_is_in_one_batch(budget: int, max_pending: int):
     assert sorted(found) == list(range(200))
 
 
-def test_a_batch_has_one_shape_and_keeps_the_budget():
+def test_a_batch_has_one_shape_and_stays_within_the_budget():
     batches = buckets(arrays(200), budget=30)
     assert all(len({a.shape for a in batch}) == 1 for batch in batches)
     assert all(sum(a.size for a in batch) <= 30 for batch in batches)
@@ -37,11 +37,11 @@ def test_a_batch_is_as_large_as_the_budget_allows():
     assert [len(batch) for batch in buckets([np.zeros((2, 2))] * 10, budget=12)] == [3, 3, 3, 1]
 
 
-def test_an_item_beyond_the_budget_goes_alone():
+def test_an_item_above_the_budget_is_a_batch_of_its_own():
     assert [len(batch) for batch in buckets([np.zeros(50)] * 3, budget=10)] == [1, 1, 1]
 
 
-def test_order_within_a_shape_is_that_of_the_items():
+def test_items_of_one_shape_keep_their_order():
     for batch in buckets(arrays(200), budget=20):
         indices = [int(a.flat[0]) for a in batch]
         assert indices == sorted(indices)
@@ -52,14 +52,14 @@ def test_batches_are_the_same_every_time():
     assert first == second
 
 
-def test_little_is_held_back():
+def test_few_items_are_held_back():
     taken = 0
 
     def counted() -> Iterator[np.ndarray]:
         nonlocal taken
         for i in range(1, 100):
             taken += 1
-            yield np.zeros(i)  # every shape is another: no batch ever fills
+            yield np.zeros(i)  # all shapes differ, so no batch ever fills
 
     given = 0
     for batch in in_buckets(counted(), lambda array: array, np.shape, budget=100, max_pending=2):
@@ -68,12 +68,12 @@ def test_little_is_held_back():
     assert given == 99
 
 
-def test_what_is_held_longest_goes_first():
+def test_the_oldest_unfinished_batch_is_yielded_first():
     items = [np.zeros(i) for i in (2, 3, 4, 5)]
     assert [len(batch[0]) for batch in buckets(items, budget=10, max_pending=1)] == [2, 3, 4, 5]
 
 
-def test_nothing_makes_no_batches():
+def test_no_items_give_no_batches():
     assert buckets([], budget=10) == []
 
 
@@ -88,7 +88,7 @@ def test_threads_keep_the_order():
     assert list(map_in_threads(slow_for_even, range(50), threads=4)) == [i * i for i in range(50)]
 
 
-def test_threads_hand_on_an_error():
+def test_threads_pass_on_an_error():
     results = map_in_threads(lambda i: 1 // (3 - i), range(10), threads=2)
     assert [next(results) for _ in range(3)] == [0, 0, 1]
     with pytest.raises(ZeroDivisionError):
@@ -113,11 +113,11 @@ def until(condition, seconds: float = 5.0) -> bool:
     return condition()
 
 
-def test_prefetch_gives_the_same_items():
+def test_prefetch_yields_the_same_items():
     assert list(prefetch(iter(range(100)), depth=3)) == list(range(100))
 
 
-def test_prefetch_gives_what_came_before_an_error_then_raises_it():
+def test_prefetch_yields_the_items_before_an_error_and_then_raises_it():
     def broken() -> Iterator[int]:
         yield 1
         raise OSError("disk gone")
@@ -128,16 +128,16 @@ def test_prefetch_gives_what_came_before_an_error_then_raises_it():
         next(items)
 
 
-def test_prefetch_works_ahead_but_not_far():
+def test_prefetch_produces_a_bounded_number_of_items_ahead():
     made: list[int] = []
     items = prefetch((made.append(i) or i for i in range(100)), depth=2)
     assert next(items) == 0
-    assert until(lambda: len(made) == 4)  # one out, two ready, one in hand
+    assert until(lambda: len(made) == 4)  # one yielded, two ready, one waiting
     time.sleep(0.05)
     assert len(made) == 4
 
 
-def test_prefetch_stops_its_thread_when_the_consumer_leaves():
+def test_prefetch_stops_its_thread_when_the_consumer_stops():
     before = threading.active_count()
     closed = threading.Event()
 
@@ -155,8 +155,8 @@ def test_prefetch_stops_its_thread_when_the_consumer_leaves():
     assert closed.wait(5)
 
 
-def test_the_budget_counts_arrays_as_padded_to_the_largest_of_their_batch():
-    """3 + 3 fit into 10, but not with a third of 5: 3 * 5. Then 5 + 5 fill it."""
+def test_the_budget_counts_arrays_as_padded_to_the_largest_in_the_batch():
+    """3 + 3 fit into 10. A third item of 5 would count as 3 * 5, so it starts the next batch: 5 + 5."""
     sizes = [3, 3, 5, 5, 1]
     batches = in_buckets([np.zeros(n) for n in sizes], lambda array: array, lambda array: "one", budget=10)
     assert [[len(array) for array in batch] for batch in batches] == [[3, 3], [5, 5], [1]]

@@ -1,4 +1,4 @@
-"""The commit of a shard: done is one fact, in one place, and another tokenizer never gets in."""
+"""Commits: the manifest entry alone makes a shard done, and an output has one tokenizer."""
 
 import hashlib
 import io
@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, Shard
-from pipeline.errors import BrokenOutput, OutputMismatch
-from pipeline.tokens import Commit, History, Output
+from pipeline.corpus.shards import Shard, ShardList
+from pipeline.errors import BrokenOutput, OutputMismatch, UnsupportedSchema
+from pipeline.tokens import Commit, CommittedShard, Output, commit_retry, commit_shard
 from pipeline.tokens.schema import to_parquet
 from pipeline.tokens.verify import verify
 from tests.corpus import layout, quarantined, token_row, token_rows, write_corpus
@@ -28,11 +28,11 @@ def inputs(tmp_path: Path) -> list[Shard]:
 
 @pytest.fixture
 def output(tmp_path: Path, inputs: list[Shard]) -> Output:
-    return Output.create(str(tmp_path / "out"), layout(), Manifest(inputs), config={"a": 1})
+    return Output.create(str(tmp_path / "out"), layout(), ShardList(inputs), config={"a": 1})
 
 
 def commit(output: Output, shard: Shard, rows, bad=(), now: float = 1.0) -> Commit:
-    return output.commit(shard, rows, list(bad), seconds={"encode": 0.5}, now=now)
+    return commit_shard(output, shard, rows, list(bad), seconds={"encode": 0.5}, now=now)
 
 
 def files(output: Output) -> dict[str, bytes]:
@@ -48,7 +48,7 @@ def rows_of(output: Output, shard: Shard) -> list[list[int]]:
 # -- commit -------------------------------------------------------------------------------------------------------
 
 
-def test_commit_writes_what_the_design_says(output: Output, inputs: list[Shard]):
+def test_a_commit_writes_tokens_quarantine_and_entry(output: Output, inputs: list[Shard]):
     entry = commit(output, inputs[0], token_rows(inputs[0], 3), [quarantined(inputs[0], 3)])
     name = inputs[0].name
     assert {n for n in files(output) if name in n} == {
@@ -60,13 +60,13 @@ def test_commit_writes_what_the_design_says(output: Output, inputs: list[Shard])
     assert output.committed_names() == {name}
 
 
-def test_a_shard_without_bad_samples_has_no_quarantine_file(output: Output, inputs: list[Shard]):
+def test_a_shard_without_quarantined_samples_has_no_quarantine_file(output: Output, inputs: list[Shard]):
     entry = commit(output, inputs[0], token_rows(inputs[0], 4))
     assert entry.quarantine_sha256 is None
     assert not any("quarantine" in name for name in files(output))
 
 
-def test_quarantine_names_key_stage_and_reason(output: Output, inputs: list[Shard]):
+def test_a_quarantine_row_has_key_stage_and_reason(output: Output, inputs: list[Shard]):
     bad = [quarantined(inputs[0], i) for i in (2, 0)]
     commit(output, inputs[0], [token_row("0001", 1)], bad)
     table = pq.read_table(io.BytesIO(output.read_quarantine(inputs[0].name)))
@@ -77,14 +77,14 @@ def test_quarantine_names_key_stage_and_reason(output: Output, inputs: list[Shar
     assert table["source_index"].to_pylist() == [0, 2]
 
 
-def test_second_commit_is_a_noop(output: Output, inputs: list[Shard]):
+def test_a_second_commit_changes_nothing(output: Output, inputs: list[Shard]):
     first = commit(output, inputs[0], token_rows(inputs[0], 4), now=1.0)
     before = files(output)
     assert commit(output, inputs[0], token_rows(inputs[0], 4), now=2.0) == first
     assert files(output) == before
 
 
-def test_second_commit_with_other_samples_is_a_noop(output: Output, inputs: list[Shard]):
+def test_a_second_commit_with_other_samples_changes_nothing(output: Output, inputs: list[Shard]):
     first = commit(output, inputs[0], token_rows(inputs[0], 4))
     before = files(output)
     assert commit(output, inputs[0], token_rows(inputs[0], 3), [quarantined(inputs[0], 3)]) == first
@@ -92,27 +92,27 @@ def test_second_commit_with_other_samples_is_a_noop(output: Output, inputs: list
 
 
 def commit_and_die(output: Output, shard: Shard, rows, bad=()) -> None:
-    """All that a commit writes but its last step, the manifest entry."""
+    """Everything that a commit writes except the last step, the manifest entry."""
     commit(output, shard, rows, bad)
     storage.remove(f"{output.url}/manifest/{shard.name}.json")
 
 
-def test_token_file_of_a_run_that_died_is_taken_over(output: Output, inputs: list[Shard]):
-    """Another driver's device may round differently: its file came first, so the entry is of that file."""
-    theirs = token_rows(inputs[0], 4)
-    theirs[2].tokens[0, 0] = (theirs[2].tokens[0, 0] + 1) % 1024
-    commit_and_die(output, inputs[0], theirs)
+def test_the_token_file_of_a_run_that_died_is_reused(output: Output, inputs: list[Shard]):
+    """The device of another driver may round differently. Its file was first, so the entry must describe that file."""
+    other_rows = token_rows(inputs[0], 4)
+    other_rows[2].tokens[0, 0] = (other_rows[2].tokens[0, 0] + 1) % 1024
+    commit_and_die(output, inputs[0], other_rows)
     kept = output.read_tokens(inputs[0].name)
     entry = commit(output, inputs[0], token_rows(inputs[0], 4))
     assert output.read_tokens(inputs[0].name) == kept
     assert entry.tokens_sha256 == hashlib.sha256(kept).hexdigest()
 
 
-def test_quarantine_file_of_a_run_that_died_is_taken_over(output: Output, inputs: list[Shard]):
+def test_the_quarantine_file_of_a_run_that_died_is_reused(output: Output, inputs: list[Shard]):
     bad = [quarantined(inputs[0], 3)]
     commit_and_die(output, inputs[0], token_rows(inputs[0], 3), bad)
     kept = output.read_quarantine(inputs[0].name)
-    bad[0].message = "told in other words"
+    bad[0].message = "another message"
     commit(output, inputs[0], token_rows(inputs[0], 3), bad)
     assert output.read_quarantine(inputs[0].name) == kept
 
@@ -126,7 +126,7 @@ def test_a_torn_token_file_is_replaced(output: Output, inputs: list[Shard], torn
     assert rows_of(output, inputs[0]) == [row.tokens.ravel().tolist() for row in rows]
 
 
-def test_a_token_file_of_another_tokenizer_that_no_entry_names_is_replaced(output: Output, inputs: list[Shard]):
+def test_an_uncommitted_token_file_of_another_tokenizer_is_replaced(output: Output, inputs: list[Shard]):
     rows = token_rows(inputs[0], 4)
     other = to_parquet(layout(tokenizer_id="tok-b").to_table(rows, inputs[0].url))
     storage.write_once(output.tokens_url(inputs[0].name), other)
@@ -135,7 +135,7 @@ def test_a_token_file_of_another_tokenizer_that_no_entry_names_is_replaced(outpu
     assert table.schema.metadata[b"tokenizer_id"] == b"tok-a"
 
 
-def test_token_file_of_a_shard_that_was_replaced_meanwhile_is_not_taken_over(output: Output, inputs: list[Shard]):
+def test_the_token_file_of_an_older_version_of_the_shard_is_not_reused(output: Output, inputs: list[Shard]):
     old = [token_row(f"{i:04d}", i, shape=(5, 5)) for i in range(4)]
     commit_and_die(output, Shard(inputs[0].url, 12345), old)
     new = token_rows(inputs[0], 4)
@@ -143,7 +143,7 @@ def test_token_file_of_a_shard_that_was_replaced_meanwhile_is_not_taken_over(out
     assert rows_of(output, inputs[0]) == [row.tokens.ravel().tolist() for row in new]
 
 
-def test_a_refused_token_leaves_nothing_behind(output: Output, inputs: list[Shard]):
+def test_an_invalid_token_is_refused_and_nothing_written(output: Output, inputs: list[Shard]):
     rows = token_rows(inputs[0], 4)
     rows[1].tokens[0, 0] = 1024
     before = files(output)
@@ -152,7 +152,7 @@ def test_a_refused_token_leaves_nothing_behind(output: Output, inputs: list[Shar
     assert files(output) == before
 
 
-# -- what may be committed ----------------------------------------------------------------------------------------
+# -- checks before a commit ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,17 +169,17 @@ def test_a_lost_or_doubled_sample_is_refused_and_nothing_written(
     output: Output, inputs: list[Shard], rows: list[int], bad: list[int], what: str
 ):
     before = files(output)
-    made = [token_row(f"{i:04d}", i) for i in rows]
+    rows_made = [token_row(f"{i:04d}", i) for i in rows]
     broken = [quarantined(inputs[0], i) for i in bad]
     with pytest.raises(ValueError, match=f"4 samples .*{what}"):
-        output.commit(inputs[0], made, broken, seconds={}, now=0.0, num_samples=4)
+        commit_shard(output, inputs[0], rows_made, broken, seconds={}, now=0.0, num_samples=4)
     assert files(output) == before
 
 
-def test_an_entry_tells_who_made_it_from_what_and_how_long_it_took(output: Output, inputs: list[Shard]):
+def test_an_entry_has_its_source_worker_and_times(output: Output, inputs: list[Shard]):
     seconds = {"read": 1.0, "encode": 2.0, "total": 3.0}
     bad = [quarantined(inputs[0], 3)]
-    entry = output.commit(inputs[0], token_rows(inputs[0], 3), bad, seconds, now=1.0, num_samples=4)
+    entry = commit_shard(output, inputs[0], token_rows(inputs[0], 3), bad, seconds, now=1.0, num_samples=4)
     assert (entry.source_num_bytes, entry.source_version) == (inputs[0].num_bytes, inputs[0].version)
     assert entry.tokens_num_bytes == len(output.read_tokens(entry.name))
     assert entry.worker == {"host": socket.gethostname(), "pid": os.getpid()}
@@ -196,8 +196,15 @@ def test_entries_of_older_versions_load(output: Output, inputs: list[Shard]):
     assert (old.num_rows, old.source_version, old.retry) == (4, None, 0)
 
 
+def test_unknown_fields_of_newer_entries_are_ignored(output: Output, inputs: list[Shard]):
+    entry = commit(output, inputs[0], token_rows(inputs[0], 4))
+    path = Path(output.url) / "manifest" / f"{entry.name}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "added_later": 1}))
+    assert output.commits() == [entry]
+
+
 @pytest.mark.parametrize("value", [-1, "4", 4.0, None])
-def test_an_entry_whose_count_is_none_is_named(output: Output, inputs: list[Shard], value: object):
+def test_an_entry_with_an_invalid_count_is_an_error(output: Output, inputs: list[Shard], value: object):
     entry = commit(output, inputs[0], token_rows(inputs[0], 4))
     path = Path(output.url) / "manifest" / f"{entry.name}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_rows": value}))
@@ -209,32 +216,36 @@ def test_an_entry_whose_count_is_none_is_named(output: Output, inputs: list[Shar
 
 
 @pytest.fixture
-def with_bad(output: Output, inputs: list[Shard]) -> History:
+def with_quarantine(output: Output, inputs: list[Shard]) -> CommittedShard:
     """Samples 1, 2 and 3 of 4 are in quarantine."""
     commit(output, inputs[0], token_rows(inputs[0], 1), [quarantined(inputs[0], i) for i in (1, 2, 3)])
     commit(output, inputs[1], token_rows(inputs[1], 3))
-    history = output.history(inputs[0].name)
+    history = output.committed_shard(inputs[0].name)
     assert history is not None
     return history
 
 
-def retry(output: Output, history: History, shard: Shard, recovered: list[int], now: float = 2.0) -> Commit | None:
-    """A retry that recovers these of the samples that are in quarantine."""
+def retry(
+    output: Output, history: CommittedShard, shard: Shard, recovered: list[int], now: float = 2.0
+) -> Commit | None:
+    """A retry that recovers these samples from quarantine."""
     rows = [row for row in token_rows(shard, 4) if row.source_index in recovered]
     bad = [quarantined(shard, q.source_index) for q in output.quarantined(history.last)]
     still = [sample for sample in bad if sample.source_index not in recovered]
-    return output.commit_retry(shard, history, rows, still, seconds={}, now=now)
+    return commit_retry(output, shard, history, rows, still, seconds={}, now=now)
 
 
 def in_quarantine(output: Output, name: str) -> list[int]:
-    history = output.history(name)
+    history = output.committed_shard(name)
     assert history is not None
     return [sample.source_index for sample in output.quarantined(history.last)]
 
 
-def test_a_retry_adds_an_entry_and_changes_nothing(output: Output, inputs: list[Shard], with_bad: History):
+def test_a_retry_adds_an_entry_and_changes_no_file(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard
+):
     before = files(output)
-    entry = retry(output, with_bad, inputs[0], [1, 3])
+    entry = retry(output, with_quarantine, inputs[0], [1, 3])
     assert entry is not None
     name = f"{inputs[0].name}+1"
     assert files(output).items() >= before.items()
@@ -246,116 +257,132 @@ def test_a_retry_adds_an_entry_and_changes_nothing(output: Output, inputs: list[
     assert in_quarantine(output, inputs[0].name) == [2]
 
 
-def test_retries_follow_one_another(output: Output, inputs: list[Shard], with_bad: History):
-    retry(output, with_bad, inputs[0], [3])
-    second = output.history(inputs[0].name)
+def test_a_second_retry_continues_the_first(output: Output, inputs: list[Shard], with_quarantine: CommittedShard):
+    retry(output, with_quarantine, inputs[0], [3])
+    second = output.committed_shard(inputs[0].name)
     assert second is not None
     retry(output, second, inputs[0], [1, 2])
     assert in_quarantine(output, inputs[0].name) == []
-    [shard] = [one for one in output.histories() if one.first.name == inputs[0].name]
+    [shard] = [one for one in output.committed_shards() if one.first.name == inputs[0].name]
     assert [(entry.retry, entry.settled) for entry in shard.entries] == [(0, []), (1, [3]), (2, [1, 2])]
     assert (shard.num_rows, shard.num_quarantined) == (4, 0)
     assert verify(output, deep=True).problems == []
 
 
-def test_a_retry_that_recovers_nothing_writes_nothing(output: Output, inputs: list[Shard], with_bad: History):
+def test_a_retry_that_recovers_nothing_writes_nothing(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard
+):
     before = files(output)
-    assert retry(output, with_bad, inputs[0], []) is None
+    assert retry(output, with_quarantine, inputs[0], []) is None
     assert files(output) == before
 
 
-def test_of_two_retries_the_first_stands(output: Output, inputs: list[Shard], with_bad: History):
-    retry(output, with_bad, inputs[0], [1])
+def test_the_first_of_two_retries_wins(output: Output, inputs: list[Shard], with_quarantine: CommittedShard):
+    retry(output, with_quarantine, inputs[0], [1])
     before = files(output)
-    assert retry(output, with_bad, inputs[0], [2, 3]) is None
+    assert retry(output, with_quarantine, inputs[0], [2, 3]) is None
     assert files(output) == before
     assert verify(output, deep=True).problems == []
 
 
-def test_rows_that_a_dying_retry_left_are_taken_over(output: Output, inputs: list[Shard], with_bad: History):
-    """Or one that is at work: its file must stay, for its entry may come at any moment."""
-    retry(output, with_bad, inputs[0], [1])
+def test_the_rows_of_a_retry_that_died_are_committed(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard
+):
+    """The retry may also still be running. Its file must stay, because its entry may be written at any moment."""
+    retry(output, with_quarantine, inputs[0], [1])
     kept = output.read_tokens(f"{inputs[0].name}+1")
     storage.remove(f"{output.url}/manifest/{inputs[0].name}+1.json")
-    entry = retry(output, with_bad, inputs[0], [2, 3])
+    entry = retry(output, with_quarantine, inputs[0], [2, 3])
     assert output.read_tokens(f"{inputs[0].name}+1") == kept
     assert entry is not None
     assert (entry.settled, in_quarantine(output, inputs[0].name)) == ([1], [2, 3])
     assert verify(output, deep=True).problems == []
 
 
-def test_a_torn_file_of_a_dying_retry_is_replaced(output: Output, inputs: list[Shard], with_bad: History):
+def test_a_torn_file_of_a_retry_that_died_is_replaced(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard
+):
     storage.write_once(output.tokens_url(f"{inputs[0].name}+1"), b"PAR1 and nothing")
-    entry = retry(output, with_bad, inputs[0], [2, 3])
+    entry = retry(output, with_quarantine, inputs[0], [2, 3])
     assert entry is not None
     assert entry.settled == [2, 3]
     assert verify(output, deep=True).problems == []
 
 
-def test_many_retries_at_the_same_moment_keep_every_sample_once(output: Output, inputs: list[Shard], with_bad: History):
+def test_many_retries_in_parallel_keep_every_sample_once(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard
+):
     subsets = [[1], [2], [3], [1, 2], [1, 3], [2, 3], [1, 2, 3], [3]]
     with ThreadPoolExecutor(len(subsets)) as pool:
-        results = list(pool.map(lambda recovered: retry(output, with_bad, inputs[0], recovered), subsets))
+        results = list(pool.map(lambda recovered: retry(output, with_quarantine, inputs[0], recovered), subsets))
     assert len([entry for entry in results if entry]) == 1
     assert verify(output, deep=True).problems == []
 
 
 @pytest.mark.parametrize("recovered", [[0], [1, 1]])
-def test_a_retry_of_what_is_not_in_quarantine_is_refused(
-    output: Output, inputs: list[Shard], with_bad: History, recovered: list[int]
+def test_a_retry_of_samples_that_are_not_in_quarantine_is_refused(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard, recovered: list[int]
 ):
     rows = [token_row(f"{i:04d}", i) for i in recovered]
     bad = [quarantined(inputs[0], i) for i in (1, 2, 3) if i not in recovered]
     with pytest.raises(ValueError, match="Nothing was committed"):
-        output.commit_retry(inputs[0], with_bad, rows, bad, seconds={}, now=0.0)
+        commit_retry(output, inputs[0], with_quarantine, rows, bad, seconds={}, now=0.0)
 
 
-# -- failure notes ------------------------------------------------------------------------------------------------
+# -- failed shards ------------------------------------------------------------------------------------------------
 
 
-def test_failure_note_tells_the_last_reason_and_success_removes_it(output: Output, inputs: list[Shard]):
-    output.note_failure(inputs[0], "first", now=1.0)
-    output.note_failure(inputs[0], "second", now=2.0)
+def test_a_failure_note_has_the_last_reason_and_a_commit_removes_it(output: Output, inputs: list[Shard]):
+    output.record_failure(inputs[0], "first", now=1.0)
+    output.record_failure(inputs[0], "second", now=2.0)
     [note] = output.failures()
     assert (note["source_shard"], note["message"]) == (inputs[0].url, "second")
     commit(output, inputs[0], token_rows(inputs[0], 4))
     assert output.failures() == []
 
 
-def test_a_failure_note_is_no_commit(output: Output, inputs: list[Shard]):
-    output.note_failure(inputs[0], "broken", now=1.0)
+def test_a_failure_note_is_not_a_commit(output: Output, inputs: list[Shard]):
+    output.record_failure(inputs[0], "broken", now=1.0)
     assert output.committed_names() == set()
 
 
-# -- what an output is --------------------------------------------------------------------------------------------
+# -- opening an output --------------------------------------------------------------------------------------------
 
 
 def test_reopening_with_the_same_layout_is_the_same_output(output: Output, inputs: list[Shard]):
     before = files(output)
-    again = Output.create(output.url, layout(), Manifest(inputs), config={"another": "machine"})
+    again = Output.create(output.url, layout(), ShardList(inputs), config={"another": "machine"})
     assert again.layout == output.layout
     assert files(output) == before
 
 
 def test_another_tokenizer_is_refused_by_both_names(output: Output, inputs: list[Shard]):
     with pytest.raises(OutputMismatch, match="tokenizer_id is tok-a there and tok-b here"):
-        Output.create(output.url, layout(tokenizer_id="tok-b"), Manifest(inputs), config={})
+        Output.create(output.url, layout(tokenizer_id="tok-b"), ShardList(inputs), config={})
 
 
 @pytest.mark.parametrize("change", [{"encoding": "packed"}, {"passthrough": ("txt",)}, {"codebook_size": 512}])
 def test_other_settings_are_refused(output: Output, inputs: list[Shard], change: dict):
     with pytest.raises(OutputMismatch, match=next(iter(change))):
-        Output.create(output.url, layout(**change), Manifest(inputs), config={})
+        Output.create(output.url, layout(**change), ShardList(inputs), config={})
 
 
-def test_what_is_no_output_is_told(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="is no output of `tokenmill tokenize`"):
+def test_an_output_with_a_newer_schema_is_refused(output: Output):
+    path = Path(output.url) / "dataset.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "layout": {**about["layout"], "schema_version": 2}}))
+    with pytest.raises(UnsupportedSchema, match=r"dataset\.json: schema_version is 2; this version of tokenmill reads"):
+        Output.open(output.url)
+
+
+def test_a_folder_without_dataset_json_is_not_an_output(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="is not an output of `tokenmill tokenize`"):
         Output.open(str(tmp_path))
 
 
-def test_an_output_remembers_every_shard_it_was_given(output: Output, inputs: list[Shard], tmp_path: Path):
+def test_an_output_records_every_input_shard(output: Output, inputs: list[Shard], tmp_path: Path):
     more = write_corpus(tmp_path / "more", (2,))
-    Output.create(output.url, layout(), Manifest([inputs[0], *more]), config={})
+    Output.create(output.url, layout(), ShardList([inputs[0], *more]), config={})
     assert {shard.url for shard in output.inputs()} == {shard.url for shard in [*inputs, *more]}
 
 
@@ -363,57 +390,57 @@ def test_a_committed_shard_that_was_replaced_is_refused(output: Output, inputs: 
     commit(output, inputs[0], token_rows(inputs[0], 4))
     replaced = Shard(inputs[0].url, (inputs[0].num_bytes or 0) + 512)
     with pytest.raises(OutputMismatch, match=f"{inputs[0].url} has {replaced.num_bytes} bytes now"):
-        Output.create(output.url, layout(), Manifest([replaced, inputs[1]]), config={})
+        Output.create(output.url, layout(), ShardList([replaced, inputs[1]]), config={})
 
 
 def test_a_committed_shard_of_the_same_size_but_another_version_is_refused(output: Output, inputs: list[Shard]):
     commit(output, inputs[0], token_rows(inputs[0], 4))
     replaced = Shard(inputs[0].url, inputs[0].num_bytes, version="etag-2")
-    with pytest.raises(OutputMismatch, match=f"is version etag-2 now, and was {inputs[0].version}.*another output"):
-        Output.create(output.url, layout(), Manifest([replaced, inputs[1]]), config={})
+    with pytest.raises(OutputMismatch, match=f"is version etag-2 now, but was {inputs[0].version}.*another output"):
+        Output.create(output.url, layout(), ShardList([replaced, inputs[1]]), config={})
 
 
-def test_a_shard_that_changed_before_its_commit_is_welcome(output: Output, inputs: list[Shard]):
+def test_a_shard_that_changed_before_its_commit_is_accepted(output: Output, inputs: list[Shard]):
     replaced = Shard(inputs[0].url, (inputs[0].num_bytes or 0) + 512)
-    Output.create(output.url, layout(), Manifest([replaced, inputs[1]]), config={})
+    Output.create(output.url, layout(), ShardList([replaced, inputs[1]]), config={})
 
 
-def test_a_committed_shard_that_is_gone_is_no_mistake(output: Output, inputs: list[Shard]):
+def test_a_missing_shard_that_was_committed_is_accepted(output: Output, inputs: list[Shard]):
     commit(output, inputs[0], token_rows(inputs[0], 4))
-    Output.create(output.url, layout(), Manifest([Shard(inputs[0].url, None)]), config={})
+    Output.create(output.url, layout(), ShardList([Shard(inputs[0].url, None)]), config={})
 
 
-def test_a_shard_committed_before_its_size_was_known_is_not_taken_for_replaced(output: Output, inputs: list[Shard]):
+def test_a_shard_committed_without_its_size_does_not_count_as_replaced(output: Output, inputs: list[Shard]):
     commit(output, Shard(inputs[0].url, None), token_rows(inputs[0], 4))
-    Output.create(output.url, layout(), Manifest(inputs), config={})
+    Output.create(output.url, layout(), ShardList(inputs), config={})
 
 
-def test_an_entry_that_is_none_is_named(output: Output):
+def test_an_entry_that_is_not_json_is_an_error_with_its_name(output: Output):
     storage.write_once(storage.join(output.url, "manifest", "x.json"), b'{"name": ')
-    with pytest.raises(ValueError, match=r"manifest/x\.json is no manifest entry"):
+    with pytest.raises(ValueError, match=r"manifest/x\.json is not a manifest entry"):
         output.commits()
 
 
 def test_everything_works_on_another_file_system(tmp_path: Path):
     inputs = write_corpus(tmp_path / "in", (2,))
-    output = Output.create("memory://an-output", layout(), Manifest(inputs), config={})
+    output = Output.create("memory://an-output", layout(), ShardList(inputs), config={})
     first = commit(output, inputs[0], token_rows(inputs[0], 2))
     assert commit(output, inputs[0], token_rows(inputs[0], 2), now=9.0) == first
     assert verify(Output.open("memory://an-output"), deep=True).problems == []
 
 
-def test_dataset_json_says_what_made_the_output(output: Output, inputs: list[Shard]):
+def test_dataset_json_has_layout_inputs_and_configuration(output: Output, inputs: list[Shard]):
     about = json.loads(storage.read(f"{output.url}/dataset.json"))
     assert about == output.about()
     assert about["layout"]["tokenizer_id"] == "tok-a"
-    assert about["input_manifest_id"] == Manifest(inputs).id
+    assert about["input_manifest_id"] == ShardList(inputs).id
     assert about["config"] == {"a": 1}
 
 
-def test_bytes_of_a_token_shard_do_not_depend_on_the_run_that_wrote_it(output: Output, inputs: list[Shard]):
+def test_the_bytes_of_a_token_shard_do_not_depend_on_the_run(output: Output, inputs: list[Shard]):
     commit(output, inputs[0], token_rows(inputs[0], 4), now=1.0)
     kept = output.read_tokens(inputs[0].name)
     shutil.rmtree(output.url)
-    again = Output.create(output.url, layout(), Manifest(inputs), config={"another": "machine"})
+    again = Output.create(output.url, layout(), ShardList(inputs), config={"another": "machine"})
     commit(again, inputs[0], token_rows(inputs[0], 4), now=2.0)
     assert again.read_tokens(inputs[0].name) == kept

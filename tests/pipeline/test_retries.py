@@ -1,4 +1,4 @@
-"""Errors that pass are tried again until patience ends; the others come out at once."""
+"""Transient errors are retried for a limited time; other errors are raised at once."""
 
 import errno
 import threading
@@ -12,13 +12,13 @@ from pipeline.storage import retries
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0.2)
 
 
 class Failing:
-    """Raises the errors one after the other, then returns; `calls` counts."""
+    """Raises the errors one after the other, then returns. `calls` counts the calls."""
 
     def __init__(self, *errors: Exception):
         self.errors, self.calls = list(errors), 0
@@ -27,18 +27,18 @@ class Failing:
         self.calls += 1
         if self.errors:
             raise self.errors.pop(0)
-        return "there"
+        return "result"
 
 
 def server_error(status: int, code: str) -> OSError:
-    """As s3fs raises it: an OSError of its own, from the client's error."""
+    """As s3fs raises it: its own OSError, caused by an error of the client."""
     error = OSError("refused")
     about = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     error.__cause__ = botocore.exceptions.ClientError(about, "GetObject")
     return error
 
 
-PASSING = [
+TRANSIENT = [
     ConnectionResetError("reset"),
     TimeoutError("slow"),
     aiohttp.ClientPayloadError("cut short"),
@@ -48,7 +48,7 @@ PASSING = [
     server_error(409, "ConditionalRequestConflict"),
     server_error(400, "RequestTimeout"),
 ]
-STAYING = [
+PERMANENT = [
     FileNotFoundError("gone"),
     OSError(errno.ENOSPC, "disk full"),
     server_error(403, "AccessDenied"),
@@ -58,29 +58,29 @@ STAYING = [
 ]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=repr)
-def test_a_passing_error_is_tried_again(error: Exception, quick: None):
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
+def test_a_transient_error_is_retried(error: Exception, short_pauses: None):
     call = Failing(error, error)
-    assert (retries.patiently(call, "s3://x/y"), call.calls) == ("there", 3)
+    assert (retries.with_retries(call, "s3://x/y"), call.calls) == ("result", 3)
 
 
-@pytest.mark.parametrize("error", STAYING, ids=repr)
-def test_an_error_that_will_not_pass_comes_out_at_once(error: Exception, quick: None):
+@pytest.mark.parametrize("error", PERMANENT, ids=repr)
+def test_a_permanent_error_is_raised_at_once(error: Exception, short_pauses: None):
     call = Failing(error)
     with pytest.raises(type(error)):
-        retries.patiently(call, "s3://x/y")
+        retries.with_retries(call, "s3://x/y")
     assert call.calls == 1
 
 
-def test_patience_ends_with_what_went_wrong(quick: None):
+def test_the_error_after_the_last_retry_names_the_cause(short_pauses: None):
     call = Failing(*[aiohttp.ClientPayloadError("cut short")] * 1000)
     with pytest.raises(StorageError, match=r"s3://x/y: ClientPayloadError: cut short, after \d+ tries in 0 s"):
-        retries.patiently(call, "s3://x/y")
+        retries.with_retries(call, "s3://x/y")
     assert 3 < call.calls < 1000
 
 
-def test_who_gave_up_waits_no_longer():
-    given_up = threading.Event()
-    given_up.set()
+def test_a_cancelled_call_is_not_retried():
+    cancelled = threading.Event()
+    cancelled.set()
     with pytest.raises(StorageError, match="after 1 tries"):
-        retries.patiently(Failing(TimeoutError("slow")), "s3://x/y", given_up)
+        retries.with_retries(Failing(TimeoutError("slow")), "s3://x/y", cancelled)

@@ -1,4 +1,4 @@
-"""Object storage for real: a SeaweedFS server, a proxy that breaks its answers, and a crash."""
+"""Storage against a real S3 server (SeaweedFS), a proxy that injects faults, and a crash of the server."""
 
 import random
 import re
@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import s3fs
 
-import pipeline.storage.s3
 from pipeline import storage
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import find_shards
 from pipeline.errors import ReplacedObject, ShardError, StorageError, UnsafeStorage
-from pipeline.storage import readahead, retries
+from pipeline.storage import create, readahead, retries
+from pipeline.storage import s3 as s3_settings
 from tests.corpus import samples_of, tar_bytes
 from tests.faults.proxy import (
     ERROR_500,
@@ -42,12 +42,12 @@ DATA = random.Random(0).randbytes(4 * BLOCK + 1)
 
 
 @pytest.fixture(autouse=True)
-def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.5)
-    monkeypatch.setattr(retries, "PATIENCE_S", 20)
-    monkeypatch.setitem(pipeline.s3.CLIENT, "read_timeout", 1)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 20)
+    monkeypatch.setitem(s3_settings.CLIENT, "read_timeout", 1)
 
 
 @pytest.fixture
@@ -64,13 +64,13 @@ def proxy(s3: S3Server, root: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def client(server: S3Server) -> s3fs.S3FileSystem:
-    """Another one than ours, which goes past the proxy."""
+    """An independent client that bypasses the proxy."""
     access, secret = server.read_write
     return s3fs.S3FileSystem(key=access, secret=secret, endpoint_url=server.endpoint)
 
 
 def next_ones(method: str, *kinds: str) -> Plan:
-    """The next requests of the method meet these faults, one each; the rest pass."""
+    """A plan that injects one of these faults into each of the next requests of the method."""
     left, lock = list(kinds), threading.Lock()
 
     def plan(request: Request) -> str:
@@ -80,7 +80,7 @@ def next_ones(method: str, *kinds: str) -> Plan:
     return plan
 
 
-def test_what_is_written_is_read_listed_and_removed(root: str):
+def test_objects_are_written_read_listed_and_removed(root: str):
     storage.write_once(f"{root}/a/x", b"1")
     storage.replace(f"{root}/a/y", b"22")
     storage.replace(f"{root}/a/y", b"333")
@@ -94,11 +94,13 @@ def test_what_is_written_is_read_listed_and_removed(root: str):
     assert (storage.exists(f"{root}/a/x"), storage.exists(f"{root}/a/y")) == (True, False)
 
 
-def test_a_large_object_is_one_put_like_the_probe(root: str):
+def test_a_large_object_is_a_single_put(root: str):
     storage.write_once(f"{root}/x", bytes(101 * 2**20))  # by default s3fs writes more than 100 MiB in parts
     found = storage.find(f"{root}/x")
     assert found
-    assert re.fullmatch("[0-9a-f]{32}", str(found.version))  # that of parts ends with their number
+    assert re.fullmatch(
+        "[0-9a-f]{32}", str(found.version)
+    )  # the ETag of a multipart upload ends in the number of parts
 
 
 def test_one_of_24_racing_writers_wins(root: str):
@@ -119,7 +121,7 @@ def test_one_of_24_racing_writers_wins(root: str):
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, len(DATA)])
-def test_a_stream_is_the_object(root: str, num_bytes: int):
+def test_a_stream_has_the_bytes_of_the_object(root: str, num_bytes: int):
     storage.write_once(f"{root}/x", DATA[:num_bytes])
     with storage.open_stream(f"{root}/x") as stream:
         assert b"".join(iter(lambda: stream.read(10_000), b"")) == DATA[:num_bytes]
@@ -135,25 +137,25 @@ def test_an_object_that_is_replaced_while_it_is_read_is_not_mixed_with_the_new_o
             stream.read()
 
 
-def test_another_version_than_the_one_listed_is_refused(root: str):
+def test_another_version_than_the_listed_one_is_refused(root: str):
     storage.replace(f"{root}/x.tar", tar_bytes(samples_of(1)))
     [shard] = find_shards(f"{root}/*.tar").shards
     assert len(list(read_samples(shard.url, shard.version))) == 1
     storage.replace(f"{root}/x.tar", tar_bytes(samples_of(1, start=1)))
-    with pytest.raises(ShardError, match="was replaced: version"):
+    with pytest.raises(ShardError, match="was replaced: its version"):
         list(read_samples(shard.url, shard.version))
     assert find_shards(f"{root}/*.tar").shards[0].version != shard.version
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_samples_on_s3_are_those_on_disk(root: str, tmp_path: Path, mode: str):
+def test_samples_on_s3_equal_those_on_disk(root: str, tmp_path: Path, mode: str):
     local, data = str(tmp_path / "x.tar"), tar_bytes(samples_of(40), mode)
     Path(local).write_bytes(data)
     storage.write_once(f"{root}/x.tar", data)
     assert list(read_samples(f"{root}/x.tar")) == list(read_samples(local))
 
 
-def test_a_stream_holds_few_blocks_however_large_the_object(root: str):
+def test_a_stream_uses_constant_memory(root: str):
     storage.write_once(f"{root}/x", DATA * 40)  # 10 MB
     tracemalloc.start()
     with storage.open_stream(f"{root}/x") as stream:
@@ -161,10 +163,10 @@ def test_a_stream_holds_few_blocks_however_large_the_object(root: str):
             pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 20 * BLOCK + 2**20  # 2.3 MB: blocks, what the network's side holds of them, and the HTTP client
+    assert peak < 20 * BLOCK + 2**20  # 2.3 MB: our blocks, network buffers and the HTTP client
 
 
-def test_a_glob_finds_more_shards_than_one_page_lists_without_looking_at_each(s3: S3Server, proxy: Proxy, root: str):
+def test_a_glob_lists_several_pages_without_a_request_per_shard(s3: S3Server, proxy: Proxy, root: str):
     path = root.removeprefix("s3://")
     client(s3).pipe({f"{path}/train-{i:04d}.tar": b"x" * (i % 7) for i in range(1001)}, batch_size=32)
     before = proxy.requests
@@ -174,7 +176,7 @@ def test_a_glob_finds_more_shards_than_one_page_lists_without_looking_at_each(s3
     assert all(shard.num_bytes == i % 7 and shard.version for i, shard in enumerate(shards))
 
 
-def test_braces_name_shards_with_size_and_version_and_the_missing_stays(root: str):
+def test_braces_give_size_and_version_and_keep_a_missing_shard(root: str):
     for i in range(2):
         storage.write_once(f"{root}/{i}.tar", b"x" * i)
     shards = find_shards(f"{root}/{{0..2}}.tar").shards
@@ -182,7 +184,7 @@ def test_braces_name_shards_with_size_and_version_and_the_missing_stays(root: st
     assert shards[:2] == find_shards(f"{root}/*.tar").shards
 
 
-def test_a_read_only_key_reads_and_does_not_write(s3: S3Server, root: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_only_key_can_read_but_not_write(s3: S3Server, root: str, monkeypatch: pytest.MonkeyPatch):
     storage.write_once(f"{root}/x", b"1")
     s3.use(monkeypatch, read_only=True)
     assert storage.read(f"{root}/x") == b"1"
@@ -192,26 +194,28 @@ def test_a_read_only_key_reads_and_does_not_write(s3: S3Server, root: str, monke
         storage.check_create_only(root)
 
 
-ASKED: list[Callable[[str], object]] = [storage.read, storage.open_stream, storage.list_files, storage.glob]
+READS: list[Callable[[str], object]] = [storage.read, storage.open_stream, storage.list_files, storage.glob]
 
 
-@pytest.mark.parametrize("ask", ASKED, ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("call", READS, ids=lambda call: call.__name__)
 @pytest.mark.parametrize(("name", "value"), [("AWS_SECRET_ACCESS_KEY", "wrong"), ("AWS_ACCESS_KEY_ID", "nobody")])
-def test_a_wrong_key_is_named(root: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, ask: Callable):
+def test_the_error_for_a_wrong_key_names_it(
+    root: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, call: Callable
+):
     storage.write_once(f"{root}/x", b"1")
     monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(PermissionError, match=r"access key (test-read-write|nobody) may not (read|list) .*check AWS_"):
-        ask(f"{root}/x*" if ask is storage.glob else f"{root}/x")
+        call(f"{root}/x*" if call is storage.glob else f"{root}/x")
 
 
-def test_no_key_at_all_is_told(root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_missing_key_is_reported(root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))  # without ~/.aws
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(PermissionError, match=r"whoever the AWS settings name may not read .*Unable to locate cred"):
+    with pytest.raises(PermissionError, match=r"the identity in the AWS settings may not read .*Unable to locate cred"):
         storage.read(f"{root}/x")
 
 
@@ -222,7 +226,7 @@ def test_options_of_the_configuration_reach_the_client(s3: S3Server, root: str, 
     key, secret = s3.read_write
     options = {"endpoint_url": s3.endpoint, "key": key, "secret": secret, "config_kwargs": {"read_timeout": 3}}
     for name, value in storage.environment({"s3": options}).items():
-        monkeypatch.setenv(name, value)  # so that what `configure` sets is undone
+        monkeypatch.setenv(name, value)  # so that the changes of `configure` are undone
     monkeypatch.setattr("fsspec.config.conf", {})
     storage.configure({"s3": options})
     assert storage.read(f"{root}/x") == b"1"
@@ -234,7 +238,7 @@ READ_FAULTS = [ERROR_500, SLOW_DOWN, RESET_BEFORE, RESET_AFTER, STALL, STALL_BOD
 
 @pytest.mark.parametrize("kind", READ_FAULTS)
 @pytest.mark.parametrize("how", ["read", "stream"])
-def test_a_broken_answer_is_asked_for_again(proxy: Proxy, root: str, kind: str, how: str):
+def test_a_broken_response_is_retried(proxy: Proxy, root: str, kind: str, how: str):
     storage.write_once(f"{root}/x", DATA)
     proxy.plan = next_ones("GET", kind, kind)
     if how == "read":
@@ -247,51 +251,49 @@ def test_a_broken_answer_is_asked_for_again(proxy: Proxy, root: str, kind: str, 
 
 @pytest.mark.parametrize("kind", [ERROR_500, SLOW_DOWN, RESET_BEFORE, RESET_AFTER, STALL])
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_create_that_got_no_answer_is_not_taken_for_another_writers(proxy: Proxy, root: str, kind: str, times: int):
+def test_a_create_with_a_lost_response_counts_as_our_own(proxy: Proxy, root: str, kind: str, times: int):
     proxy.plan = next_ones("PUT", *[kind] * times)
     storage.write_once(f"{root}/x", b"mine")
     assert proxy.injected[kind] == times
     assert storage.read(f"{root}/x") == b"mine"
-    with pytest.raises(FileExistsError, match=f"{root}/x is already there"):
-        storage.write_once(f"{root}/x", b"another's")
+    with pytest.raises(FileExistsError, match=f"{root}/x already exists"):
+        storage.write_once(f"{root}/x", b"other")
 
 
-def test_lists_looks_and_removals_are_tried_again(proxy: Proxy, root: str):
+def test_lists_lookups_and_removals_are_retried(proxy: Proxy, root: str):
     storage.write_once(f"{root}/x", b"1")
-    for method, ask in [("GET", storage.list_files), ("HEAD", storage.exists), ("DELETE", storage.remove)]:
+    for method, call in [("GET", storage.list_files), ("HEAD", storage.exists), ("DELETE", storage.remove)]:
         proxy.plan = next_ones(method, SLOW_DOWN, RESET_BEFORE)
-        ask(root if method == "GET" else f"{root}/x")
+        call(root if method == "GET" else f"{root}/x")
     assert proxy.injected == {SLOW_DOWN: 3, RESET_BEFORE: 3}
     assert not storage.exists(f"{root}/x")
 
 
-def test_an_end_of_patience_is_an_error_that_a_shard_can_fail_with(
-    proxy: Proxy, root: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.2)
+def test_a_shard_fails_if_retries_do_not_help(proxy: Proxy, root: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0.2)
     storage.write_once(f"{root}/x.tar", tar_bytes(samples_of(1)))
     proxy.plan = lambda request: TRUNCATE if request.method == "GET" else ""
     with pytest.raises(ShardError, match=r"StorageError: .*x.tar: .*Not enough data.* after \d+ tries"):
         list(read_samples(f"{root}/x.tar"))
 
 
-def test_a_write_into_a_connection_that_takes_nothing_ends(s3: S3Server, root: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "WRITE_S", 0.5)
-    monkeypatch.setattr(storage, "WRITE_BYTES_PER_S", 1e9)
-    monkeypatch.setattr(retries, "PATIENCE_S", 0)
+def test_a_write_to_a_server_that_does_not_read_times_out(s3: S3Server, root: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(create, "WRITE_S", 0.5)
+    monkeypatch.setattr(create, "WRITE_BYTES_PER_S", 1e9)
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0)
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         s3.use(monkeypatch, endpoint=f"http://127.0.0.1:{deaf.getsockname()[1]}")
         with pytest.raises(StorageError, match=f"{root}/x: FSTimeoutError"):
             storage.replace(f"{root}/x", bytes(2**25))
 
 
-def test_the_probe_passes_and_leaves_nothing(s3: S3Server, root: str):
+def test_the_probe_passes_and_leaves_no_files(s3: S3Server, root: str):
     storage.check_create_only(root)
     assert not any("probe" in name for name in client(s3).find(root))
 
 
 def overwriting(server: S3Server) -> Plan:
-    """Removes what a create-only write would meet: the answers are those of a server that ignores If-None-Match."""
+    """Imitates a server that ignores If-None-Match: removes the existing object before a create-only write."""
     fs = client(server)
 
     def plan(request: Request) -> str:
@@ -302,14 +304,14 @@ def overwriting(server: S3Server) -> Plan:
     return plan
 
 
-def test_the_probe_finds_a_server_that_overwrites(s3: S3Server, proxy: Proxy, root: str):
+def test_the_probe_detects_a_server_that_overwrites(s3: S3Server, proxy: Proxy, root: str):
     proxy.plan = overwriting(s3)
-    with pytest.raises(UnsafeStorage, match=f"{root}: the server overwrites .* set create_only to 'checked'"):
+    with pytest.raises(UnsafeStorage, match=f"{root}: the server overwrites .* set storage.create_only=checked"):
         storage.check_create_only(root)
     assert storage.list_files(root) == []
 
 
-def test_in_the_checked_mode_a_server_that_overwrites_keeps_the_first(
+def test_the_checked_mode_keeps_the_first_object_on_a_server_that_overwrites(
     s3: S3Server, proxy: Proxy, root: str, monkeypatch: pytest.MonkeyPatch
 ):
     proxy.plan = overwriting(s3)
@@ -320,15 +322,15 @@ def test_in_the_checked_mode_a_server_that_overwrites_keeps_the_first(
     assert storage.read(f"{root}/x") == b"first"
 
 
-def test_a_read_goes_on_after_the_server_crashed_and_came_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_read_continues_after_the_server_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with start_s3(tmp_path) as server:
         server.use(monkeypatch)
         storage.write_once(f"{server.url}/x", DATA)
         with storage.open_stream(f"{server.url}/x") as stream:
             start = stream.read(BLOCK)
             server.kill()
-            back = threading.Timer(0.5, server.start)
-            back.start()
+            restart = threading.Timer(0.5, server.start)
+            restart.start()
             assert start + stream.read() == DATA
-            back.join()
+            restart.join()
         storage.write_once(f"{server.url}/y", b"after")

@@ -1,4 +1,4 @@
-"""Objects are written whole, once; and every fsspec URL works alike."""
+"""Objects are written whole and once. All kinds of fsspec URLs behave the same."""
 
 import os
 import threading
@@ -18,8 +18,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
 
 
-def at_once(count: int, work: Callable[[int], object]) -> list[object]:
-    """work(0) .. work(count - 1) in as many threads, begun together; results, or the errors raised."""
+def in_parallel(count: int, work: Callable[[int], object]) -> list[object]:
+    """Runs work(0) .. work(count - 1) in threads that start together; returns results, or the errors raised."""
     ready = threading.Barrier(count)
 
     def run(i: int) -> object:
@@ -33,31 +33,31 @@ def at_once(count: int, work: Callable[[int], object]) -> list[object]:
         return list(pool.map(run, range(count)))
 
 
-def test_what_is_written_is_read(root: str):
+def test_written_data_is_read_back(root: str):
     storage.write_once(storage.join(root, "a", "b.bin"), b"\x00data")
     assert storage.read(f"{root}/a/b.bin") == b"\x00data"
     with storage.open_stream(f"{root}/a/b.bin") as stream:
         assert stream.read() == b"\x00data"
 
 
-def test_write_once_leaves_what_is_there(root: str):
+def test_write_once_keeps_an_existing_object(root: str):
     storage.write_once(f"{root}/x", b"first")
-    with pytest.raises(FileExistsError, match="x is already there"):
+    with pytest.raises(FileExistsError, match="x already exists"):
         storage.write_once(f"{root}/x", b"second")
     assert storage.read(f"{root}/x") == b"first"
 
 
-def test_one_of_many_writers_wins_and_its_object_is_whole(tmp_path: Path):
+def test_exactly_one_of_many_writers_wins_and_its_object_is_complete(tmp_path: Path):
     for round_ in range(20):
         url = str(tmp_path / f"raced-{round_}")
-        results = at_once(12, lambda i, url=url: storage.write_once(url, bytes([i]) * 100_000))
+        results = in_parallel(12, lambda i, url=url: storage.write_once(url, bytes([i]) * 100_000))
         winners = [i for i, result in enumerate(results) if result is None]
         assert len(winners) == 1
         assert all(isinstance(result, FileExistsError) for result in results if result is not None)
         assert storage.read(url) == bytes(winners) * 100_000
 
 
-def test_replacing_is_never_seen_half_done(tmp_path: Path):
+def test_readers_never_see_a_half_replaced_object(tmp_path: Path):
     url = str(tmp_path / "report")
     storage.replace(url, bytes(200_000))
     seen: list[bytes] = []
@@ -69,11 +69,11 @@ def test_replacing_is_never_seen_half_done(tmp_path: Path):
             else:
                 storage.replace(url, bytes([i]) * 200_000)
 
-    assert at_once(6, work) == [None] * 6
+    assert in_parallel(6, work) == [None] * 6
     assert all(len(data) == 200_000 and len(set(data)) == 1 for data in seen)
 
 
-def test_replace_writes_over(root: str):
+def test_replace_overwrites(root: str):
     storage.replace(f"{root}/x", b"first")
     storage.replace(f"{root}/x", b"second")
     assert storage.read(f"{root}/x") == b"second"
@@ -87,24 +87,24 @@ def test_no_temporary_file_is_left_behind(tmp_path: Path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_lists_are_of_files_right_in_the_folder_and_sorted(root: str):
+def test_lists_are_sorted_and_not_recursive(root: str):
     for name in ("b", "a", "deeper/c"):
         storage.write_once(storage.join(root, name), b"")
     assert storage.list_files(root) == [f"{root}/a", f"{root}/b"]
     assert storage.list_folders(root) == [f"{root}/deeper"]
 
 
-def test_a_folder_that_is_not_there_lists_nothing(root: str):
+def test_listing_a_missing_folder_gives_nothing(root: str):
     assert storage.list_files(f"{root}/gone") == storage.list_folders(f"{root}/gone") == []
 
 
-def test_a_listing_shows_what_was_written_since_the_last(root: str):
+def test_listings_are_not_cached(root: str):
     assert storage.list_files(root) == []
     storage.write_once(f"{root}/a", b"")
     assert storage.list_files(root) == [f"{root}/a"]
 
 
-def test_glob_gives_urls_that_can_be_read(root: str):
+def test_glob_returns_urls_that_can_be_read(root: str):
     for name in ("t-1.tar", "t-0.tar", "other.txt"):
         storage.write_once(storage.join(root, name), name.encode())
     found = storage.glob(f"{root}/t-?.tar")
@@ -112,7 +112,7 @@ def test_glob_gives_urls_that_can_be_read(root: str):
     assert [storage.read(one.url) for one in found] == [b"t-0.tar", b"t-1.tar"]
 
 
-def test_size_of_what_is_missing_is_none(root: str):
+def test_finding_a_missing_object_gives_none(root: str):
     storage.write_once(f"{root}/x", b"12345")
     found = storage.find(f"{root}/x")
     assert found
@@ -120,26 +120,31 @@ def test_size_of_what_is_missing_is_none(root: str):
     assert (storage.exists(f"{root}/x"), storage.exists(f"{root}/y")) == (True, False)
 
 
-def test_removing_twice_is_no_error(root: str):
+def test_removing_twice_is_not_an_error(root: str):
     storage.write_once(f"{root}/x", b"")
     storage.remove(f"{root}/x")
     storage.remove(f"{root}/x")
     assert not storage.exists(f"{root}/x")
 
 
-def test_reading_what_is_missing_fails_at_once(root: str):
+def test_reading_a_missing_object_fails_at_once(root: str):
     with pytest.raises(FileNotFoundError):
         storage.read(f"{root}/gone")
 
 
-def test_one_place_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_read_if_exists_gives_none_for_a_missing_object(root: str):
+    storage.write_once(f"{root}/x", b"1")
+    assert (storage.read_if_exists(f"{root}/x"), storage.read_if_exists(f"{root}/gone")) == (b"1", None)
+
+
+def test_all_spellings_of_a_path_are_normalised_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     spellings = ["data/x", "./data/x", "data/../data/x/", f"file://{tmp_path}/data/x", f"{tmp_path}/data/x"]
     assert {storage.normalise(url) for url in spellings} == {f"{tmp_path}/data/x"}
     assert storage.normalise("s3://bucket/x/") == "s3://bucket/x"
 
 
-def test_a_folder_travels_by_upload_and_download(root: str, tmp_path: Path):
+def test_a_folder_is_uploaded_and_downloaded(root: str, tmp_path: Path):
     (tmp_path / "model").mkdir()
     for name in ("b", "a"):
         (tmp_path / "model" / name).write_text(name * 3)
@@ -148,7 +153,7 @@ def test_a_folder_travels_by_upload_and_download(root: str, tmp_path: Path):
         assert {file.name: file.read_text() for file in folder.iterdir()} == {"a": "aaa", "b": "bbb"}
 
 
-def test_downloading_nothing_is_an_error(root: str):
+def test_downloading_a_missing_folder_is_an_error(root: str):
     with pytest.raises(FileNotFoundError, match="gone"), storage.downloaded(f"{root}/gone"):
         pass
 
@@ -159,7 +164,7 @@ def test_part_of_an_object_is_read(root: str):
     assert storage.read(f"{root}/x", 7) == b"789"
 
 
-def test_a_glob_tells_size_and_version_as_a_look_at_each_does(root: str):
+def test_glob_gives_the_same_size_and_version_as_find(root: str):
     for name in ("b.tar", "a.tar", "a.txt", "deeper/c.tar"):
         storage.write_once(storage.join(root, name), name.encode())
     found = storage.glob(f"{root}/**/*.tar")
@@ -167,7 +172,7 @@ def test_a_glob_tells_size_and_version_as_a_look_at_each_does(root: str):
     assert found == [storage.find(one.url) for one in found]
 
 
-def test_a_link_is_listed_as_the_file_that_it_leads_to(tmp_path: Path):
+def test_a_link_is_listed_with_the_size_and_version_of_its_target(tmp_path: Path):
     (tmp_path / "real").write_bytes(b"12345")
     os.utime(tmp_path / "real", ns=(1, 123_456_789))
     (tmp_path / "link.tar").symlink_to(tmp_path / "real")
@@ -182,23 +187,23 @@ def test_a_local_file_of_another_version_is_refused(tmp_path: Path):
     assert found
     storage.open_stream(found.url, found.version).close()
     os.utime(found.url, ns=(1, 1))
-    with pytest.raises(ReplacedObject, match=f"version 1 is there instead of {found.version}"):
+    with pytest.raises(ReplacedObject, match=f"its version is 1 instead of {found.version}"):
         storage.open_stream(found.url, found.version)
 
 
-def test_the_probe_passes_and_leaves_nothing(root: str):
+def test_the_probe_passes_and_leaves_no_files(root: str):
     storage.check_create_only(root)
     assert storage.list_files(root) == []
     assert not Path(root).exists() or os.listdir(root) == []
 
 
-def test_a_disk_that_may_not_be_written_to_is_refused_by_the_probe(tmp_path: Path):
+def test_the_probe_fails_if_the_folder_is_not_writable(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="file"):
         storage.check_create_only(str(tmp_path / "file"))
 
 
-def test_options_travel_in_the_environment():
+def test_options_are_passed_in_environment_variables():
     given = storage.environment({"s3": {"endpoint_url": "http://here", "profile": "lab"}}, create_only="checked")
     assert given == {
         "FSSPEC_S3": '{"endpoint_url": "http://here", "profile": "lab"}',
@@ -207,15 +212,15 @@ def test_options_travel_in_the_environment():
 
 
 @pytest.mark.parametrize(("options", "how"), [({"s3": {"key": b"x"}}, "server"), ({}, "no")])
-def test_options_that_cannot_travel_are_refused(options: dict, how: str):
+def test_options_that_json_cannot_hold_are_refused(options: dict, how: str):
     with pytest.raises(ValueError, match=r"storage options|choose 'server' or 'checked'"):
         storage.environment(options, create_only=how)
 
 
-def test_where_the_server_does_not_check_we_do(monkeypatch: pytest.MonkeyPatch):
+def test_the_checked_mode_keeps_an_existing_object(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(storage.CREATE_ONLY, storage.CHECKED)
     url = f"memory://{uuid.uuid4().hex}/x"
     storage.write_once(url, b"first")
-    with pytest.raises(FileExistsError, match="x is already there"):
+    with pytest.raises(FileExistsError, match="x already exists"):
         storage.write_once(url, b"second")
     assert storage.read(url) == b"first"

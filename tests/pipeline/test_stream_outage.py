@@ -1,4 +1,4 @@
-"""Training streams whose storage fails: they end, where they would go on past a shard that is broken itself."""
+"""A training stream ends when storage fails. It skips a shard only if the shard itself is broken."""
 
 import bz2
 import itertools
@@ -16,25 +16,25 @@ from tests.s3 import start_s3
 
 
 def keys(shards: list[Shard], bad: list[ShardError] | None = None) -> list[str]:
-    """Of the first epoch."""
-    told = [] if bad is None else bad
-    drawn = training_samples(shards, Lanes(1, 4), positions={}, on_bad_shard=told.append)
+    """The keys of the first epoch."""
+    reported = [] if bad is None else bad
+    drawn = training_samples(shards, Lanes(1, 4), positions={}, on_bad_shard=reported.append)
     return [one.sample.key for one in itertools.takewhile(lambda one: one.before.epoch == 0, drawn)]
 
 
-def test_a_file_system_that_fails_ends_the_stream(tmp_path: Path):
+def test_a_failing_file_system_ends_the_stream(tmp_path: Path):
     shards = write_corpus(tmp_path)
     file = Path(shards[1].url)
     file.unlink()
-    file.symlink_to(file)  # any error with a number will do: ELOOP here, for want of a broken disk
+    file.symlink_to(file)  # ELOOP stands for any error of the disk with an errno
     bad: list[ShardError] = []
     with pytest.raises(StorageError, match=rf"{file}: cannot be read to its end \(OSError: .*Too many levels"):
         keys(shards, bad)
     assert bad == []
 
 
-def test_a_compressed_shard_that_is_broken_is_told_and_the_others_go_on(tmp_path: Path):
-    """bzip2's reader says so with an OSError, as storage does, but without a number."""
+def test_a_broken_compressed_shard_is_reported_and_the_others_are_read(tmp_path: Path):
+    """The bzip2 reader raises OSError, as storage does, but without an errno."""
     shards = write_corpus(tmp_path)
     file = Path(shards[1].url)
     compressed = bytearray(bz2.compress(file.read_bytes()))
@@ -46,23 +46,21 @@ def test_a_compressed_shard_that_is_broken_is_told_and_the_others_go_on(tmp_path
 
 
 @pytest.mark.s3
-def test_an_outage_that_outlasts_the_retries_ends_the_stream_and_it_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(retries, "PATIENCE_S", 0.5)
+def test_a_stream_that_ended_in_an_outage_resumes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(retries, "RETRY_FOR_S", 0.5)
     with start_s3(tmp_path / "s3") as server:
         server.use(monkeypatch)
         for shard in write_corpus(tmp_path):
             storage.write_once(f"{server.url}/{Path(shard.url).name}", Path(shard.url).read_bytes())
         shards = find_shards(f"{server.url}/*.tar").shards
-        calm = keys(shards)
+        undisturbed = keys(shards)
         stream = training_samples(shards, Lanes(1, 4), positions={}, on_bad_shard=pytest.fail)
         drawn = [next(stream)]
         server.kill()
         with pytest.raises(StorageError, match="tries in"):
-            drawn.extend(itertools.islice(stream, len(calm)))
+            drawn.extend(itertools.islice(stream, len(undisturbed)))
         server.start()
         after: dict[int, Position] = {0: drawn[-1].after}
         rest = training_samples(shards, Lanes(1, 4), positions=after, on_bad_shard=pytest.fail)
-        drawn += itertools.islice(rest, len(calm) - len(drawn))
-    assert [one.sample.key for one in drawn] == calm
+        drawn += itertools.islice(rest, len(undisturbed) - len(drawn))
+    assert [one.sample.key for one in drawn] == undisturbed

@@ -1,4 +1,4 @@
-"""TokenDataset: every row once, in an order that is known, and a state that goes on right where it was."""
+"""TokenDataset: every row once, in a reproducible order, and resumable at every row."""
 
 import itertools
 import json
@@ -35,7 +35,7 @@ def keys(rows) -> list[str]:
 
 
 def ordered(output: Output) -> list[str]:
-    """All keys in the order of the manifest."""
+    """All keys in the order of the manifest entries."""
     return keys(TokenDataset(output.url))
 
 
@@ -44,7 +44,7 @@ def ordered(output: Output) -> list[str]:
 
 @pytest.mark.parametrize("encoding", ["output", "packed"])
 @pytest.mark.parametrize("window", [0, 4])
-def test_tokens_are_those_written_in_their_shape(request: pytest.FixtureRequest, encoding: str, window: int):
+def test_tokens_have_the_written_values_and_shape(request: pytest.FixtureRequest, encoding: str, window: int):
     output = request.getfixturevalue(encoding)
     found = {row["key"]: row["tokens"] for row in TokenDataset(output.url, shuffle_window=window)}
     for shard, count in zip(output.inputs(), SIZES, strict=True):
@@ -58,18 +58,18 @@ def test_list_and_packed_give_the_same_rows(output: Output, packed: Output):
     assert first == second
 
 
-def test_the_columns_asked_for_come_with_the_tokens(output: Output):
+def test_rows_have_the_requested_columns(output: Output):
     row = next(iter(TokenDataset(output.url, columns=("source_index", "height"))))
     assert set(row) == {"tokens", "key", "source_index", "height"}
     assert row["height"] == 8 * row["tokens"].shape[0]
 
 
-def test_a_column_that_is_not_there_is_named(output: Output):
+def test_an_unknown_column_is_an_error_with_its_name(output: Output):
     with pytest.raises((ValueError, KeyError), match="captoin"):
         next(iter(TokenDataset(output.url, columns=("captoin",))))
 
 
-def test_tokens_may_be_written_to(output: Output):
+def test_tokens_are_writable_copies(output: Output):
     first = next(iter(TokenDataset(output.url)))
     first["tokens"][:] = 0
     assert next(iter(TokenDataset(output.url)))["tokens"].any()
@@ -85,7 +85,7 @@ def test_an_empty_output_has_no_rows(tmp_path: Path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_row_comes_once_over_ranks_and_workers(output: Output, world_size: int, workers: int):
+def test_ranks_and_workers_together_read_every_row_once(output: Output, world_size: int, workers: int):
     found: list[str] = []
     for rank in range(world_size):
         dataset = TokenDataset(output.url, rank=rank, world_size=world_size, shuffle_window=4)
@@ -93,14 +93,14 @@ def test_every_row_comes_once_over_ranks_and_workers(output: Output, world_size:
     assert sorted(found) == ALL_KEYS
 
 
-def test_more_ranks_than_rows_are_no_error(output: Output):
+def test_more_ranks_than_rows_are_not_an_error(output: Output):
     found = [keys(TokenDataset(output.url, rank=rank, world_size=30)) for rank in range(30)]
     assert sorted(itertools.chain(*found)) == ALL_KEYS
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("window", [0, 4])
-def test_equal_length_gives_every_rank_as_many_rows(output: Output, world_size: int, window: int):
+def test_equal_length_gives_every_rank_the_same_number_of_rows(output: Output, world_size: int, window: int):
     settings = {"world_size": world_size, "shuffle_window": window, "equal_length": True}
     datasets = [TokenDataset(output.url, rank=rank, **settings) for rank in range(world_size)]
     found = [keys(dataset) for dataset in datasets]
@@ -109,13 +109,13 @@ def test_equal_length_gives_every_rank_as_many_rows(output: Output, world_size: 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_len_is_the_number_of_rows_that_come(output: Output, world_size: int):
+def test_len_is_the_number_of_rows_of_an_epoch(output: Output, world_size: int):
     for rank in range(world_size):
         dataset = TokenDataset(output.url, rank=rank, world_size=world_size)
         assert len(dataset) == len(list(dataset))
 
 
-def test_batches_come_as_tensors(output: Output):
+def test_a_dataloader_batches_rows_into_tensors(output: Output):
     dataset = TokenDataset(output.url, rank=0, world_size=2)
     rows = [row for row in dataset if row["tokens"].shape == (2, 3)]
     batch = next(iter(DataLoader(rows, batch_size=3)))
@@ -123,7 +123,7 @@ def test_batches_come_as_tensors(output: Output):
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
-def test_a_rank_beyond_the_world_is_refused(output: Output, rank: int):
+def test_a_rank_outside_the_world_size_is_refused(output: Output, rank: int):
     with pytest.raises(ValueError, match=f"rank is {rank}"):
         TokenDataset(output.url, rank=rank, world_size=2)
 
@@ -136,37 +136,37 @@ def epochs(output: Output, count: int = 2, **settings) -> list[list[str]]:
     return [keys(dataset) for _ in range(count)]
 
 
-def test_without_shuffling_rows_come_in_the_order_of_the_shards(output: Output):
+def test_without_shuffling_rows_are_in_the_order_of_the_shards(output: Output):
     files = sorted(zip(output.inputs(), SIZES, strict=True), key=lambda pair: pair[0].name)
     expected = [row.key for shard, count in files for row in token_rows(shard, count)]
     assert epochs(output) == [expected, expected]
 
 
-def test_shuffling_moves_rows_across_shards(output: Output):
+def test_shuffling_mixes_rows_of_different_shards(output: Output):
     [found] = epochs(output, 1, shuffle_window=12)
     changes = sum(a[:2] != b[:2] for a, b in itertools.pairwise(found))
     assert sorted(found) == ALL_KEYS
     assert changes > len(SIZES)
 
 
-def test_epochs_differ_and_seeds_differ(output: Output):
+def test_epochs_and_seeds_give_different_orders(output: Output):
     first, second = epochs(output, 2, shuffle_window=6, seed=1)
     [other] = epochs(output, 1, shuffle_window=6, seed=2)
     assert len({tuple(first), tuple(second), tuple(other)}) == 3
 
 
-def test_epochs_and_seeds_differ_within_a_shard(tmp_path: Path):
+def test_epochs_and_seeds_give_different_orders_within_a_shard(tmp_path: Path):
     single = write_tokens(tmp_path, (8,))
     orders = [order for seed in (0, 1) for order in epochs(single, 2, shuffle_window=4, seed=seed)]
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_the_order_is_the_same_every_time(output: Output):
+def test_the_order_is_reproducible(output: Output):
     settings = {"shuffle_window": 6, "seed": 1, "rank": 1, "world_size": 2}
     assert epochs(output, 3, **settings) == epochs(output, 3, **settings)
 
 
-def test_set_epoch_is_the_epoch_that_would_have_come(output: Output):
+def test_set_epoch_gives_the_order_of_that_epoch(output: Output):
     dataset = TokenDataset(output.url, shuffle_window=6)
     dataset.set_epoch(2)
     assert keys(dataset) == epochs(output, 3, shuffle_window=6)[2]
@@ -188,8 +188,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Output:
 
 
 @pytest.mark.parametrize("settings", STATES)
-def test_a_state_goes_on_right_after_the_last_row(small: Output, settings: dict):
-    """At every position of two epochs: what was taken and what comes after are the epochs, seamlessly."""
+def test_a_state_resumes_right_after_the_last_row(small: Output, settings: dict):
+    """At every position of two epochs: the rows before the state and the rows after it add up to the epochs."""
     expected = list(itertools.chain(*epochs(small, 3, **settings)))
     for taken in range(2 * len(expected) // 3):
         running = TokenDataset(small.url, **settings)
@@ -202,7 +202,7 @@ def test_a_state_goes_on_right_after_the_last_row(small: Output, settings: dict)
         assert len(rest) >= len(expected) // 3
 
 
-def test_a_state_goes_through_json_and_a_second_resume(output: Output):
+def test_a_state_round_trips_through_json_and_repeated_resumes(output: Output):
     expected = epochs(output, 1, shuffle_window=4)[0]
     found: list[str] = []
     state = None
@@ -216,14 +216,14 @@ def test_a_state_goes_through_json_and_a_second_resume(output: Output):
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"shuffle_window": 5}, {"rank": 1}, {"world_size": 3}])
-def test_a_state_of_other_settings_is_refused(output: Output, change: dict):
+def test_a_state_with_other_settings_is_refused(output: Output, change: dict):
     settings = {"shuffle_window": 4, "seed": 0, "rank": 0, "world_size": 2}
     state = TokenDataset(output.url, **settings).state_dict()
     with pytest.raises(OutputMismatch, match=next(iter(change))):
         TokenDataset(output.url, **{**settings, **change}).load_state_dict(state)
 
 
-def test_a_state_of_another_equal_length_is_refused(output: Output):
+def test_a_state_with_another_equal_length_is_refused(output: Output):
     state = TokenDataset(output.url, rank=1, world_size=2).state_dict()
     with pytest.raises(OutputMismatch):
         TokenDataset(output.url, rank=1, world_size=2, equal_length=True).load_state_dict(state)
@@ -243,21 +243,21 @@ def test_a_state_of_another_tokenizers_output_is_refused(output: Output, tmp_pat
 
 
 def as_worker(monkeypatch: pytest.MonkeyPatch, worker: int, workers: int) -> None:
-    """In the place of a DataLoader worker; one that raises would make torch wait 5 s at its end."""
+    """Imitates a DataLoader worker. A real worker that raises would make torch wait 5 s at the end."""
     info = SimpleNamespace(id=worker, num_workers=workers)
     monkeypatch.setattr("pipeline.tokens.dataset.get_worker_info", lambda: info)
 
 
-def test_a_state_taken_without_workers_is_refused_with_them(output: Output, monkeypatch: pytest.MonkeyPatch):
+def test_a_state_saved_without_workers_is_refused_with_workers(output: Output, monkeypatch: pytest.MonkeyPatch):
     dataset, resumed = TokenDataset(output.url), TokenDataset(output.url)
     list(itertools.islice(dataset, 6))
     resumed.load_state_dict(dataset.state_dict())
     as_worker(monkeypatch, 0, 2)
-    with pytest.raises(OutputMismatch, match="as many workers"):
+    with pytest.raises(OutputMismatch, match="the same number of workers"):
         next(iter(resumed))
 
 
-def test_the_state_of_a_worker_goes_on_in_that_worker_alone(output: Output, monkeypatch: pytest.MonkeyPatch):
+def test_the_state_of_a_worker_resumes_only_in_that_worker(output: Output, monkeypatch: pytest.MonkeyPatch):
     as_worker(monkeypatch, 1, 2)
     expected = keys(TokenDataset(output.url, shuffle_window=4))
     dataset, resumed = (TokenDataset(output.url, shuffle_window=4) for _ in range(2))
@@ -270,22 +270,22 @@ def test_the_state_of_a_worker_goes_on_in_that_worker_alone(output: Output, monk
         next(iter(resumed))
 
 
-def test_a_pass_that_was_left_early_does_not_shorten_the_next(output: Output):
+def test_an_unfinished_pass_does_not_shorten_the_next(output: Output):
     dataset = TokenDataset(output.url)
-    next(iter(dataset))  # a look at the data
+    next(iter(dataset))
     assert len(list(dataset)) == len(dataset)
 
 
 # -- identity -----------------------------------------------------------------------------------------------------
 
 
-def test_another_tokenizers_output_is_refused(output: Output):
+def test_an_output_of_another_tokenizer_is_refused(output: Output):
     TokenDataset(output.url, tokenizer_id="tok-a")
     with pytest.raises(OutputMismatch, match="written by tokenizer tok-a, not by tok-b"):
         TokenDataset(output.url, tokenizer_id="tok-b")
 
 
-def test_a_shard_that_another_tokenizer_slipped_in_is_refused(output: Output, tmp_path: Path):
+def test_a_single_shard_of_another_tokenizer_is_refused(output: Output, tmp_path: Path):
     mixed = write_tokens(tmp_path / "a", (2, 2))
     other = write_tokens(tmp_path / "b", (2, 2), tokenizer_id="tok-b")
     [first, _], [stranger, _] = mixed.commits(), other.commits()
@@ -301,12 +301,12 @@ def test_uncommitted_files_are_not_read(tmp_path: Path):
     assert len(list(TokenDataset(output.url))) == 5 - first.num_rows
 
 
-def test_what_is_no_output_is_told(tmp_path: Path):
+def test_a_folder_without_dataset_json_is_not_an_output(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"dataset\.json is missing"):
         TokenDataset(str(tmp_path))
 
 
-def test_other_file_systems_give_the_same_rows(output: Output):
+def test_another_file_system_gives_the_same_rows(output: Output):
     memory = fsspec.filesystem("memory")
     for path in Path(output.url).rglob("*.*"):
         memory.pipe_file(f"/copied/{path.relative_to(output.url)}", path.read_bytes())

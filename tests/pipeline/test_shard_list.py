@@ -1,4 +1,4 @@
-"""Which shards a job reads: data.shards to a list with an id."""
+"""The shards that a job reads: from data.shards to a ShardList with an id."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, Shard, find_shards
+from pipeline.corpus.shards import Shard, ShardList, find_shards
 
 
 @pytest.fixture
@@ -18,11 +18,11 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names(manifest: Manifest, root: Path) -> list[str]:
-    return [str(Path(shard.url).relative_to(root)) for shard in manifest.shards]
+def names(shard_list: ShardList, root: Path) -> list[str]:
+    return [str(Path(shard.url).relative_to(root)) for shard in shard_list.shards]
 
 
-def test_braces_name_each_shard(shards: Path):
+def test_braces_expand_to_each_shard(shards: Path):
     assert names(find_shards(f"{shards}/train-{{000..001}}.tar"), shards) == ["train-000.tar", "train-001.tar"]
 
 
@@ -31,11 +31,11 @@ def test_glob_finds_shards_in_order(shards: Path):
     assert names(find_shards(f"{shards}/train-*.tar"), shards) == expected
 
 
-def test_double_star_goes_into_folders(shards: Path):
+def test_double_star_searches_folders(shards: Path):
     assert len(find_shards(f"{shards}/**/*.tar").shards) == 4
 
 
-def test_a_list_is_joined_and_each_shard_comes_once(shards: Path):
+def test_a_list_of_patterns_is_joined_without_duplicates(shards: Path):
     found = find_shards([f"{shards}/train-00[01].tar", f"{shards}/more/../train-001.tar", f"{shards}/more/*.tar"])
     assert names(found, shards) == ["more/train-000.tar", "train-000.tar", "train-001.tar"]
 
@@ -45,12 +45,12 @@ def test_order_of_the_list_does_not_matter(shards: Path):
     assert find_shards(urls).id == find_shards(urls[::-1]).id
 
 
-def test_shards_elsewhere_keep_their_protocol():
+def test_urls_keep_their_protocol():
     storage.write_once("memory://corpus/a.tar", b"123")
     assert find_shards("memory://corpus/*.tar").shards == [Shard("memory://corpus/a.tar", 3)]
 
 
-def test_a_missing_shard_that_is_named_stays(shards: Path):
+def test_a_missing_shard_stays_in_the_list_if_named(shards: Path):
     found = find_shards([f"{shards}/train-000.tar", f"{shards}/gone.tar"])
     assert [(Path(s.url).name, s.num_bytes) for s in found.shards] == [("gone.tar", None), ("train-000.tar", 13)]
 
@@ -61,7 +61,7 @@ def test_a_glob_without_matches_is_an_error(shards: Path):
 
 
 @pytest.mark.parametrize("nothing", [[], ()])
-def test_naming_nothing_is_an_error(nothing: list[str]):
+def test_an_empty_list_is_an_error(nothing: list[str]):
     with pytest.raises(ValueError, match=r"data\.shards names no shards"):
         find_shards(nothing)
 
@@ -76,12 +76,12 @@ def test_id_changes_with_size_and_list(shards: Path):
     assert len(set(ids)) == 3
 
 
-def test_manifest_survives_json(shards: Path):
-    manifest = find_shards([f"{shards}/train-*.tar", f"{shards}/gone.tar"])
-    assert Manifest.from_json(manifest.to_json()) == manifest
+def test_a_shard_list_round_trips_through_json(shards: Path):
+    shard_list = find_shards([f"{shards}/train-*.tar", f"{shards}/gone.tar"])
+    assert ShardList.from_json(shard_list.to_json()) == shard_list
 
 
-def test_a_shard_replaced_by_one_of_its_size_has_another_version_and_the_manifest_the_same_id(shards: Path):
+def test_a_replaced_shard_of_the_same_size_changes_its_version_but_not_the_id(shards: Path):
     before = find_shards(f"{shards}/train-*.tar")
     (shards / "train-001.tar").write_bytes(b"other content"[:13])
     os.utime(shards / "train-001.tar", ns=(1, 1))
@@ -90,29 +90,34 @@ def test_a_shard_replaced_by_one_of_its_size_has_another_version_and_the_manifes
     assert (before.id, after.shards[1].version) == (after.id, "1")
 
 
-def test_manifests_from_before_versions_keep_their_id():
-    text = '[\n {\n  "url": "/a.tar",\n  "num_bytes": 3\n }\n]'  # as it was written then
-    assert Manifest.from_json(text).shards == [Shard("/a.tar", 3)]
-    assert Manifest.from_json(text).id == hashlib.sha256(text.encode()).hexdigest()[:16]
+def test_lists_without_versions_keep_their_id():
+    text = '[\n {\n  "url": "/a.tar",\n  "num_bytes": 3\n }\n]'  # as older versions wrote it
+    assert ShardList.from_json(text).shards == [Shard("/a.tar", 3)]
+    assert ShardList.from_json(text).id == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def test_many_named_shards_are_looked_up_and_the_missing_stay(shards: Path):
+def test_unknown_fields_of_a_newer_version_are_ignored():
+    text = '[{"url": "/a.tar", "num_bytes": 3, "version": "7", "added_later": 1}]'
+    assert ShardList.from_json(text).shards == [Shard("/a.tar", 3, "7")]
+
+
+def test_many_named_shards_are_looked_up(shards: Path):
     found = find_shards(f"{shards}/train-{{000..499}}.tar").shards
     assert [(shard.num_bytes, bool(shard.version)) for shard in found] == [(13, True)] * 3 + [(None, False)] * 497
 
 
-def test_same_stem_in_other_folders_has_another_name(shards: Path):
+def test_the_same_stem_in_two_folders_gives_two_names(shards: Path):
     first, second = find_shards(f"{shards}/**/train-000.tar").shards
     assert first.name != second.name
     assert first.name.startswith("train-000-")
     assert second.name.startswith("train-000-")
 
 
-def test_name_does_not_depend_on_how_the_path_is_spelled(shards: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_name_does_not_depend_on_the_spelling_of_the_path(shards: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(shards)
     assert find_shards("train-000.tar").shards == find_shards(f"file://{shards}/./train-000.tar").shards
 
 
-def test_as_many_shards_as_a_large_corpus_has_get_as_many_names():
+def test_the_names_of_100_000_shards_are_unique():
     names = {Shard(f"s3://corpus/v1.0-{i:06d}.tar", 1).name for i in range(100_000)}
     assert len(names) == 100_000

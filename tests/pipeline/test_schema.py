@@ -1,6 +1,7 @@
-"""Schema 1 of a token shard: widths, encodings, footer, and that the ecosystem's readers open it."""
+"""Schema 1 of a token shard: token widths, encodings, footer, versions, and the readers of other libraries."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,17 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.tokens import Layout, TokenRow
+from pipeline.errors import UnsupportedSchema
+from pipeline.tokens import ShardLayout, TokenRow
 from pipeline.tokens.schema import SIZE_COLUMNS, to_parquet, token_dtype, tokens_as_lists
 from tests.corpus import layout, token_row
 
 
-def written(layout: Layout, rows: list[TokenRow]) -> pa.Table:
-    """The rows as they come back from Parquet."""
+def written(layout: ShardLayout, rows: list[TokenRow]) -> pa.Table:
+    """The rows, written to Parquet and read back."""
     return pq.read_table(io.BytesIO(to_parquet(layout.to_table(rows, "in/a.tar"))))
 
 
-def grids(table: pa.Table, layout: Layout) -> list[np.ndarray]:
+def grids(table: pa.Table, layout: ShardLayout) -> list[np.ndarray]:
     lists = tokens_as_lists(table["tokens"].combine_chunks(), layout.token_dtype).to_pylist()
     return [np.array(tokens).reshape(shape) for tokens, shape in zip(lists, table["shape"].to_pylist(), strict=True)]
 
@@ -29,7 +31,7 @@ def grids(table: pa.Table, layout: Layout) -> list[np.ndarray]:
     [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32"), (2**32, "uint32")],
 )
 @pytest.mark.parametrize("encoding", ["list", "packed"])
-def test_width_follows_from_the_codebook_and_holds_its_last_code(codebook_size: int, dtype: str, encoding: str):
+def test_the_token_width_depends_on_the_codebook_and_holds_its_last_code(codebook_size: int, dtype: str, encoding: str):
     shape = layout(codebook_size=codebook_size, encoding=encoding)
     tokens = np.array([[0, codebook_size - 1, codebook_size // 2]])
     table = written(shape, [TokenRow("a", 0, tokens, {})])
@@ -40,16 +42,16 @@ def test_width_follows_from_the_codebook_and_holds_its_last_code(codebook_size: 
         assert table.schema.field("tokens").type == pa.list_(pa.from_numpy_dtype(dtype))
 
 
-def test_more_codes_than_the_schema_has_bits_are_refused():
-    with pytest.raises(ValueError, match="4294967297 codes need more than 32 bits"):
+def test_more_than_32_bits_per_token_are_refused():
+    with pytest.raises(ValueError, match="4294967297 codes need more than 32 bits per token"):
         token_dtype(2**32 + 1)
 
 
 @pytest.mark.parametrize("token", [1024, -1, 65536 + 3])
 @pytest.mark.parametrize("encoding", ["list", "packed"])
-def test_a_token_that_is_no_code_is_refused(token: int, encoding: str):
+def test_a_token_outside_the_codebook_is_refused(token: int, encoding: str):
     row = TokenRow("photo-7", 0, np.array([3, token, 5]), {})
-    with pytest.raises(ValueError, match=rf"'photo-7' has tokens in .*{token}.*, not 0\.\.1023"):
+    with pytest.raises(ValueError, match=rf"'photo-7' has tokens in .*{token}.*; the codebook allows 0\.\.1023"):
         layout(encoding=encoding).to_table([row], "in/a.tar")
 
 
@@ -69,7 +71,7 @@ def test_list_and_packed_read_back_the_same(codebook_size: int):
 
 
 @pytest.mark.parametrize("encoding", ["list", "packed"])
-def test_a_slice_of_the_column_is_that_part(encoding: str):
+def test_a_slice_of_the_column_gives_those_rows(encoding: str):
     shape = layout(encoding=encoding)
     rows = [token_row(f"k{i}", i) for i in range(10)]
     part = written(shape, rows)["tokens"].chunk(0).slice(3, 4)
@@ -79,7 +81,7 @@ def test_a_slice_of_the_column_is_that_part(encoding: str):
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (3, 2, 5), (0,)])
 @pytest.mark.parametrize("encoding", ["list", "packed"])
-def test_tokens_are_in_c_order_whatever_their_memory(shape: tuple[int, ...], encoding: str):
+def test_tokens_are_written_in_c_order_from_any_memory_order(shape: tuple[int, ...], encoding: str):
     tokens = np.asfortranarray(np.arange(np.prod(shape)).reshape(shape)).astype(">i4")
     table = written(layout(encoding=encoding), [TokenRow("a", 0, tokens, {})])
     assert table["shape"].to_pylist() == [list(shape)]
@@ -99,7 +101,7 @@ def test_an_empty_shard_has_the_whole_schema(encoding: str):
     assert grids(empty, layout(encoding=encoding)) == []
 
 
-def test_the_footer_says_what_made_the_shard():
+def test_the_footer_has_the_layout_and_the_source_shard():
     footer = written(layout(codebook_size=257), []).schema.metadata
     assert {name.decode(): value.decode() for name, value in footer.items()} == {
         "schema_version": "1",
@@ -115,7 +117,7 @@ def test_the_footer_says_what_made_the_shard():
     }
 
 
-def test_columns_are_those_that_the_design_promises():
+def test_columns_are_the_documented_ones():
     table = written(layout(passthrough=("txt", "jpg")), [token_row("a", 4)])
     assert table.column_names == [
         *["key", "source_shard", "source_index", "modality", "tokens", "shape"],
@@ -129,7 +131,7 @@ def test_columns_are_those_that_the_design_promises():
     }
 
 
-def test_passthrough_is_text_or_bytes_by_its_extension():
+def test_the_extension_decides_whether_passthrough_is_text_or_bytes():
     members = {"txt": "größer".encode(), "left.json": b"{}", "npy": b"\x00\xff"}
     row = TokenRow("a", 0, np.array([1]), {}, members)
     table = written(layout(passthrough=("txt", "left.json", "npy")), [row, token_row("b", 1)])
@@ -139,24 +141,77 @@ def test_passthrough_is_text_or_bytes_by_its_extension():
     ]
 
 
-def test_text_that_is_not_utf_8_is_told_with_its_key():
+def test_text_that_is_not_utf_8_is_an_error_with_its_key():
     row = TokenRow("photo-7", 0, np.array([1]), {}, {"txt": "café".encode("latin-1")})
     with pytest.raises(ValueError, match="'photo-7'"):
         layout(passthrough=("txt",)).to_table([row], "in/a.tar")
 
 
 @pytest.mark.parametrize("name", ["key", "tokens", "height"])
-def test_passthrough_that_is_a_column_already_is_refused(name: str):
+def test_passthrough_with_the_name_of_another_column_is_refused(name: str):
     with pytest.raises(ValueError, match=name):
         layout(passthrough=(name,))
 
 
-def test_layout_survives_its_dict():
+def test_a_layout_round_trips_through_its_dict():
     original = layout(passthrough=("txt",), encoding="packed")
-    assert Layout.from_dict(original.to_dict()) == original
+    assert ShardLayout.from_dict(original.to_dict()) == original
 
 
-# -- the readers that README shows --------------------------------------------------------------------------------
+def latent_layout() -> ShardLayout:
+    return ShardLayout.for_latents(encoder_id="enc-a", modality="audio", preprocessing={"b": 1, "a": 2})
+
+
+def test_a_layout_of_latents_has_no_codebook_and_is_stored_with_empty_strings():
+    latents = latent_layout()
+    assert (latents.holds_latents, latents.codebook_id, latents.index_order) == (True, None, None)
+    assert latents.to_dict() == {
+        "tokenizer_id": "enc-a",
+        "codebook_id": "",
+        "codebook_size": 0,
+        "modality": "audio",
+        "index_order": "",
+        "preprocessing": '{"a": 2, "b": 1}',
+        "encoding": "packed",
+        "passthrough": [],
+        "schema_version": 1,
+        "token_dtype": "float32",
+    }
+    assert ShardLayout.from_dict(latents.to_dict()) == latents
+
+
+def test_latents_are_stored_as_little_endian_float32():
+    values = np.array([[0.5, -2.0], [np.nan, 1e9]])
+    table = written(latent_layout(), [TokenRow("a", 0, values, {})])
+    assert table["tokens"].to_pylist() == [values.astype("<f4").tobytes()]
+    assert table["shape"].to_pylist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("folder", ["out", "out_audio", "run/latents"])
+def test_layout_and_footers_are_written_as_in_the_golden_outputs(folder: str):
+    """Also the order of the keys."""
+    golden = Path(__file__).parents[1] / "golden" / folder
+    stored = json.loads((golden / "dataset.json").read_text())["layout"]
+    layout = ShardLayout.from_dict(stored)
+    assert list(layout.to_dict().items()) == list(stored.items())
+    for file in (golden / "tokens").glob("*.parquet"):
+        footer = pq.read_schema(file)
+        expected = layout.schema(footer.metadata[b"source_shard"].decode())
+        assert expected.equals(footer)
+        assert list(expected.metadata.items()) == list(footer.metadata.items())[: len(expected.metadata)]
+
+
+@pytest.mark.parametrize("version", [2, "1", None])
+def test_a_layout_with_a_newer_schema_is_refused(version: object):
+    with pytest.raises(UnsupportedSchema, match=r"schema_version is .* reads up to 1; upgrade tokenmill"):
+        ShardLayout.from_dict({**layout().to_dict(), "schema_version": version})
+
+
+def test_unknown_fields_of_a_layout_are_ignored():
+    assert ShardLayout.from_dict({**layout().to_dict(), "added_later": 1}) == layout()
+
+
+# -- readers of other libraries -----------------------------------------------------------------------------------
 
 
 def with_pandas(file: Path) -> list[tuple]:
@@ -180,7 +235,7 @@ def with_datasets(file: Path) -> list[tuple]:
 READERS: list[Callable[[Path], list[tuple]]] = [with_pandas, with_polars, with_duckdb, with_datasets]
 
 
-def file_of(layout: Layout, folder: Path) -> tuple[Path, list[TokenRow]]:
+def file_of(layout: ShardLayout, folder: Path) -> tuple[Path, list[TokenRow]]:
     rows = [token_row(f"k{i}", i, layout.codebook_size) for i in range(20)]
     (folder / "a.parquet").write_bytes(to_parquet(layout.to_table(rows, "in/a.tar")))
     return folder / "a.parquet", rows
@@ -197,6 +252,6 @@ def test_common_readers_give_the_same_tokens(tmp_path: Path, reader, codebook_si
 @pytest.mark.parametrize("reader", READERS)
 def test_common_readers_give_packed_tokens_as_bytes(tmp_path: Path, reader):
     file, rows = file_of(layout(encoding="packed"), tmp_path)
-    with_bytes = reader.__name__ == "with_pandas"  # list() made integers of the bytes
+    with_bytes = reader.__name__ == "with_pandas"  # list() turned the bytes into integers
     found = [bytes(tokens) if with_bytes else tokens for _, tokens, _ in reader(file)]
     assert found == [row.tokens.astype("<u2").tobytes() for row in rows]

@@ -1,0 +1,150 @@
+"""The shallow check of one shard: its manifest entries, and the size and footer of its files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pyarrow.parquet as pq
+
+from pipeline.corpus.shards import Shard
+from pipeline.errors import StorageError
+from pipeline.tokens.commit import Commit, CommittedShard, shard_name
+from pipeline.tokens.footer import column_ranges, footer_fields, read_footer
+from pipeline.tokens.output import Output
+from pipeline.tokens.quarantine import QUARANTINE_SCHEMA
+
+FOOTER_IDS = (
+    "tokenizer_id",
+    "codebook_id",
+    "codebook_size",
+    "token_dtype",
+    "encoding",
+    "schema_version",
+    "index_order",
+)
+WRONG_COLUMNS = "its columns are not those of the dataset"
+
+
+@dataclass
+class CheckResult:
+    """The result for one shard. The deep check also fills rows and quarantined: (source_index, key) of each sample."""
+
+    problems: list[str] = field(default_factory=list)
+    num_without_ranges: int = 0
+    rows: list[tuple[int, str]] = field(default_factory=list)
+    quarantined: list[tuple[int, str]] = field(default_factory=list)
+
+
+def check_shallow(output: Output, sizes: dict[str, dict[str, int]], shard: CommittedShard) -> CheckResult:
+    """sizes: folder -> name -> bytes of each file in storage."""
+    result = CheckResult(list(check_entries(output, shard)))
+    for entry in shard.entries:
+        for folder in ("tokens", "quarantine") if entry.quarantine_sha256 else ("tokens",):
+            try:
+                for what in _check_file(output, sizes[folder], folder, shard, entry, result):
+                    result.problems.append(f"{folder}/{entry.name}.parquet: {what}")
+            except StorageError:
+                raise  # an outage says nothing about the output
+            except (OSError, ValueError) as error:
+                result.problems.append(f"{folder}/{entry.name}.parquet: {error}")
+    return result
+
+
+# -- manifest entries ---------------------------------------------------------------------------------------------
+
+
+def check_entries(output: Output, shard: CommittedShard) -> Iterator[str]:
+    """Checks ids and counts, and that each retry continues the entry before it."""
+    settled = [index for entry in shard.entries for index in entry.settled]
+    if len(set(settled)) != len(settled):
+        yield f"{shard.first.name}: two retries recovered the same sample; lost or doubled"
+    for number, entry in enumerate(shard.entries):
+        for what in (*_check_ids(output, entry), *_check_counts(entry)):
+            yield f"manifest/{entry.name}.json: {what}"
+        if entry.retry != number:
+            yield f"manifest/{entry.name}.json: the entry before this retry is missing"
+        elif number and entry.num_samples != shard.entries[number - 1].num_quarantined:
+            yield (
+                f"manifest/{entry.name}.json: retried {entry.num_samples} samples, but "
+                f"{shard.entries[number - 1].num_quarantined} were in quarantine"
+            )
+
+
+def _check_ids(output: Output, entry: Commit) -> Iterator[str]:
+    expected = output.layout.to_dict()
+    for name in ("tokenizer_id", "codebook_id"):
+        if getattr(entry, name) != expected[name]:
+            yield f"{name} {getattr(entry, name)} is not the dataset's {expected[name]}"
+    if shard_name(entry.name) != Shard(entry.source_shard, None).name:
+        yield f"its name does not belong to its shard {entry.source_shard}"
+
+
+def _check_counts(entry: Commit) -> Iterator[str]:
+    if entry.num_rows + entry.num_quarantined != entry.num_samples:
+        yield f"{entry.num_rows} rows and {entry.num_quarantined} quarantined are not {entry.num_samples} samples"
+    if bool(entry.quarantine_sha256) != bool(entry.num_quarantined):
+        yield f"{entry.num_quarantined} quarantined, but the checksum of their file is {entry.quarantine_sha256}"
+    if entry.reasons and sum(entry.reasons.values()) != entry.num_quarantined:
+        yield f"reasons for {sum(entry.reasons.values())} samples, but {entry.num_quarantined} quarantined"
+    if entry.retry and not len(set(entry.settled)) == len(entry.settled) == entry.num_rows:
+        yield f"{entry.num_rows} rows, but it settled {len(set(entry.settled))} samples"
+
+
+# -- sizes and footers --------------------------------------------------------------------------------------------
+
+
+def _check_file(
+    output: Output, sizes: dict[str, int], folder: str, shard: CommittedShard, entry: Commit, result: CheckResult
+) -> Iterator[str]:
+    if entry.name not in sizes:
+        yield "the file is missing"
+        return
+    num_bytes = sizes[entry.name]
+    if folder == "quarantine":
+        metadata = read_footer(output.quarantine_url(entry.name), num_bytes)
+        yield from check_quarantine_footer(entry, metadata)
+    else:
+        if entry.tokens_num_bytes not in (None, num_bytes):
+            yield f"the file has {num_bytes} bytes, the manifest says {entry.tokens_num_bytes}"
+        metadata = read_footer(output.tokens_url(entry.name), num_bytes)
+        yield from check_footer(output, entry, metadata)
+    ranges = column_ranges(metadata, "source_index")
+    if ranges is None:
+        result.num_without_ranges += 1
+        return
+    yield from _check_ranges(ranges, shard.first.num_samples)
+    ends = [ranges[0][1], ranges[-1][2]] if ranges else []
+    if folder == "tokens" and entry.retry and ends != [*entry.settled[:1], *entry.settled[-1:]]:
+        yield f"rows of samples {ends[:1]} to {ends[1:]}, which are not those in the manifest"
+
+
+def check_footer(output: Output, entry: Commit, metadata: pq.FileMetaData) -> Iterator[str]:
+    """Checks the footer of a token file against dataset.json and the manifest entry."""
+    layout, found = output.layout.to_dict(), footer_fields(metadata)
+    for name in FOOTER_IDS:
+        if found.get(name) != str(layout[name]):
+            yield f"footer says {name} {found.get(name)}, the dataset {layout[name]}"
+    expected = {"source_shard": entry.source_shard, "num_tokens": entry.num_tokens}
+    expected |= {"source_num_bytes": entry.source_num_bytes, "source_version": entry.source_version}
+    for name, value in expected.items():
+        if found.get(name, str(value)) != str(value):  # files of older versions lack some
+            yield f"footer says {name} {found[name]}, the manifest {value}"
+    if metadata.num_rows != entry.num_rows:
+        yield f"{metadata.num_rows} rows, the manifest says {entry.num_rows}"
+    if not metadata.schema.to_arrow_schema().equals(output.layout.schema(entry.source_shard)):
+        yield WRONG_COLUMNS
+
+
+def check_quarantine_footer(entry: Commit, metadata: pq.FileMetaData) -> Iterator[str]:
+    if metadata.num_rows != entry.num_quarantined:
+        yield f"{metadata.num_rows} rows, the manifest says {entry.num_quarantined}"
+    if not metadata.schema.to_arrow_schema().equals(QUARANTINE_SCHEMA):
+        yield "its columns are not those of a quarantine file"
+
+
+def _check_ranges(ranges: list[tuple[int, int, int]], num_samples: int) -> Iterator[str]:
+    """Row groups as (rows, min, max source_index): each range must fit its rows, and ranges must not overlap."""
+    end = -1
+    for rows, low, high in ranges:
+        if low <= end or high >= num_samples or high - low + 1 < rows:
+            yield f"{rows} rows of samples {low}..{high}, after {end}, of {num_samples} samples; lost or doubled"
+        end = max(end, high)
