@@ -13,7 +13,7 @@ from pipeline.corpus.samples import read_samples
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.errors import BadSample
 from tokenizer.modalities.audio.modality import Audio, AudioConfig
-from tokenizer.modalities.base import Batch, build_modality
+from tokenizer.modalities.base import PaddedBatch, build_modality
 from tokenizer.tokenizer import Tokenizer
 
 SPEECH = Path(__file__).parents[2] / "samples/speech/heldout/speech-000.tar"
@@ -72,9 +72,9 @@ def test_a_clip_is_decoded_alike_alone_and_in_any_batch():
 def test_decode_gives_back_exactly_as_many_samples(count):
     clip = 0.1 * np.random.default_rng(0).standard_normal((count, 1)).astype(np.float32)
     tokens = tokenizer().encode([clip])
-    [rebuilt] = tokenizer().decode(tokens, [{"sample_rate": 16_000, "num_samples": count}])
-    assert rebuilt.shape == (count, 1)
-    assert np.abs(rebuilt).max() <= 1
+    [reconstruction] = tokenizer().decode(tokens, [{"sample_rate": 16_000, "num_samples": count}])
+    assert reconstruction.shape == (count, 1)
+    assert np.abs(reconstruction).max() <= 1
 
 
 def test_a_long_clip_in_windows_has_the_latents_of_the_whole():
@@ -165,7 +165,7 @@ def test_the_view_of_a_clip_is_a_picture():
 def test_a_bad_setting_is_named():
     with pytest.raises(ValueError, match=r"data.preprocess.sample_rate is 10"):
         build_modality("audio", {"sample_rate": 10})
-    assert isinstance(Batch(torch.zeros(1)).to(torch.device("cpu")), Batch)
+    assert isinstance(PaddedBatch(torch.zeros(1)).to(torch.device("cpu")), PaddedBatch)
 
 
 def test_a_batch_budget_is_in_seconds_of_sound_and_in_megapixels_of_pictures():

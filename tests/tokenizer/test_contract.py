@@ -522,7 +522,7 @@ from torch import nn
 
 from tokenizer.quantizers.base.straight_through import straight_through
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
-from tokenizer.quantizers.base.codebook import TableQuantizer
+from tokenizer.quantizers.base.codebook import CodebookQuantizer
 
 
 @dataclass
@@ -532,7 +532,7 @@ class ChebyshevConfig:
 
 
 @QUANTIZERS.register("chebyshev")
-class Chebyshev(TableQuantizer):
+class Chebyshev(CodebookQuantizer):
     Config = ChebyshevConfig
     default_loss_weights = {"codebook": 1.0}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
-from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.norm_loss import latent_norm_losses
 from tokenizer.quantizers.ema_vq import EMAVQ, EMAVQConfig
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
 from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig
@@ -67,7 +67,7 @@ def measure(rank: int) -> dict[str, Any]:
     found["mean"], found["mean_gradient"] = mean.detach(), x.grad
 
     z = batch(rank).requires_grad_()
-    losses = moment_losses(z, variance=1.0)
+    losses = latent_norm_losses(z, variance=1.0)
     sum(losses.values()).backward()
     found["losses"], found["loss_gradient"] = {k: v.detach() for k, v in losses.items()}, z.grad
 
@@ -132,8 +132,8 @@ def test_gradient_of_the_mean_reaches_every_rank(ranks):
 
 @pytest.mark.parametrize("name", ["norm_mean", "norm_var"])
 def test_moment_losses_are_those_of_the_whole_batch(ranks, name):
-    expected = moment_losses(whole(), variance=1.0)[name]
-    alone = moment_losses(batch(0), variance=1.0)[name]
+    expected = latent_norm_losses(whole(), variance=1.0)[name]
+    alone = latent_norm_losses(batch(0), variance=1.0)[name]
     for found in ranks:
         torch.testing.assert_close(found["losses"][name], expected)
     assert not math.isclose(expected, alone, rel_tol=0.1)
@@ -141,7 +141,7 @@ def test_moment_losses_are_those_of_the_whole_batch(ranks, name):
 
 def test_moment_gradients_averaged_as_ddp_does_are_those_of_the_whole_batch(ranks):
     z = whole().requires_grad_()
-    sum(moment_losses(z, variance=1.0).values()).backward()
+    sum(latent_norm_losses(z, variance=1.0).values()).backward()
     torch.testing.assert_close(torch.cat([found["loss_gradient"] for found in ranks]) / RANKS, z.grad)
 
 
@@ -240,6 +240,6 @@ def test_vp_vae_noise_differs_between_ranks(ranks):
 
 
 def test_vp_vae_losses_are_those_of_the_whole_batch(ranks):
-    expected = moment_losses(whole(7), variance=1.0)
+    expected = latent_norm_losses(whole(7), variance=1.0)
     for found in ranks:
         torch.testing.assert_close(found["vp_losses"], expected)

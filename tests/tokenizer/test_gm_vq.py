@@ -14,7 +14,8 @@ from tokenizer.clustering.kmeans import kmeans
 from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.gm_vq import GMVQ, GMVQConfig
-from tokenizer.training.step import Recipe, Trainer, known_losses
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer, known_losses
 
 L = 8
 

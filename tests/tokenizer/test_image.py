@@ -16,7 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from tests.corpus import encoded, picture
 from tokenizer.errors import BadSample
-from tokenizer.modalities.base import Batch
+from tokenizer.modalities.base import PaddedBatch
 from tokenizer.modalities.image.modality import Image, ImageConfig, to_rgb
 from tokenizer.modalities.image.perceptual import SqueezeDistance
 
@@ -357,7 +357,7 @@ def pair(height: int = 20, width: int = 33, noise: float = 0.1) -> tuple[torch.T
 
 
 def quality(x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
-    return Image(ImageConfig()).metrics({})(Batch(x), Batch(x_hat))
+    return Image(ImageConfig()).metrics({})(PaddedBatch(x), PaddedBatch(x_hat))
 
 
 def test_psnr_solved_by_hand():
@@ -431,7 +431,7 @@ def test_a_perceptual_distance_is_a_metric_under_its_own_name(tmp_path):
     save_file(SqueezeDistance().state_dict(), tmp_path / "untrained.safetensors")
     settings = {"perceptual": "squeeze-ndf", "perceptual_weights": str(tmp_path / "untrained.safetensors")}
     x = torch.rand(2, 3, 64, 64)
-    found = Image(ImageConfig()).metrics(settings)(Batch(x), Batch(x))
+    found = Image(ImageConfig()).metrics(settings)(PaddedBatch(x), PaddedBatch(x))
     assert list(found) == ["mse", "psnr", "ssim", "squeeze-ndf"]
     assert found["squeeze-ndf"].tolist() == [0.0, 0.0]
 

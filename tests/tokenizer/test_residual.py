@@ -329,8 +329,8 @@ def test_sizes_are_handed_to_the_base_unless_it_sets_or_lacks_them():
         ({"base": {"name": "residual"}}, "raise quantizer.num_quantizers instead"),
         ({"base": {"name": "product"}}, "use product with residual as its base instead"),
         ({"base": {"name": "gumbel"}}, "leave no residual"),
-        ({"base": {"name": "gm_vq"}}, "gm_vq, which reads 128 channels and gives 64"),
-        ({"base": {"name": "token_bridge"}}, "token_bridge, which reads 10 channels and gives 5"),
+        ({"base": {"name": "gm_vq"}}, "gm_vq, which reads 128 channels but outputs 64"),
+        ({"base": {"name": "token_bridge"}}, "token_bridge, which reads 10 channels but outputs 5"),
         ({"base": {"name": "vq_va"}}, "did you mean 'vq_vae'"),
     ],
 )

@@ -10,7 +10,8 @@ from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.sq_vae import SQVAE, SQVAEConfig
-from tokenizer.training.step import Recipe, Trainer, known_losses
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer, known_losses
 
 
 @pytest.fixture(autouse=True)

@@ -185,7 +185,7 @@ def test_a_size_that_is_no_power_of_bins_is_met_as_nearly_as_may_be():
         ({"bins": 1}, r"quantizer\.bins is 1; it must lie in 2\.\.512"),
         ({"bins": 1000}, r"quantizer\.bins is 1000"),
         ({"codebook_size": 1}, r"quantizer\.codebook_size is 1"),
-        ({"bins": 64, "dim": 16}, "at most 2147483648 have an index"),
+        ({"bins": 64, "dim": 16}, "at most 2147483648 are possible"),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):

@@ -74,17 +74,17 @@ def test_decode_gives_back_the_original_size(height: int, width: int):
     frozen = tokenizer(net={**TINY, "multipliers": [1, 1, 2]})
     decoded = frozen.modality.read(encoded(picture(height, width)))
     [tokens] = frozen.encode([decoded.array])
-    [rebuilt] = frozen.decode([tokens], [decoded.size])
+    [reconstruction] = frozen.decode([tokens], [decoded.size])
     assert tokens.shape == (-(-height // 4), -(-width // 4))
-    assert (rebuilt.shape, rebuilt.dtype) == ((height, width, 3), np.uint8)
+    assert (reconstruction.shape, reconstruction.dtype) == ((height, width, 3), np.uint8)
 
 
 def test_decode_gives_the_size_after_preprocessing():
     frozen = tokenizer(preprocessing={"short_side": 16, "center_crop": True})
     decoded = frozen.modality.read(encoded(picture(30, 50)))
-    [rebuilt] = frozen.decode(frozen.encode([decoded.array]), [decoded.size])
+    [reconstruction] = frozen.decode(frozen.encode([decoded.array]), [decoded.size])
     assert decoded.size == {"height": 30, "width": 50}
-    assert rebuilt.shape == (16, 16, 3)
+    assert reconstruction.shape == (16, 16, 3)
 
 
 def test_decode_is_the_decoder_over_the_codes():
@@ -92,8 +92,8 @@ def test_decode_is_the_decoder_over_the_codes():
     tokens = np.random.default_rng(0).integers(32, size=(5, 7))
     x = frozen.autoencoder.reconstruct(frozen.autoencoder.quantizer.codebook[torch.from_numpy(tokens)][None])
     expected = (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    [rebuilt] = frozen.decode([tokens], [{"height": 10, "width": 14}])
-    assert np.abs(rebuilt.astype(int) - expected).max() <= 1
+    [reconstruction] = frozen.decode([tokens], [{"height": 10, "width": 14}])
+    assert np.abs(reconstruction.astype(int) - expected).max() <= 1
 
 
 def test_decode_takes_the_narrow_integers_of_a_token_shard():
@@ -107,7 +107,7 @@ def test_decode_takes_the_narrow_integers_of_a_token_shard():
 @pytest.mark.parametrize("token", [32, -1, 1000])
 @pytest.mark.parametrize("quantizer", ["vp_vae", "vq_vae"])
 def test_a_token_that_is_no_code_is_not_decoded(quantizer: str, token: int):
-    with pytest.raises(ValueError, match=rf"tokens lie in .*{token}.*, not 0\.\.31"):
+    with pytest.raises(ValueError, match=rf"tokens are in .*{token}.*, but this tokenizer has 0\.\.31"):
         tokenizer(quantizer).decode([np.array([[3, token]])], [{"height": 2, "width": 4}])
 
 
@@ -320,7 +320,7 @@ def change_tensor(file: Path, name: str | None = None) -> None:
 def test_changed_weights_are_refused_by_the_id(tmp_path: Path, file: str):
     frozen = tokenizer()
     change_tensor(saved(frozen, tmp_path) / file)
-    with pytest.raises(TokenizerMismatch, match=f"says tokenizer {frozen.id}, but its files are not those of"):
+    with pytest.raises(TokenizerMismatch, match=f"tokenizer.json has id {frozen.id}, but the other files do not match"):
         Tokenizer.from_pretrained(tmp_path)
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tokenizer.clustering.kmeans import kmeans
+from tokenizer.clustering.latents import LatentBatch
 from tokenizer.clustering.neighbors import build_index, nearest_codeword
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.norm_loss import latent_norm_losses
 from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.quantizers.vp_vae import VPVAE, BalancingWeights, VPVAEConfig, quantization_error
 from tokenizer.usage import usage
@@ -445,7 +446,7 @@ def test_a_bad_setting_is_named(settings, message):
 
 def test_l_norm_is_the_mean_of_squares_of_mean_and_variance_off_target():
     """Solved by hand: column means 1 and 0, biased variances 1 and 4; against 1: (0 + 9) / 2."""
-    losses = moment_losses(torch.tensor([[0.0, 2.0], [2.0, -2.0]]), variance=1.0)
+    losses = latent_norm_losses(torch.tensor([[0.0, 2.0], [2.0, -2.0]]), variance=1.0)
     assert float(losses["norm_mean"]) == pytest.approx(0.5)
     assert float(losses["norm_var"]) == pytest.approx(4.5)
 
@@ -454,7 +455,7 @@ def test_l_norm_is_part_of_training_from_the_first_step():
     quantizer, z = VPVAE(VPVAEConfig(codebook_size=64, dim=4)), 2 + 3 * normals(200, 4)
     filling = quantizer(z).losses
     full = with_queue(normals(64 * 64, 4), 64)(z).losses
-    assert filling == full == moment_losses(z, 1.0)
+    assert filling == full == latent_norm_losses(z, 1.0)
     assert float(filling["norm_var"]) > 10
 
 
@@ -514,14 +515,13 @@ def test_half_balance_of_a_normal_costs_little():
     assert half[1] < 1.06 * plain[1]
 
 
-def test_balancing_weights_scale_with_nothing():
-    """Weights are relative: latents in another unit have the same."""
+def test_balancing_weights_do_not_depend_on_the_unit_of_the_latents():
     z = torch.randn(5000, 3)
-    larger, weights = (BalancingWeights.of(unit * z, 64, 1.0)(unit * z) for unit in (7, 1))
+    larger, weights = (BalancingWeights.of(unit * z, 64, 1.0)(LatentBatch(unit * z)).weights for unit in (7, 1))
     torch.testing.assert_close(larger, weights, rtol=1e-3, atol=1e-5)
 
 
-def test_an_atom_of_equal_latents_does_not_take_all_codes():
+def test_many_equal_latents_do_not_take_all_codes():
     """Half of the latents are silence: one point. The others still get most of the codes."""
     z = torch.cat([torch.zeros(5000, 3), 1 + torch.randn(5000, 3)])
     quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "balance": 1.0})
