@@ -1,4 +1,4 @@
-"""Sound as a modality: batches and masks, exact lengths, and that padding never changes a token."""
+"""The audio modality: batches and masks, exact lengths, and padding, which never changes a token."""
 
 import functools
 import io
@@ -78,7 +78,7 @@ def test_decode_gives_back_exactly_as_many_samples(count):
 
 
 def test_a_long_clip_in_windows_has_the_latents_of_the_whole():
-    """A minute of speech: windows of 64 frames, against one pass over everything."""
+    """A minute of speech: windows of 64 frames against one pass over the whole clip."""
     whole = np.concatenate(clips())[: 16_000 * 60]
     frozen = tokenizer()
     [windowed] = frozen.latents([whole])
@@ -88,7 +88,7 @@ def test_a_long_clip_in_windows_has_the_latents_of_the_whole():
     torch.testing.assert_close(windowed, at_once, rtol=1e-4, atol=1e-5)
 
 
-def test_silence_is_tokenized_like_anything_else():
+def test_silence_is_tokenized():
     silence = np.zeros((5000, 1), dtype=np.float32)
     [tokens] = tokenizer().encode([silence])
     assert tokens.shape == (53,)
@@ -105,8 +105,8 @@ def test_another_rate_and_stereo_become_mono_at_16_khz_and_the_original_size_is_
     assert Audio(AudioConfig()).processed_size(found.size) == {"sample_rate": 16_000, "num_samples": 16_000}
 
 
-@pytest.mark.parametrize("data", [b"", b"no sound", b"\x89PNG\r\n\x1a\n" + bytes(50), wav(np.zeros((0, 1)))])
-def test_what_is_no_sound_is_a_bad_sample(data):
+@pytest.mark.parametrize("data", [b"", b"not audio", b"\x89PNG\r\n\x1a\n" + bytes(50), wav(np.zeros((0, 1)))])
+def test_data_that_is_not_audio_is_a_bad_sample(data):
     with pytest.raises(BadSample):
         Audio(AudioConfig()).read(data, "wav")
 
@@ -145,7 +145,7 @@ def test_padding_enters_no_metric():
             assert float(together[name][i]) == pytest.approx(float(alone[name][0]), rel=1e-5)
 
 
-def test_the_rate_is_told_in_kbit_per_second():
+def test_the_rate_is_in_kbit_per_second():
     """166.67 tokens a second of 10 bits: 1.67 kbit/s, as the paper has it."""
     size = {"sample_rate": 16_000, "num_samples": 96 * 500}
     assert Audio(AudioConfig()).rate(500 * 10.0, [size]) == {"kbps": pytest.approx(1.6667, abs=1e-4)}
@@ -168,6 +168,6 @@ def test_a_bad_setting_is_named():
     assert isinstance(PaddedBatch(torch.zeros(1)).to(torch.device("cpu")), PaddedBatch)
 
 
-def test_a_batch_budget_is_in_seconds_of_sound_and_in_megapixels_of_pictures():
+def test_a_batch_budget_is_in_seconds_of_audio_and_in_megapixels_of_pictures():
     assert build_modality("audio", {"sample_rate": 24_000}).elements(1.5) == 36_000
     assert build_modality("image", {}).elements(0.5) == 3 * 500_000

@@ -1,4 +1,4 @@
-"""Frechet distances: the value, sums that add up exactly, nets by the path of their weights, and honest names."""
+"""Frechet distances: the value, exact sums, loading of weights, and names of the metrics."""
 
 import hashlib
 import itertools
@@ -31,7 +31,7 @@ def features(n: int, dim: int, seed: int) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """As the sums take them: multiples of 2^-18, float64."""
+    """Rounded like in the sums, to multiples of 2^-18; float64."""
     return (x.double() * 2**18).round() / 2**18
 
 
@@ -103,7 +103,7 @@ def test_one_sample_has_no_distance():
 # -- sums -----------------------------------------------------------------------------------------------------------
 
 
-def test_parts_add_up_to_the_very_bits_of_the_whole_in_any_order():
+def test_merged_sums_are_bitwise_those_of_the_whole_in_any_order():
     x, y = features(200, 16, seed=0), features(200, 16, seed=1)
     whole = FrechetSums.empty(16)
     whole.add(x, y)
@@ -122,7 +122,7 @@ def test_parts_add_up_to_the_very_bits_of_the_whole_in_any_order():
         assert merged.numbers("d") == whole.numbers("d")
 
 
-def test_sums_cross_to_another_process_whole():
+def test_sums_survive_pickling():
     sums = FrechetSums.empty(4)
     sums.add(features(5, 4, seed=0), features(5, 4, seed=1))
     again = pickle.loads(pickle.dumps(sums))
@@ -132,7 +132,7 @@ def test_sums_cross_to_another_process_whole():
 
 
 def test_sums_past_the_range_of_int64_are_refused():
-    """2^27 samples with a feature of 1 are past it by one."""
+    """2^27 samples with a feature of 1 exceed the range by one."""
     sums = FeatureSums.empty(1)
     sums.add(torch.ones(1, 1))
     sums.outer *= 2**26
@@ -252,7 +252,7 @@ def test_an_unknown_net_lists_the_known_ones():
         FrechetFeatures("vgg", "weights", "full")
 
 
-def test_too_few_samples_are_told_in_words():
+def test_a_report_warns_of_too_few_samples():
     assert "of 511 samples, lower is better; they are fewer than its 512 features" in about("d", count(511))
     assert "fewer" not in about("d", count(512))
 

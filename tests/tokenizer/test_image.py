@@ -1,4 +1,4 @@
-"""Pictures of every kind to arrays as a person sees them, and back; bad ones to a reason."""
+"""Pictures of every format to RGB arrays, and back; bad files give a reason."""
 
 import math
 import struct
@@ -37,7 +37,7 @@ def only_colour(array: np.ndarray) -> list[int]:
 
 
 def png_bytes(width: int, height: int, bits: int = 8, rows: bytes = b"") -> bytes:
-    """An RGB PNG by hand, since Pillow writes neither 16-bit RGB nor lies about sizes."""
+    """An RGB PNG written by hand, because Pillow writes neither 16-bit RGB nor wrong sizes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -47,7 +47,7 @@ def png_bytes(width: int, height: int, bits: int = 8, rows: bytes = b"") -> byte
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-# -- what a person sees -------------------------------------------------------------------------------------------
+# -- conversion to RGB --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "ppm", "webp"])
@@ -153,7 +153,7 @@ def test_1_bit_is_black_and_white():
     assert np.array_equal(read(encoded(PIL.fromarray(bits)))[:, :, 0], bits * np.uint8(255))
 
 
-TURNS = {  # EXIF 2.32, tag 0x0112: where the 0th row and column of the stored picture lie as it is seen
+TURNS = {  # EXIF 2.32, tag 0x0112: where the 0th row and column of the stored picture are displayed
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],

@@ -61,7 +61,7 @@ def brute_kth(z: Tensor, samples: Tensor, ks: list[int]) -> Tensor:
 
 
 def reference_perturb(z: Tensor, samples: Tensor, per_code: int, eta: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Section 2.2 of the method, written anew in float64. Draws: randn(N, d), rand(N), rand(N) in each step."""
+    """An independent version of section 2.2 of the method in float64. Draws: randn(N, d), rand(N), rand(N) in each step."""
     d = z.shape[1]
     here, ever = z.double(), torch.zeros(len(z), dtype=torch.bool)
     for _ in range(steps):
@@ -113,7 +113,7 @@ def test_v2_no_token_moves_farther_than_either_radius(eta):
     radius = eta * torch.minimum(brute_kth(z, samples, [64]), brute_kth(moved, samples, [64]))[:, 0]
     distance = (moved.double() - z.double()).norm(dim=1)
     assert (distance <= radius * (1 + 1e-5)).all()
-    assert (distance / radius).max() > 0.95  # the bound is all but reached: no smaller one is kept
+    assert (distance / radius).max() > 0.95  # almost reaches the bound, so no smaller one is used
 
 
 def test_v2_a_rejected_token_stays_bitwise():
@@ -139,7 +139,7 @@ def test_v3_without_acceptance_the_variance_grows():
     for _ in range(10):
         step = torch.nn.functional.normalize(torch.randn_like(z), dim=1) * torch.rand(len(z), 1) ** 0.25
         moved = moved + index.kth_distances(moved, [64]) * step
-    assert float(moved.var(dim=0).mean() - z.var(dim=0).mean()) > 1.0  # 1.4 measured, so V3 has something to catch
+    assert float(moved.var(dim=0).mean() - z.var(dim=0).mean()) > 1.0  # 1.4 measured, which shows that V3 can fail
 
 
 def test_v4_acceptance_at_eta_1_is_as_measured_on_the_official_code():
@@ -291,7 +291,7 @@ def test_the_queue_renews_itself_within_a_tenth_of_the_steps_so_far(steps, enter
 
 
 def test_a_short_run_renews_its_queue_without_any_setting():
-    """100 batches after the queue is full, nothing is left of what filled it."""
+    """100 batches after the queue is full, none of its first latents are left."""
     quantizer = VPVAE(VPVAEConfig(codebook_size=64, dim=4))
     while not quantizer.queue.full:
         quantizer(normals(512, 4))
@@ -341,7 +341,7 @@ def test_loading_a_state_forgets_the_index_of_the_old_queue():
     assert torch.equal(quantizer._distances(z), other._distances(z))
 
 
-# -- atoms ----------------------------------------------------------------------------------------------------------
+# -- many equal latents ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["kdtree", "gemm", "subsample"])
@@ -522,14 +522,14 @@ def test_balancing_weights_do_not_depend_on_the_unit_of_the_latents():
 
 
 def test_many_equal_latents_do_not_take_all_codes():
-    """Half of the latents are silence: one point. The others still get most of the codes."""
+    """Half of the latents are equal (silence). The others still get most of the codes."""
     z = torch.cat([torch.zeros(5000, 3), 1 + torch.randn(5000, 3)])
     quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "balance": 1.0})
     quantizer.fit(z)
     assert len(quantizer.encode(z[5000:]).unique()) > 50
 
 
-def test_a_balance_outside_of_its_range_is_refused():
+def test_a_balance_outside_its_range_is_refused():
     with pytest.raises(ValueError, match=r"quantizer.balance is 1.5; it must lie in 0..1"):
         build_quantizer({"name": "vp_vae", "balance": 1.5})
 
