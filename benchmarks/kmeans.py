@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.measure import Table
 from tokenizer.clustering.kmeans import kmeans, partial_sums
-from tokenizer.clustering.latents import InMemory, Part, T
+from tokenizer.clustering.latents import InMemory, LatentBatch, T
 
 POINTS = 2_000_000
 CASES = ((1024, 5, 5), (4096, 5, 1), (16384, 5, 1), (1024, 8, 5))  # K, D, rounds
@@ -111,7 +111,7 @@ class Watched(InMemory):
         super().__init__(points)
         self.curve, self.start = Curve(), time.perf_counter()
 
-    def total(self, function: Callable[[Part], T]) -> T:
+    def total(self, function: Callable[[LatentBatch], T]) -> T:
         found = super().total(function)
         self.curve.seconds.append(time.perf_counter() - self.start)
         self.curve.errors.append(found.squared_error / len(self))  # type: ignore[attr-defined]
@@ -172,4 +172,4 @@ def official_estimate(points: Tensor, num_clusters: int) -> float:
 
 
 def _error(points: Tensor, centroids: np.ndarray) -> float:
-    return partial_sums(Part(points), torch.from_numpy(centroids)).squared_error / len(points)
+    return partial_sums(LatentBatch(points), torch.from_numpy(centroids)).squared_error / len(points)

@@ -30,7 +30,8 @@ from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.neighbors import build_index
 from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
-from tokenizer.training.step import Recipe, Trainer
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,9 +27,8 @@ from pipeline import storage
 from pipeline.corpus.shards import ShardList, find_shards
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.latents import InMemory, Latents
-from tokenizer.coding import coding
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.usage import digit_usage, usage
+from tokenizer.usage import digit_usage, quantization_sums, usage
 
 SHOWN_LATENTS = 1_000_000  # of a whole corpus: what the scatter and the perturbation are of
 PLOTTED_LATENTS = 4000
@@ -182,7 +181,7 @@ def _measured(
     tokenizer: Tokenizer, latents: Latents, some: Tensor, curve: list[float]
 ) -> tuple[dict[str, Any], np.ndarray]:
     quantizer = tokenizer.autoencoder.quantizer
-    total = latents.total(partial(coding, quantizer=quantizer))
+    total = latents.total(partial(quantization_sums, quantizer=quantizer))
     numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id, "codebook_id": tokenizer.codebook_id}
     numbers |= usage(total.counts, quantizer.target_size) | {"num_latents": len(latents), "iterations": len(curve)}
     if quantizer.index_levels:

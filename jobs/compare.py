@@ -32,7 +32,7 @@ from pipeline.errors import ShardError
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import Modality, build_modality
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
-from tokenizer.training.step import Recipe
+from tokenizer.training.recipe import Recipe
 from tokenizer.training.trial import Trial
 
 TELL_EVERY_S = 15.0
@@ -114,7 +114,7 @@ def _plan_one(config: Config, label: str, size: int, seed: int, url: str, corpus
         metrics=config.metrics,
         max_latents=options.max_latents,
         eval_batch_size=options.eval_batch_size,
-        pictures=options.pictures,
+        num_examples=options.pictures,
     )
     identity = json.dumps([dataclasses.asdict(trial), corpus, options.max_samples], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]

@@ -32,7 +32,8 @@ from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder
 from tokenizer.modalities.base import Modality, build_modality
 from tokenizer.quantizers.base.quantizer import Quantizer, QuantizerOutput
-from tokenizer.training.step import Recipe, Trainer
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer
 from tokenizer.training.trial import training_batches
 
 QUALITY = {"pesq": "PESQ", "stoi": "STOI", "si_sdr": "SI-SDR", "mel_distance": "mel distance", "mse": "MSE"}

@@ -60,7 +60,7 @@ def with_quantizer(config: Config, quantizer: dict[str, Any], arrays: dict[str, 
         preprocess=config.data.preprocess,
         metrics=config.metrics,
         eval_batch_size=config.compare.eval_batch_size,
-        pictures=0,
+        num_examples=0,
     )
     return {"numbers": run_trial(trial, arrays["train"], arrays["heldout"]).numbers}
 

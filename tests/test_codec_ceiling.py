@@ -19,7 +19,7 @@ from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.training.step import Recipe
+from tokenizer.training.recipe import Recipe
 from tokenizer.training.trial import Trial, run_trial
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +126,7 @@ def test_it_trains_as_a_trial_whose_quantizer_hands_latents_on(ceiling: ModuleTy
     arrays = ceiling.samples(f"{speech}/train.tar", modality)
     quantizer = {"name": "vp_vae", "codebook_size": 64, "dim": 3}
     recipe = Recipe(**{**vars(RECIPE), "loss_weights": {"norm_mean": 0.0, "norm_var": 0.0}})
-    trial = Trial({**MODEL, "quantizer": quantizer}, recipe, metrics={"slow": False}, pictures=0)
+    trial = Trial({**MODEL, "quantizer": quantizer}, recipe, metrics={"slow": False}, num_examples=0)
     expected = run_trial(trial, arrays, arrays[:1]).history
     _, found = ceiling.train(MODEL, 3, RECIPE, modality, arrays)
     assert [row["mel"] for row in found] == [row["mel"] for row in expected]

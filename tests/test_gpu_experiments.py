@@ -198,7 +198,7 @@ def test_a_mistake_is_one_line(tmp_path, script, capsys, change: list[str], told
 @pytest.mark.parametrize(
     ("jpegs", "told"),
     [
-        ([encoded(picture(32, 32), "jpeg"), b"no picture"], "row 1: no picture in a format that we read"),
+        ([encoded(picture(32, 32), "jpeg"), b"no picture"], "row 1: not a picture that we can read"),
         ([encoded(picture(32, 32), "jpeg"), encoded(picture(16, 16), "jpeg")], "all pictures must have one size"),
     ],
 )

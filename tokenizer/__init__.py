@@ -1,1 +1,1 @@
-"""Mathematics of tokenizers: quantizers, autoencoders, k-means, metrics. Knows neither Ray nor storage."""
+"""The mathematics of tokenizers: quantizers, autoencoders, k-means, metrics. Imports neither Ray nor storage."""

@@ -1,6 +1,6 @@
 """Encoder -> projection -> quantizer -> projection -> decoder.
 
-Legend: x [B, channels, ...] as the modality makes it, z [B, ..., in_dim] channel-last latents.
+Legend: x [B, channels, ...] as the modality batches it, z [B, ..., in_dim] channel-last latents.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class AutoencoderOutput:
 
 
 class Autoencoder(nn.Module):
-    """settings: {"modality": name, "net": {"name", ...}, "quantizer": {"name", ...}}, all that rebuilds it."""
+    """settings: {"modality": name, "net": {"name", ...}, "quantizer": {"name", ...}}: enough to build it again."""
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
@@ -40,31 +40,36 @@ class Autoencoder(nn.Module):
         return self.net.factor
 
     def forward(self, x: Tensor) -> AutoencoderOutput:
-        """For training; a frozen tokenizer takes `latents` and `reconstruct`."""
+        """For training. A frozen tokenizer calls `latents` and `reconstruct` instead."""
         z = self.project_in(self.net.encode(x).movedim(1, -1))
         quantized = self.quantizer(z)
         return AutoencoderOutput(self.net.decode(self.project_out(quantized.z_q).movedim(-1, 1)), z, quantized)
 
     def latents(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the quantizer is given: [B, channels, ...] -> [B, ..., in_dim]. mask [B, 1, F]: the real frames."""
+        """The quantizer's input: [B, channels, ...] -> [B, ..., in_dim].
+
+        mask [B, 1, F]: which frames are not padding.
+        """
         return self.project_in(self.net.encode_frozen(x, mask).movedim(1, -1))
 
     def reconstruct(self, z_q: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, ..., dim] -> [B, channels, ...]."""
+        """The decoder's output: [B, ..., dim] -> [B, channels, ...]. mask as above."""
         return self.net.decode_frozen(self.project_out(z_q).movedim(-1, 1), mask)
 
     def change_fit(self, settings: dict[str, Any]) -> None:
-        """Sets what `quantizer.fit` alone reads, after training. Raises ValueError on anything else."""
+        """Changes quantizer settings that only `fit` reads, after training. Raises ValueError for any other setting."""
         quantizer = self.quantizer
         for name in settings:
             if name not in quantizer.fit_settings:
                 allowed = ", ".join(quantizer.fit_settings) or "nothing"
-                raise ValueError(f"{name} of {quantizer.name} cannot change after training; {allowed} can")
+                raise ValueError(
+                    f"{name} of {quantizer.name} cannot change after training; settings that can: {allowed}"
+                )
         quantizer.config = dataclasses.replace(quantizer.config, **settings)  # type: ignore[type-var]
         self.settings["quantizer"] |= settings
 
     def save(self, folder: str | Path) -> None:
-        """settings and inference state to folder/config.json and folder/model.safetensors."""
+        """Writes the settings to folder/config.json and the inference state to folder/model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.inference_state().items()}
@@ -79,15 +84,15 @@ class Autoencoder(nn.Module):
         return autoencoder
 
     def inference_state(self) -> dict[str, Tensor]:
-        """The state_dict without what only training needs (queues, counters)."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not self._only_training(name)}
+        """The state_dict without the entries that only training needs (queues, counters)."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not self._is_training_state(name)}
 
     def load_inference_state(self, state: dict[str, Tensor]) -> None:
-        """Raises RuntimeError that names the keys if the state is not this autoencoder's."""
+        """Raises RuntimeError with the missing and unexpected keys if the state does not fit this autoencoder."""
         missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [name for name in missing if not self._only_training(name)]
+        missing = [name for name in missing if not self._is_training_state(name)]
         if missing or unexpected:
             raise RuntimeError(f"weights do not fit the model: missing {missing}, unexpected {unexpected}")
 
-    def _only_training(self, name: str) -> bool:
+    def _is_training_state(self, name: str) -> bool:
         return any(name.startswith(f"quantizer.{prefix}") for prefix in self.quantizer.training_state)

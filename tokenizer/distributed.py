@@ -1,4 +1,4 @@
-"""The collective operations that quantizers need. Each is the identity in a single process."""
+"""Collective operations for quantizers. In a single process each one is the identity."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.distributed.nn.functional import all_reduce
 
 
 def world_size() -> int:
-    """Ranks that train together; 1 outside of torch.distributed. Asked anew each time, never cached."""
+    """Number of ranks that train together; 1 outside torch.distributed. Never cached."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if ready else 1
 
@@ -18,7 +18,7 @@ def mean_across_ranks(x: Tensor) -> Tensor:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order: [N, ...] -> [ranks * N, ...]. Every rank must bring the same N. No gradient."""
+    """Rows of all ranks in rank order: [N, ...] -> [ranks * N, ...]. N must be the same on all ranks. No gradient."""
     ranks = world_size()
     if ranks == 1:
         return x.detach()
@@ -28,7 +28,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def from_first_rank(x: Tensor) -> Tensor:
-    """Rank 0's x on every rank; all bring the same shape. No gradient."""
+    """Rank 0's x on every rank. Shapes must be equal on all ranks. No gradient."""
     x = x.detach().contiguous()
     if world_size() > 1:
         torch.distributed.broadcast(x, src=0)

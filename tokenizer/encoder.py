@@ -1,4 +1,4 @@
-"""The encoder half with its preprocessing: bytes to arrays, arrays to latents. Needs no codebook."""
+"""Preprocessing and encoder: bytes to arrays, arrays to latents. Needs no codebook."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from tokenizer.modalities.base import build_modality
 
 
 class LatentEncoder:
-    """Frozen nets, always in eval mode and float32. preprocessing: the fields of the modality's Config."""
+    """Frozen nets in eval mode and float32. preprocessing: the fields of the modality's Config."""
 
     def __init__(self, autoencoder: Autoencoder, preprocessing: dict[str, Any]):
         self.autoencoder = autoencoder.eval().requires_grad_(False).float()
@@ -26,39 +26,39 @@ class LatentEncoder:
         return next(self.autoencoder.parameters()).device
 
     def to(self, device: str | torch.device) -> "LatentEncoder":
-        """Moves the nets; channels_last on every device, since it is faster for convolutions on CPU and GPU alike."""
+        """Moves the nets. Uses channels_last, which is faster for convolutions on CPU and GPU."""
         self.autoencoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @property
     def encoder_id(self) -> str:
-        """What decides on latents: a hash of nets, projections and preprocessing. The codebook plays no part."""
-        named = {name: value for name, value in self.autoencoder.settings.items() if name != "quantizer"}
-        return content_hash({"model": named, "preprocessing": self.preprocessing}, self.net_state())
+        """Hash of everything that determines the latents: nets, projections and preprocessing, but not the codebook."""
+        model = {name: value for name, value in self.autoencoder.settings.items() if name != "quantizer"}
+        return content_hash({"model": model, "preprocessing": self.preprocessing}, self.net_state())
 
     def net_state(self) -> dict[str, Tensor]:
-        """Weights of nets and projections."""
+        """The weights of nets and projections."""
         state = self.autoencoder.inference_state()
         return {name: t.detach().cpu().contiguous() for name, t in state.items() if not name.startswith("quantizer.")}
 
     def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """As `latents`, in memory of the CPU."""
+        """Like `latents`, but as arrays on the CPU."""
         return [z.cpu().numpy() for z in self.latents(arrays)]
 
     @torch.inference_mode()
     def latents(self, arrays: list[np.ndarray]) -> list[Tensor]:
-        """What the quantizer is given for each array of one bucket: [..., in_dim] float32. Raises BadSample on NaN."""
+        """The quantizer's input for each array of one bucket: [..., in_dim] float32. Raises BadSample for NaN."""
         batch = self.modality.batch(arrays, self.autoencoder.factor)
         x = batch.x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch.x
         mask = None if batch.mask is None else batch.mask.to(self.device)
         z = self.autoencoder.latents(x, mask)
         if not torch.isfinite(z).all():
-            raise BadSample("the encoder gave NaN or infinite latents")
-        return list(z) if mask is None else [part[real[0]] for part, real in zip(z, mask, strict=True)]
+            raise BadSample("the encoder output is NaN or infinite")
+        return list(z) if mask is None else [row[real[0]] for row, real in zip(z, mask, strict=True)]
 
 
 def content_hash(settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """16 hex digits over settings and tensors, independent of their order and of the device."""
+    """16 hex digits: a hash of settings and tensors that does not depend on their order or device."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

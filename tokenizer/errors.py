@@ -1,13 +1,13 @@
-"""Errors of the mathematics layer that a user can fix."""
+"""Errors of this layer that the user can fix."""
 
 
 class CodebookMissing(ValueError):
-    """Indices were asked of a quantizer whose codebook has not been made yet."""
+    """The quantizer has no codebook yet, so it cannot encode or decode."""
 
 
 class TokenizerMismatch(ValueError):
-    """Two artifacts were made by different tokenizers and must not be mixed."""
+    """Two artifacts come from different tokenizers and must not be mixed."""
 
 
 class BadSample(ValueError):
-    """The bytes of one sample cannot become an array; the sample goes to quarantine with this message."""
+    """A sample cannot be decoded or encoded. It is quarantined with this message."""

@@ -1,4 +1,4 @@
-"""Quality and usage of a frozen tokenizer over samples, batch by batch. Parts of a corpus add up."""
+"""Reconstruction quality and codebook usage of a frozen tokenizer. Evaluations of shards can be merged."""
 
 import math
 from collections import defaultdict
@@ -16,7 +16,7 @@ from tokenizer.usage import count_codes, digit_usage, perplexity, usage
 
 @dataclass
 class Evaluation:
-    """counts [Q, K]: how often each code was chosen. metrics: one value per sample. sums: of metrics of all samples."""
+    """counts [Q, K]: how often each code was chosen. metrics: a value per sample. sums: for Frechet distances."""
 
     counts: np.ndarray
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -36,15 +36,16 @@ class Evaluation:
         arrays = [sample.array for sample in samples]
         latents = tokenizer.latents(arrays)
         tokens = tokenizer.quantize(latents)
-        rebuilt = tokenizer.decode(tokens, [sample.size for sample in samples])
-        # measured on what a user would see or hear: whole pixels, without the padding
-        x, x_hat = (tokenizer.modality.batch(group, factor=1).to(tokenizer.device) for group in (arrays, rebuilt))
+        reconstructions = tokenizer.decode(tokens, [sample.size for sample in samples])
+        # compares the final output: 8-bit pixels, without padding
+        batches = (tokenizer.modality.batch(batch, factor=1) for batch in (arrays, reconstructions))
+        x, x_hat = (batch.to(tokenizer.device) for batch in batches)
         for name, values in quality(x, x_hat).items():
             self.metrics[name] += values.tolist()
-        for name, (original, again) in quality.features(x, x_hat).items():
+        for name, (original, reconstruction) in quality.features(x, x_hat).items():
             if name not in self.sums:
                 self.sums[name] = FrechetSums.empty(original.shape[1], original.device)
-            self.sums[name].add(original, again)
+            self.sums[name].add(original, reconstruction)
         num_quantizers, codebook_size = self.counts.shape
         by_quantizer = np.concatenate([t.reshape(num_quantizers, -1) for t in tokens], axis=1)
         self.counts += count_codes(by_quantizer, codebook_size)
@@ -53,7 +54,7 @@ class Evaluation:
         self.batch_perplexities.append(float(np.mean([perplexity(row) for row in shares])))
         self.batch_tokens.append(by_quantizer.shape[1])
         self.sizes += [tokenizer.modality.processed_size(sample.size) for sample in samples]
-        return rebuilt
+        return reconstructions
 
     def merge(self, other: "Evaluation") -> None:
         self.counts += other.counts
@@ -65,7 +66,7 @@ class Evaluation:
         self.take_sums(other)
 
     def take_sums(self, other: "Evaluation") -> None:
-        """Adds the sums of other to these and drops them there: they are large, and any order gives the same bits."""
+        """Moves the sums of other into this one. They are large; the result does not depend on the order."""
         while other.sums:
             name, sums = other.sums.popitem()
             if name in self.sums:
@@ -75,21 +76,21 @@ class Evaluation:
 
     @property
     def quality(self) -> list[str]:
-        """Names of the metrics of quality, as `summary` has them."""
+        """Names of the quality metrics in `summary`."""
         return [*self.metrics, *self.sums]
 
     def summary(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Means over the samples where a metric is defined, usage of the codes, and the rate.
+        """Means of the metrics over samples for which they are defined, codebook usage, and the bit rate.
 
-        `perplexity` is that of all tokens; `perplexity_per_batch` the mean over batches of `tokens_per_batch` tokens,
-        for GM-VQ from q(c|x), as its paper reports it. With several quantizers, means over them.
+        `perplexity` is over all tokens. `perplexity_per_batch` is the mean over batches of `tokens_per_batch` tokens;
+        for GM-VQ it is computed from q(c|x), as in its paper. With several quantizers these are means over them.
         """
         quantizer = tokenizer.autoencoder.quantizer
         numbers: dict[str, Any] = {"num_samples": len(self.sizes)}
         for name, values in self.metrics.items():
             defined = [value for value in values if not math.isnan(value)]
             numbers[name] = float(np.mean(defined)) if defined else math.nan
-            if len(defined) < len(values):  # else a mean could hide what has no value, as silence has no PESQ
+            if len(defined) < len(values):  # shows how many samples the mean leaves out; silence has no PESQ
                 numbers[f"{name}_undefined"] = len(values) - len(defined)
         for name, sums in self.sums.items():
             numbers |= sums.numbers(name)

@@ -1,4 +1,4 @@
-"""Names to classes. A new quantizer, network or modality is one new file in its package; nothing else is edited."""
+"""Finds classes by name. A new quantizer, net or modality is one new file in its package, without any other edit."""
 
 import difflib
 import importlib
@@ -10,19 +10,19 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Classes by name, from all modules of one package, which are imported at the first question."""
+    """Classes by name, from all modules of one package. The modules are imported at the first lookup."""
 
     def __init__(self, kind: str, package: str):
         self.kind, self.package = kind, package
         self._classes: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator. Raises ValueError if another class has taken the name."""
+        """Class decorator. Raises ValueError if another class already has the name."""
 
         def add(cls: type[T]) -> type[T]:
-            taken = self._classes.get(name)
-            if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ValueError(f"{self.kind} {name!r} is already {taken.__qualname__} of {taken.__module__}")
+            other = self._classes.get(name)
+            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"{self.kind} {name!r} is already {other.__qualname__} of {other.__module__}")
             self._classes[name] = cls
             cls.name = name  # type: ignore[attr-defined]
             return cls
@@ -36,9 +36,9 @@ class Registry(Generic[T]):
         return sorted(self._classes)
 
     def get(self, name: str) -> type[T]:
-        """The class of that name. Raises ValueError that lists the names there are."""
+        """The class of that name. Raises ValueError with the known names."""
         if name not in self.names():
-            near = difflib.get_close_matches(str(name), self.names(), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown {self.kind} {name!r}; {hint}There are: {', '.join(self.names())}")
+            close = difflib.get_close_matches(str(name), self.names(), n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown {self.kind} {name!r}; {hint}Known: {', '.join(self.names())}")
         return self._classes[name]

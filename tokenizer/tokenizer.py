@@ -1,7 +1,7 @@
-"""The frozen artifact: preprocessing, encoder, codebook and decoder under one content hash.
+"""The frozen tokenizer: preprocessing, encoder, codebook and decoder, identified by a content hash.
 
-Files of save_pretrained: tokenizer.json (settings and ids), model.safetensors (nets and projections),
-codebook.safetensors (the quantizer's state and, up to 2^20 codes, the table of codes).
+save_pretrained writes tokenizer.json (settings and ids), model.safetensors (nets and projections) and
+codebook.safetensors (the quantizer's state and, up to 2^20 codes, the codebook itself).
 """
 
 import json
@@ -19,12 +19,12 @@ from tokenizer.encoder import LatentEncoder, content_hash
 from tokenizer.errors import TokenizerMismatch
 
 SCHEMA_VERSION = 1
-MAX_TABLE = 2**20  # a scalar quantizer may have more codes than memory; its codes are arithmetic anyway
+MAX_SAVED_CODES = 2**20  # a scalar quantizer can have more codes than fit in memory; it computes them anyway
 INDEX_ORDER = "first dimension least significant"
 
 
 class Tokenizer(LatentEncoder):
-    """Bytes to tokens and back, always in eval mode and float32. Raises CodebookMissing without a codebook.
+    """Encodes arrays to tokens and decodes them, in eval mode and float32. Raises CodebookMissing without a codebook.
 
     settings: those of the Autoencoder; preprocessing: the fields of the modality's Config.
     """
@@ -38,30 +38,31 @@ class Tokenizer(LatentEncoder):
 
     @torch.inference_mode()
     def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        """Tokens of arrays of one bucket: int64, in the shape of the token grid. Raises BadSample on NaN latents."""
+        """Tokens of arrays of one bucket: int64, in the shape of the token grid. Raises BadSample for NaN latents."""
         return self.quantize(self.latents(arrays))
 
     def quantize(self, latents: list[Tensor]) -> list[np.ndarray]:
-        """Tokens of each sample's latents [..., in_dim]: int64, with a leading axis of quantizers if several."""
+        """Tokens of each sample's latents [..., in_dim]: int64 [...], or [Q, ...] if there are Q > 1 quantizers."""
         indices = self.autoencoder.quantizer.encode(torch.cat([z.flatten(0, -2) for z in latents])).cpu()
         grids = [z.shape[:-1] for z in latents]
-        parts = indices.split([math.prod(grid) for grid in grids])
-        tokens = [part.reshape(*grid, *part.shape[1:]) for part, grid in zip(parts, grids, strict=True)]
+        by_sample = indices.split([math.prod(grid) for grid in grids])
+        tokens = [t.reshape(*grid, *t.shape[1:]) for t, grid in zip(by_sample, grids, strict=True)]
         return [(t.movedim(-1, 0) if self.autoencoder.quantizer.num_quantizers > 1 else t).numpy() for t in tokens]
 
     @torch.inference_mode()
     def decode(self, tokens: list[np.ndarray], sizes: list[dict[str, int]]) -> list[np.ndarray]:
-        """Arrays of the sizes that `read` gave, from tokens of one bucket. Raises ValueError on a token >= K."""
+        """Arrays from tokens of one bucket. sizes: those that `read` returned. Raises ValueError for a token >= K."""
         z_q, mask = _stacked([self._codes(t) for t in tokens])
         x = self.autoencoder.reconstruct(z_q, mask)
         return self.modality.unbatch(x, [self.modality.processed_size(size) for size in sizes])
 
     def _codes(self, tokens: np.ndarray) -> Tensor:
-        """[..., dim] on the device."""
+        """The codes of tokens: [..., dim] on the device."""
         indices = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
             raise ValueError(
-                f"tokens lie in {int(indices.min())}..{int(indices.max())}, not 0..{self.codebook_size - 1}"
+                f"tokens are in {int(indices.min())}..{int(indices.max())}, "
+                f"but this tokenizer has 0..{self.codebook_size - 1}"
             )
         if self.autoencoder.quantizer.num_quantizers > 1:
             indices = indices.movedim(0, -1)
@@ -78,25 +79,25 @@ class Tokenizer(LatentEncoder):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
-        """Raises TokenizerMismatch if the files are not those that tokenizer.json names."""
+        """Raises TokenizerMismatch if the files do not have the ids in tokenizer.json."""
         folder = Path(folder)
         about = json.loads((folder / "tokenizer.json").read_text())
         autoencoder = Autoencoder(about["model"])
         codebook = load_file(folder / "codebook.safetensors")
-        table = codebook.pop("codebook", None)
+        saved_codes = codebook.pop("codebook", None)
         state = {f"quantizer.{name}": tensor for name, tensor in codebook.items()}
         try:
             autoencoder.load_inference_state(load_file(folder / "model.safetensors") | state)
         except RuntimeError as error:
             raise TokenizerMismatch(
-                f"{folder}: {error}; another version of Tokenmill made it: make it again with `tokenmill codebook`"
+                f"{folder}: {error}; another version of Tokenmill wrote it: make it again with `tokenmill codebook`"
             ) from error
         tokenizer = cls(autoencoder, about["preprocessing"])
-        same_table = table is None or torch.equal(table, tokenizer._codebook_state["codebook"])
-        if tokenizer.id != about["tokenizer_id"] or not same_table:
+        same_codes = saved_codes is None or torch.equal(saved_codes, tokenizer._codebook_state["codebook"])
+        if tokenizer.id != about["tokenizer_id"] or not same_codes:
             raise TokenizerMismatch(
-                f"{folder} says tokenizer {about['tokenizer_id']}, but its files are not those of that tokenizer; "
-                "one was changed or mixed up: fetch the folder anew, or make it again with `tokenmill codebook`"
+                f"{folder}/tokenizer.json has id {about['tokenizer_id']}, but the other files do not match it; "
+                "a file was changed or mixed up: copy the folder again, or make it with `tokenmill codebook`"
             )
         tokenizer.to(device)
         return tokenizer
@@ -111,18 +112,21 @@ class Tokenizer(LatentEncoder):
             for name, tensor in self.autoencoder.inference_state().items()
             if name.startswith("quantizer.")
         }
-        if self.codebook_size <= MAX_TABLE:
+        if self.codebook_size <= MAX_SAVED_CODES:
             state["codebook"] = quantizer.codebook.detach().cpu().contiguous().clone()
         else:
-            one = torch.zeros(1, quantizer.num_quantizers, dtype=torch.int64, device=self.device)
-            quantizer.decode(one)  # raises CodebookMissing here
+            index = torch.zeros(1, quantizer.num_quantizers, dtype=torch.int64, device=self.device)
+            quantizer.decode(index)  # raises CodebookMissing if there is none
         return state
 
 
 def _stacked(codes: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """[B, ..., dim]; sequences [F, dim] of several lengths are padded, with the mask [B, 1, F] of what is real."""
-    if len({part.shape for part in codes}) == 1:
+    """Stacks to [B, ..., dim].
+
+    Sequences [F, dim] of unequal lengths are padded; then the mask [B, 1, F] is not None.
+    """
+    if len({sample.shape for sample in codes}) == 1:
         return torch.stack(codes), None
-    lengths = torch.tensor([len(part) for part in codes], device=codes[0].device)
+    lengths = torch.tensor([len(sample) for sample in codes], device=codes[0].device)
     padded = nn.utils.rnn.pad_sequence(codes, batch_first=True)
     return padded, (torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None])[:, None]

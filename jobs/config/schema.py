@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.tokens.schema import ENCODINGS
-from tokenizer.training.step import Recipe
+from tokenizer.training.recipe import Recipe
 
 
 class ConfigError(ValueError):

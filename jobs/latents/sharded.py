@@ -20,10 +20,10 @@ from jobs.latents.cache import read_latents
 from pipeline.errors import StorageError
 from pipeline.reservoir import Reservoir
 from pipeline.tokens import Commit, Output
-from tokenizer.clustering.latents import Part
+from tokenizer.clustering.latents import LatentBatch
 
 T = TypeVar("T")
-Function = Callable[[Part], Part]
+Function = Callable[[LatentBatch], LatentBatch]
 # At most. As many sums come to the driver in an iteration, and as many workers can share the work. The result of a sum
 # of floats depends on it, and with it the codebook's id.
 GROUPS = 128
@@ -35,7 +35,7 @@ class Group:
 
     number: int
     entries: list[Commit]
-    parts: list[Part] = field(default_factory=list)  # one an entry, once they are read
+    parts: list[LatentBatch] = field(default_factory=list)  # one an entry, once they are read
 
 
 @dataclass
@@ -87,11 +87,11 @@ class CachedLatents:
     def __len__(self) -> int:
         return self.count
 
-    def sample(self, count: int, seed: int) -> Part:
+    def sample(self, count: int, seed: int) -> LatentBatch:
         """Of the sample that was drawn at first, whose rows are in random order; there are no others."""
-        return reduce(lambda so_far, function: function(so_far), self.functions, Part(self.drawn[:count]))
+        return reduce(lambda so_far, function: function(so_far), self.functions, LatentBatch(self.drawn[:count]))
 
-    def total(self, function: Callable[[Part], T]) -> T:
+    def total(self, function: Callable[[LatentBatch], T]) -> T:
         """The sums of the groups are added in the groups' order, each as soon as those before it have come."""
         early: dict[int, Any] = {}
         total: Any = None
@@ -150,7 +150,7 @@ def _apply(function: Callable[[Group], Any], cpus: float, gpus: float, row: dict
 
 def _read(cache_url: str, dim: int, group: Group) -> Group:
     cache = Output.open(cache_url)
-    parts = [Part(torch.from_numpy(read_latents(cache, entry, dim))) for entry in group.entries]
+    parts = [LatentBatch(torch.from_numpy(read_latents(cache, entry, dim))) for entry in group.entries]
     return Group(group.number, group.entries, parts)
 
 
@@ -162,7 +162,7 @@ def _result(function: Callable[[Group], Any], group: Group) -> Result:
     return Result(group.number, function(group))
 
 
-def _total(function: Callable[[Part], Any], group: Group) -> Any:
+def _total(function: Callable[[LatentBatch], Any], group: Group) -> Any:
     return reduce(lambda total, value: total + value, map(function, group.parts))
 
 

@@ -7,7 +7,7 @@ import torch
 from jobs.config import Config, ConfigError, checked
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
-from tokenizer.training.step import build_adversary, known_losses
+from tokenizer.training.step import build_gan_loss, known_losses
 
 
 def check(config: Config) -> None:
@@ -15,7 +15,7 @@ def check(config: Config) -> None:
     try:
         modality = build_modality(config.model.modality, config.data.preprocess)
         autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
-        build_adversary(config.train, modality, torch.device("cpu"))
+        build_gan_loss(config.train, modality, torch.device("cpu"))
     except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual's base
         raise ConfigError(str(error)) from error
     known, factor = known_losses(autoencoder, modality), autoencoder.factor

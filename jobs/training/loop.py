@@ -26,7 +26,8 @@ from pipeline.corpus.streams import Lanes, Position
 from pipeline.errors import ShardError, StorageError
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
-from tokenizer.training.step import Averages, StepResult, Trainer, compile_nets
+from tokenizer.training.ema import EMA
+from tokenizer.training.step import StepResult, Trainer, compile_nets
 
 LANES_FILE = "lanes.json"  # of a checkpoint: small, for a driver to see whether there are enough
 
@@ -63,7 +64,7 @@ class TrainLoop:
         self._seed_noise()  # ... but other noise
         self.modality = build_modality(config.model.modality, config.data.preprocess)
         self.trainer = Trainer(self.autoencoder, self.modality, options, self.device, options.accumulate)
-        self.averages = Averages(self.autoencoder, options.ema) if options.ema else None
+        self.averages = EMA(self.autoencoder, options.ema) if options.ema else None
         if options.compile:
             compile_nets(self.autoencoder)
         # quantizers keep their buffers equal on all ranks themselves; a queue is too large to broadcast each step
@@ -112,7 +113,7 @@ class TrainLoop:
 
     def _advance(self, batch: Batch) -> None:
         if self.averages is not None:
-            self.averages.follow(self.step)
+            self.averages.update(self.step)
         self.step += 1
         self.data.taken(batch)
 
@@ -195,8 +196,8 @@ class TrainLoop:
         self.trainer.optimizer.load_state_dict(state["optimizer"])
         if self.averages is not None:
             self.averages.values = state["averages"]
-        if self.trainer.adversary is not None:
-            self.trainer.adversary.load_state_dict(state["adversary"])
+        if self.trainer.gan_loss is not None:
+            self.trainer.gan_loss.load_state_dict(state["adversary"])
         self.step = self.saved_step = state["step"]
         self.history = state["history"]
         everywhere = {lane: Position(*at) for own in ranks.values() for lane, at in own["positions"].items()}
@@ -238,8 +239,8 @@ class TrainLoop:
         state |= {"model": self.autoencoder.state_dict(), "optimizer": self.trainer.optimizer.state_dict()}
         if self.averages is not None:
             state["averages"] = self.averages.values
-        if self.trainer.adversary is not None:
-            state["adversary"] = self.trainer.adversary.state_dict()
+        if self.trainer.gan_loss is not None:
+            state["adversary"] = self.trainer.gan_loss.state_dict()
         return state
 
     def _rank_file(self) -> str:

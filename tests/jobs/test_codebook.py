@@ -23,7 +23,7 @@ from tests.corpus import write_tar
 from tests.jobs.helpers import TINY_NET, children_named, jpegs, rows_of
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.kmeans import kmeans
-from tokenizer.clustering.latents import InMemory, Part
+from tokenizer.clustering.latents import InMemory, LatentBatch
 from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.tokenizer import Tokenizer
 
@@ -192,8 +192,9 @@ def killed_while_summing() -> Iterator[None]:
 class Drawn(InMemory):
     """All latents, in the order in which the sample came, of which a sample are the first."""
 
-    def sample(self, count: int, seed: int) -> Part:
-        return Part(self.part.latents[:count], None if self.part.weights is None else self.part.weights[:count])
+    def sample(self, count: int, seed: int) -> LatentBatch:
+        weights = self.batch.weights
+        return LatentBatch(self.batch.latents[:count], None if weights is None else weights[:count])
 
 
 @pytest.mark.ray

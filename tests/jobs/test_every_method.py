@@ -14,7 +14,8 @@ from tests.jobs.helpers import TINY_NET, jpegs, tokenize_without_ray
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.training.step import Recipe, Trainer
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer
 
 METHODS = sorted((Path(__file__).parents[2] / "configs/quantizers").glob("*.yaml"))
 SIZES = {"codebook_size": 64, "dim": 4}

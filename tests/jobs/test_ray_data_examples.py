@@ -182,4 +182,4 @@ def test_sound_has_its_own_size_columns(tmp_path: Path):
     soundfile.write(out, 0.3 * np.sin(np.arange(8000) / 10), 8000, format="WAV")
     row, bad = TokenizerActor(str(tmp_path), "image")(photos(out.getvalue(), encoded(picture()))).to_pylist()
     assert (row["sample_rate"], row["num_samples"], row["shape"]) == (8000, 8000, [len(row["tokens"])])
-    assert "no sound" in bad["error"]
+    assert "not an audio file" in bad["error"]

@@ -12,15 +12,18 @@ import torch.distributed
 import torch.multiprocessing
 
 RANKS = 2
-Measure = Callable[[int], Any]  # what a rank finds out; a function of a module, which the processes import by its name
+Measure = Callable[[int], Any]  # runs on each rank; must be a module-level function, which the processes import by name
 
 
 def measured_by_ranks(measure: Measure, folder: Path) -> list[Any]:
-    """measure(rank) of each rank. Raises what a rank raises; a lost rank fails the test after a minute, not the day."""
+    """Runs measure(rank) on each rank and returns the results.
+
+    Raises what a rank raises. Ranks time out after a minute.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2])
         if sys.platform == "linux":
-            patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the host's own name need not resolve
+            patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve
         torch.multiprocessing.spawn(_work, (measure, str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 

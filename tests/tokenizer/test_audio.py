@@ -1,4 +1,4 @@
-"""Sound as a modality: batches and masks, exact lengths, and that padding never changes a token."""
+"""The audio modality: batches and masks, exact lengths, and padding, which never changes a token."""
 
 import functools
 import io
@@ -13,7 +13,7 @@ from pipeline.corpus.samples import read_samples
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.errors import BadSample
 from tokenizer.modalities.audio.modality import Audio, AudioConfig
-from tokenizer.modalities.base import Batch, build_modality
+from tokenizer.modalities.base import PaddedBatch, build_modality
 from tokenizer.tokenizer import Tokenizer
 
 SPEECH = Path(__file__).parents[2] / "samples/speech/heldout/speech-000.tar"
@@ -72,13 +72,13 @@ def test_a_clip_is_decoded_alike_alone_and_in_any_batch():
 def test_decode_gives_back_exactly_as_many_samples(count):
     clip = 0.1 * np.random.default_rng(0).standard_normal((count, 1)).astype(np.float32)
     tokens = tokenizer().encode([clip])
-    [rebuilt] = tokenizer().decode(tokens, [{"sample_rate": 16_000, "num_samples": count}])
-    assert rebuilt.shape == (count, 1)
-    assert np.abs(rebuilt).max() <= 1
+    [reconstruction] = tokenizer().decode(tokens, [{"sample_rate": 16_000, "num_samples": count}])
+    assert reconstruction.shape == (count, 1)
+    assert np.abs(reconstruction).max() <= 1
 
 
 def test_a_long_clip_in_windows_has_the_latents_of_the_whole():
-    """A minute of speech: windows of 64 frames, against one pass over everything."""
+    """A minute of speech: windows of 64 frames against one pass over the whole clip."""
     whole = np.concatenate(clips())[: 16_000 * 60]
     frozen = tokenizer()
     [windowed] = frozen.latents([whole])
@@ -88,7 +88,7 @@ def test_a_long_clip_in_windows_has_the_latents_of_the_whole():
     torch.testing.assert_close(windowed, at_once, rtol=1e-4, atol=1e-5)
 
 
-def test_silence_is_tokenized_like_anything_else():
+def test_silence_is_tokenized():
     silence = np.zeros((5000, 1), dtype=np.float32)
     [tokens] = tokenizer().encode([silence])
     assert tokens.shape == (53,)
@@ -105,8 +105,8 @@ def test_another_rate_and_stereo_become_mono_at_16_khz_and_the_original_size_is_
     assert Audio(AudioConfig()).processed_size(found.size) == {"sample_rate": 16_000, "num_samples": 16_000}
 
 
-@pytest.mark.parametrize("data", [b"", b"no sound", b"\x89PNG\r\n\x1a\n" + bytes(50), wav(np.zeros((0, 1)))])
-def test_what_is_no_sound_is_a_bad_sample(data):
+@pytest.mark.parametrize("data", [b"", b"not audio", b"\x89PNG\r\n\x1a\n" + bytes(50), wav(np.zeros((0, 1)))])
+def test_data_that_is_not_audio_is_a_bad_sample(data):
     with pytest.raises(BadSample):
         Audio(AudioConfig()).read(data, "wav")
 
@@ -145,7 +145,7 @@ def test_padding_enters_no_metric():
             assert float(together[name][i]) == pytest.approx(float(alone[name][0]), rel=1e-5)
 
 
-def test_the_rate_is_told_in_kbit_per_second():
+def test_the_rate_is_in_kbit_per_second():
     """166.67 tokens a second of 10 bits: 1.67 kbit/s, as the paper has it."""
     size = {"sample_rate": 16_000, "num_samples": 96 * 500}
     assert Audio(AudioConfig()).rate(500 * 10.0, [size]) == {"kbps": pytest.approx(1.6667, abs=1e-4)}
@@ -165,9 +165,9 @@ def test_the_view_of_a_clip_is_a_picture():
 def test_a_bad_setting_is_named():
     with pytest.raises(ValueError, match=r"data.preprocess.sample_rate is 10"):
         build_modality("audio", {"sample_rate": 10})
-    assert isinstance(Batch(torch.zeros(1)).to(torch.device("cpu")), Batch)
+    assert isinstance(PaddedBatch(torch.zeros(1)).to(torch.device("cpu")), PaddedBatch)
 
 
-def test_a_batch_budget_is_in_seconds_of_sound_and_in_megapixels_of_pictures():
+def test_a_batch_budget_is_in_seconds_of_audio_and_in_megapixels_of_pictures():
     assert build_modality("audio", {"sample_rate": 24_000}).elements(1.5) == 36_000
     assert build_modality("image", {}).elements(0.5) == 3 * 500_000

@@ -1,4 +1,4 @@
-"""Losses of sound against cases solved by hand; finite wherever the input is."""
+"""Audio losses: against cases solved by hand, and finite for every finite input."""
 
 import math
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_windows_longer_than_the_clip_are_left_out_but_for_the_shortest(losses, 
 
 
 @pytest.mark.parametrize("length", [320, RATE])
-def test_half_the_amplitude_costs_what_a_pencil_says(losses, length: int):
+def test_half_the_amplitude_has_the_loss_computed_by_hand(losses, length: int):
     x = noise(2, 1, length)
     found = losses(x, x / 2)
     assert found["l1"].item() == pytest.approx(x.abs().mean().item() / 2)
@@ -155,7 +155,7 @@ def test_under_autocast_the_losses_are_those_of_float32(losses):
     assert {loss.dtype for loss in found.values()} == {torch.float32}
 
 
-def test_nothing_of_it_is_stored_with_a_model(losses):
+def test_the_losses_have_no_state_to_save(losses):
     assert losses.state_dict() == {}
     assert list(losses.parameters()) == []
 

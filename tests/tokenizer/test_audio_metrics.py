@@ -1,4 +1,4 @@
-"""Quality of sound: against the packages called directly, by hand, and NaN where there is nothing to judge."""
+"""Audio metrics: against direct calls of the packages, by hand, and NaN where a metric is not defined."""
 
 import math
 import subprocess
@@ -133,7 +133,7 @@ def test_a_length_for_every_clip_is_asked_for():
 
 
 def test_only_the_first_20_seconds_are_judged_by_pesq_and_stoi():
-    """30 s of these bursts are more utterances than PESQ's C code has room for: it would end the process."""
+    """30 s of these bursts are more utterances than PESQ's C code has room for, which would crash the process."""
     t = np.arange(30 * RATE) / RATE
     x = (0.1 * np.random.default_rng(0).standard_normal(len(t)) * (t % 0.5 < 0.25)).astype(np.float32)
     x_hat = noisy(x, 15)

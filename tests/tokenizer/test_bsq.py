@@ -37,7 +37,7 @@ def brute_entropy(p: Tensor) -> Tensor:
 
 
 def test_codes_are_signs_of_length_one_and_zero_is_minus():
-    """By hand: of 4 dims, each is a half."""
+    """By hand: with 4 dims each entry is a half."""
     z = torch.tensor([[3.0, -4.0, 0.0, 1e-9]])
     assert built()(z).z_q.tolist() == [[0.5, -0.5, -0.5, 0.5]]
 
@@ -56,7 +56,7 @@ def test_all_codes_lie_on_the_unit_sphere():
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5, 10, 18])
-def test_no_unit_latent_lies_further_from_its_code_than_the_papers_bound_and_an_axis_lies_there(dim):
+def test_the_distance_to_the_code_has_the_papers_bound_which_an_axis_reaches(dim):
     quantizer, bound = built(2**dim), math.sqrt(2 - 2 / math.sqrt(dim))
     u = unit(torch.randn(20_000, dim))
     assert float((quantizer(u).z_q - u).norm(dim=1).max()) <= bound + 1e-5
@@ -77,7 +77,7 @@ def test_the_length_of_a_latent_changes_nothing():
 
 @pytest.mark.parametrize("dim", [3, 4])
 @pytest.mark.parametrize("inverse_temperature", [1.0, 10.0, 100.0])
-def test_the_entropy_per_token_is_that_over_all_codes_written_out(dim, inverse_temperature):
+def test_the_entropy_per_token_is_that_over_all_codes(dim, inverse_temperature):
     z = torch.randn(50, dim)
     expected = brute_entropy(brute_probabilities(z, inverse_temperature)).mean().item()
     found = built(2**dim, inverse_temperature=inverse_temperature)(z).losses["entropy_per_token"].item()
@@ -95,7 +95,7 @@ def test_the_entropy_of_the_mean_is_the_sum_over_the_bits_of_the_mean_over_all_c
 
 def test_the_entropy_of_the_mean_bounds_that_of_the_codes_and_is_equal_for_independent_bits():
     quantizer = built(inverse_temperature=100.0)
-    collapsed = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])  # two codes, whose bits are as balanced as all 16
+    collapsed = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])  # two codes with bits as balanced as those of all 16
     assert quantizer(collapsed).losses["entropy_of_mean"].item() == pytest.approx(-4 * math.log(2))
     assert quantizer(quantizer.codebook).losses["entropy_of_mean"].item() == pytest.approx(-4 * math.log(2))
 

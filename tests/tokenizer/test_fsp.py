@@ -35,12 +35,12 @@ def make(levels: list[int] = PAPER, **settings) -> FSP:
 
 
 def latents_of(p: Tensor) -> Tensor:
-    """The latents that tanh, the default activation, maps to p; float64 in between."""
+    """The latents that tanh, the default activation, maps to p. Computed in float64."""
     return torch.atanh(2 * p.double() - 1).float()
 
 
 def seen_p(quantizer: FSP, a: Tensor) -> Tensor:
-    """p as the decoder sees it, in whichever mode the quantizer is."""
+    """p at the decoder's input, in the current mode of the quantizer."""
     return quantizer(a).z_q / math.sqrt(12) + 0.5
 
 
@@ -69,7 +69,7 @@ def test_p1_uniform_p_uses_all_codes_equally():
     quantizer = make([8, 6, 5])
     counts = torch.bincount(quantizer.encode(latents_of(torch.rand(400_000, 3))), minlength=240).double()
     usage = torch.special.entr(counts / counts.sum()).sum().exp() / 240
-    assert float(usage) > 0.999  # 1 - 239 / 800,000 expected of a perfect one
+    assert float(usage) > 0.999  # a perfect quantizer has 1 - 239 / 800,000
 
 
 @pytest.mark.parametrize("levels", range(3, 9))
@@ -148,7 +148,7 @@ def test_p6_equals_an_independent_numpy_reference(levels):
 
 @pytest.mark.parametrize("levels", [[8] * 9, [16] * 8])
 def test_indices_of_large_codebooks_are_exact(levels):
-    """134 M and 4.3 G codes: neither float32 nor int32 holds them. Middles of cells must come back."""
+    """134 M and 4.3 G codes, too many for float32 and int32. Cell centres must survive encode and decode."""
     quantizer = make(levels)
     indices = quantizer.codebook_size - 1 - 7919 * torch.arange(5000)
     a = latents_of((quantizer.decode(indices) / math.sqrt(12) + 0.5).double())
@@ -266,7 +266,7 @@ def test_perturbation_ratio_of_the_inverse_is_measured_on_what_the_decoder_sees(
     quantizer = make(activation=name, inverse_activation=True)
     a = torch.randn(20_000, 4)
     ratio = quantizer.perturbation_ratio(a)
-    torch.manual_seed(0)  # the noise that the ratio is measured with
+    torch.manual_seed(0)  # seeds the noise of the ratio
     energy, error = ((shown.z_q - a).square().sum() for shown in (quantizer(a), quantizer.eval()(a)))
     assert ratio == pytest.approx(float(energy / error), rel=1e-3)
 
@@ -275,7 +275,7 @@ def test_perturbation_ratio_of_the_inverse_is_measured_on_what_the_decoder_sees(
 
 
 def rounded_mask(quantizer: FSP, p: Tensor) -> Tensor:
-    """Where training put the middle of the cell."""
+    """Which scalars training rounded to the cell centre."""
     middle = (torch.floor(p * torch.tensor(PAPER)) + 0.5) / torch.tensor(PAPER)
     return (seen_p(quantizer, latents_of(p)) - middle).abs() < 1e-6
 
@@ -291,11 +291,11 @@ def test_element_mixing_rounds_each_scalar_by_itself(rate):
 def test_vector_mixing_rounds_a_latent_whole_or_not_at_all(rate):
     rounded = rounded_mask(make(mixing="vector", quantize_rate=rate), torch.rand(20_000, 4))
     assert float(rounded.all(dim=1).float().mean()) == pytest.approx(rate, abs=0.02)
-    assert float((rounded.any(dim=1) & ~rounded.all(dim=1)).float().mean()) < 0.001  # a step of almost 0, by chance
+    assert float((rounded.any(dim=1) & ~rounded.all(dim=1)).float().mean()) < 0.001  # a random step can be almost 0
 
 
 def moved_mask(mixing: str) -> Tensor:
-    """What moved of latents that all lie close to an edge, where half of the steps leave (0, 1)."""
+    """Which latents moved. All are close to an edge, where half of the steps leave (0, 1)."""
     p = torch.full((20_000, 4), 1e-3)
     a = latents_of(p)
     return (seen_p(make(mixing=mixing, quantize_rate=0.0), a) - p).abs() > 1e-5
@@ -350,7 +350,7 @@ def test_a_bad_setting_is_named(settings, message):
     ("eta", "rate", "expected"), [(1.0, 0.0, 1.0), (2.0, 1.0, 1.0), (0.5, 0.0, 0.25), (0.5, 0.5, 0.625)]
 )
 def test_perturbation_ratio_of_uniform_scalars(eta, rate, expected):
-    """U(-eta/2L, eta/2L) has eta^2 / 12 L^2, rounding 1 / 12 L^2; few of 64 cells touch an end."""
+    """U(-eta/2L, eta/2L) has eta^2 / 12 L^2, rounding 1 / 12 L^2; few of the 64 cells touch an end."""
     quantizer = build_quantizer({"name": "fsp", "levels": [64, 64], "eta": eta, "quantize_rate": rate})
     p = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(5))
     assert quantizer.perturbation_ratio(torch.atanh(2 * p - 1)) == pytest.approx(expected, rel=0.03)

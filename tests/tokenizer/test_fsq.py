@@ -1,4 +1,4 @@
-"""FSQ: tests F1 to F4 of the method, the original listing's formula, and the usage that its edges cause."""
+"""FSQ: tests F1 to F4 of the method, the formula of the paper's listing, and the codebook usage of both kinds of edges."""
 
 import math
 
@@ -44,7 +44,7 @@ def reference_index(values: np.ndarray, levels: list[int]) -> np.ndarray:
 
 
 def latent_of(code: Tensor, levels: list[int], edges: str) -> Tensor:
-    """A latent that bounds to just this code: the formulas of the two references, inverted."""
+    """A latent whose bounded value is exactly this code: the inverse of both reference formulas."""
     if edges == "symmetric":
         return torch.atanh(code.double()).float()
     L = torch.tensor(levels).double()
@@ -75,7 +75,7 @@ def test_f2_codes_lie_within_1_and_take_exactly_l_values(levels, edges):
     out = make(levels, edges)(4 * torch.randn(20_000, len(levels))).z_q
     assert out.abs().max() <= 1
     assert [len(column.unique()) for column in make(levels, edges).codebook.T] == levels
-    rounded = (out * 1e5).round()  # the straight-through sum leaves an ulp
+    rounded = (out * 1e5).round()  # the straight-through sum can be off by one ulp
     assert [len(column.unique()) for column in rounded.T] == levels
 
 

@@ -14,7 +14,8 @@ from tokenizer.clustering.kmeans import kmeans
 from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.gm_vq import GMVQ, GMVQConfig
-from tokenizer.training.step import Recipe, Trainer, known_losses
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer, known_losses
 
 L = 8
 
@@ -25,7 +26,7 @@ def _seeded():
 
 
 def with_codes(codes: Tensor, **settings) -> GMVQ:
-    """A quantizer as if it had trained to these codes."""
+    """A quantizer with these codes, as if trained."""
     quantizer = GMVQ(GMVQConfig(codebook_size=len(codes), dim=codes.shape[1], **settings))
     quantizer.embedding.data.copy_(codes)
     quantizer.initialised.fill_(True)
@@ -90,7 +91,7 @@ def test_m5_the_index_is_the_least_weighted_distance():
     expected = distances(z[:, :L], codes, softplus(z[:, L:])).argmin(dim=1)
     found = with_codes(codes).encode(z)
     assert torch.equal(found, expected)
-    assert (found != nearest_codeword(z[:, :L], codes)).float().mean() > 0.1  # the weights do decide
+    assert (found != nearest_codeword(z[:, :L], codes)).float().mean() > 0.1  # the weights matter
 
 
 def test_a_dimension_of_no_weight_has_no_say():
@@ -121,7 +122,7 @@ def test_noise_has_the_variance_of_eq_18(variance):
 
 
 def test_a_soft_choice_mixes_codes_and_their_variances():
-    """At a high temperature y is even: the mean is that of the codes, the variance that of all eq. 18."""
+    """At a high temperature y is uniform: the mean is that of all codes, the variance the mean of eq. 18."""
     codes, z_hat = torch.randn(16, L), torch.randn(1, L)
     quantizer = with_codes(codes, temperature_start=1e6, temperature_end=1e6)
     z_q = quantizer(torch.cat([z_hat, torch.zeros(1, L)], dim=1).expand(50_000, 2 * L)).z_q.detach()
@@ -226,8 +227,8 @@ def prior_and_gradient(z: Tensor) -> dict[str, Any]:
     z = z.clone().requires_grad_()
     out = quantizer(z)
     out.losses["prior"].backward()
-    told = {"prior": out.losses["prior"].detach(), "perplexity": out.metrics["soft_perplexity"]}
-    return {**told, "z": z.grad, "codes": quantizer.embedding.grad}
+    values = {"prior": out.losses["prior"].detach(), "perplexity": out.metrics["soft_perplexity"]}
+    return {**values, "z": z.grad, "codes": quantizer.embedding.grad}
 
 
 def measure(rank: int) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def test_m6_prior_of_two_ranks_is_that_of_the_whole_batch(ranks):
     for found in ranks:
         assert found["prior"].item() == pytest.approx(whole["prior"].item(), abs=1e-6)
         assert found["perplexity"].item() == pytest.approx(whole["perplexity"].item(), rel=1e-5)
-    assert abs(prior_and_gradient(batch(0))["prior"] - whole["prior"]) > 0.01  # one rank alone would differ
+    assert abs(prior_and_gradient(batch(0))["prior"] - whole["prior"]) > 0.01  # one rank alone has another value
 
 
 def test_m6_gradients_averaged_as_ddp_does_are_those_of_the_whole_batch(ranks):

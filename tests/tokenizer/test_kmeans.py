@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.clustering.kmeans import PartialSums, first_centroids, kmeans, new_centroids, partial_sums, plus_plus
-from tokenizer.clustering.latents import InMemory, Part
+from tokenizer.clustering.latents import InMemory, LatentBatch
 
 RECTANGLE = torch.tensor([[0.0, 0.0], [0.0, 2.0], [10.0, 0.0], [10.0, 2.0]])
 
@@ -41,7 +41,7 @@ def numpy_lloyd(points: np.ndarray, centroids: np.ndarray, iterations: int) -> t
 def run_lloyd(points: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, list[float]]:
     errors = []
     for _ in range(iterations):
-        total = partial_sums(Part(points), centroids)
+        total = partial_sums(LatentBatch(points), centroids)
         errors.append(total.squared_error / len(points))
         centroids = new_centroids(centroids, total, generator())
     return centroids, errors
@@ -58,7 +58,7 @@ def test_a_rectangle_of_four_points_in_two_clusters():
 
 
 def test_partial_sums_of_the_rectangle():
-    sums = partial_sums(Part(RECTANGLE), torch.tensor([[0.0, 0.0], [10.0, 1.0]]))
+    sums = partial_sums(LatentBatch(RECTANGLE), torch.tensor([[0.0, 0.0], [10.0, 1.0]]))
     assert sums.counts.tolist() == [2, 2]
     assert sums.sums.tolist() == [[0, 2], [20, 2]]
     assert sums.squared_error == 4 + 1 + 1
@@ -77,7 +77,7 @@ def test_one_cluster_is_the_mean():
 @pytest.mark.parametrize(("clusters", "dim"), [(8, 2), (32, 4), (20, 16)])
 def test_equals_a_plain_numpy_lloyd_from_the_same_start(clusters, dim):
     points = normals(2000, dim)
-    start = first_centroids(Part(points), clusters, generator())
+    start = first_centroids(LatentBatch(points), clusters, generator())
     found, errors = run_lloyd(points, start, 15)
     expected, expected_errors = numpy_lloyd(points.double().numpy(), start.double().numpy(), 15)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
@@ -100,7 +100,7 @@ def test_it_stops_at_the_first_improvement_below_the_tolerance():
 def test_last_error_is_that_of_the_centroids_returned():
     points = normals(2000, 4)
     found = kmeans(points, 32)
-    assert found.mse[-1] == partial_sums(Part(points), found.centroids).squared_error / len(points)
+    assert found.mse[-1] == partial_sums(LatentBatch(points), found.centroids).squared_error / len(points)
 
 
 def test_max_iterations_is_kept():
@@ -133,15 +133,15 @@ def test_moving_the_points_far_from_zero_moves_the_centroids_along():
 
 def test_sums_over_parts_are_the_sums_over_the_whole():
     points, centroids = normals(3000, 4), normals(50, 4, seed=1)
-    whole = partial_sums(Part(points), centroids)
-    halves = partial_sums(Part(points[:1234]), centroids) + partial_sums(Part(points[1234:]), centroids)
+    whole = partial_sums(LatentBatch(points), centroids)
+    halves = partial_sums(LatentBatch(points[:1234]), centroids) + partial_sums(LatentBatch(points[1234:]), centroids)
     assert torch.equal(halves.counts, whole.counts)
     torch.testing.assert_close(halves.sums, whole.sums, rtol=1e-12, atol=1e-12)
     assert halves.squared_error == pytest.approx(whole.squared_error, rel=1e-12)
 
 
 def test_sums_of_no_points_are_zero():
-    sums = partial_sums(Part(torch.empty(0, 3)), normals(5, 3))
+    sums = partial_sums(LatentBatch(torch.empty(0, 3)), normals(5, 3))
     assert sums.counts.tolist() == [0] * 5
     assert sums.sums.tolist() == [[0, 0, 0]] * 5
     assert sums.squared_error == 0
@@ -159,7 +159,7 @@ def sums_of(counts: list[int], sums: list[list[float]], errors: list[float]) -> 
 def test_an_empty_cluster_takes_half_of_a_large_one():
     points = torch.cat([normals(100, 2), normals(300, 2, seed=1) + 20])
     centroids, _ = run_lloyd(points, torch.tensor([[0.0, 0.0], [20.0, 20.0], [900.0, 900.0]]), 5)
-    counts = partial_sums(Part(points), centroids).counts
+    counts = partial_sums(LatentBatch(points), centroids).counts
     assert counts[0] == 100
     assert counts[1:].sum() == 300
     assert counts.min() > 50
@@ -229,7 +229,7 @@ def test_no_points_are_refused():
 def test_latents_that_are_no_numbers_are_refused_by_name(value):
     points = normals(100, 3)
     points[17, 1] = value
-    with pytest.raises(ValueError, match="latents that are NaN or infinite; did the training diverge"):
+    with pytest.raises(ValueError, match="latents that are NaN or infinite; check whether training diverged"):
         kmeans(points, 4)
 
 
@@ -238,7 +238,7 @@ def test_latents_that_are_no_numbers_are_refused_by_name(value):
 
 def test_seeding_takes_points_and_no_point_twice():
     points = normals(500, 3)
-    seeds = first_centroids(Part(points), 100, generator())
+    seeds = first_centroids(LatentBatch(points), 100, generator())
     assert (seeds[:, None] == points).all(dim=2).any(dim=1).all()
     assert len(seeds.unique(dim=0)) == 100
 
@@ -267,7 +267,7 @@ def test_candidates_drawn_many_at_a_time_find_nearly_every_far_cluster(seed):
     """300 clusters of 40 points, far apart: k-means++ one by one misses none or one; as many drawn blindly, a third."""
     centers = 100 * torch.rand(300, 5, generator=generator(9))
     points = (centers[:, None] + 0.1 * normals(300, 40, 5)).reshape(-1, 5)
-    seeds = first_centroids(Part(points), 300, generator(seed))
+    seeds = first_centroids(LatentBatch(points), 300, generator(seed))
     assert len(torch.cdist(seeds, centers).argmin(dim=1).unique()) >= 297
 
 
@@ -275,7 +275,7 @@ def test_candidates_have_the_weight_of_what_they_stand_for():
     """Two blobs of equal spread and number, one of a hundred times the weight: it gets nearly all seeds."""
     points = torch.cat([normals(2000, 2), 1000 + normals(2000, 2, seed=1)])
     weights = torch.cat([torch.ones(2000), torch.full((2000,), 100.0)])
-    seeds = first_centroids(Part(points, weights), 100, generator())
+    seeds = first_centroids(LatentBatch(points, weights), 100, generator())
     assert int((seeds[:, 0] > 500).sum()) > 85
 
 
@@ -284,7 +284,7 @@ def test_candidates_have_the_weight_of_what_they_stand_for():
 
 def test_centroids_to_start_from_stay_first_and_others_are_added():
     points, start = normals(3000, 3), normals(20, 3, seed=5)
-    seeds = first_centroids(Part(points), 100, generator(), start)
+    seeds = first_centroids(LatentBatch(points), 100, generator(), start)
     assert torch.equal(seeds[:20], start)
     assert len(seeds.unique(dim=0)) == 100
 
@@ -303,7 +303,7 @@ def test_of_many_points_a_sample_settles_first_and_all_of_them_end_as_well():
     """4000 points a cluster: all of them begin where Lloyd over all is after some iterations, and end where it ends."""
     points = normals(64_000, 3)
     found = kmeans(points, 16)
-    _, errors = run_lloyd(points, first_centroids(Part(points), 16, generator()), 60)
+    _, errors = run_lloyd(points, first_centroids(LatentBatch(points), 16, generator()), 60)
     assert found.mse[0] < errors[3]
     assert found.mse[-1] == pytest.approx(errors[-1], rel=0.01)
 
@@ -311,13 +311,13 @@ def test_of_many_points_a_sample_settles_first_and_all_of_them_end_as_well():
 class InParts:
     """Points that lie in several places: what a cluster does, in one process."""
 
-    def __init__(self, parts: list[Part], everything: InMemory):
+    def __init__(self, parts: list[LatentBatch], everything: InMemory):
         self.parts, self.everything = parts, everything
 
     def __len__(self) -> int:
         return len(self.everything)
 
-    def sample(self, count: int, seed: int) -> Part:
+    def sample(self, count: int, seed: int) -> LatentBatch:
         return self.everything.sample(count, seed)
 
     def total(self, function):
@@ -327,7 +327,7 @@ class InParts:
 def test_points_in_parts_give_the_centroids_of_the_whole():
     points = normals(30_000, 4)
     whole = InMemory(points)
-    parts = InParts([Part(some) for some in points.split(7000)], whole)
+    parts = InParts([LatentBatch(some) for some in points.split(7000)], whole)
     found, expected = kmeans(parts, 64), kmeans(whole, 64)
     torch.testing.assert_close(found.centroids, expected.centroids, rtol=0, atol=1e-5)
     assert found.mse == pytest.approx(expected.mse, rel=1e-7)
@@ -339,7 +339,10 @@ def test_good_seeds_beat_random_ones():
         plus_plus(points, ones(points), 40, generator()),
         points[torch.randperm(2000, generator=generator())[:40]],
     )
-    assert partial_sums(Part(points), good).squared_error < 0.5 * partial_sums(Part(points), random).squared_error
+    assert (
+        partial_sums(LatentBatch(points), good).squared_error
+        < 0.5 * partial_sums(LatentBatch(points), random).squared_error
+    )
 
 
 # -- weights --------------------------------------------------------------------------------------------------------
@@ -348,8 +351,8 @@ def test_good_seeds_beat_random_ones():
 def test_a_weight_counts_like_that_many_copies():
     points, centroids = normals(200, 3), normals(8, 3, seed=1)
     weights = torch.randint(1, 5, (200,), generator=generator())
-    weighted = partial_sums(Part(points, weights), centroids)
-    copies = partial_sums(Part(points.repeat_interleave(weights, dim=0)), centroids)
+    weighted = partial_sums(LatentBatch(points, weights), centroids)
+    copies = partial_sums(LatentBatch(points.repeat_interleave(weights, dim=0)), centroids)
     assert torch.equal(weighted.mass, copies.counts.double())
     torch.testing.assert_close(weighted.sums, copies.sums)
     torch.testing.assert_close(weighted.errors, copies.errors)

@@ -131,7 +131,7 @@ def test_descending_the_entropy_of_the_mean_spreads_collapsed_tokens():
 
 
 def test_above_the_limit_the_entropy_of_the_mean_is_bounded_by_its_bits(monkeypatch):
-    z = torch.randn(50, 1).repeat(1, 4)  # bits that agree: the bound is far from tight
+    z = torch.randn(50, 1).repeat(1, 4)  # identical bits, for which the bound is far from tight
     quantizer = built()
     exact = entropies(quantizer, z)[1]
     monkeypatch.setattr(lfq, "MAX_JOINT_DIM", 3)

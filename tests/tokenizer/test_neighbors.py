@@ -17,12 +17,12 @@ from tokenizer.clustering.neighbors import (
     nearest_codeword,
 )
 
-TREE, MATRIX = (TREE_MIN_POINTS, 4), (512, 4)  # (codes, dims) that take the one road and the other without faiss
+TREE, MATRIX = (TREE_MIN_POINTS, 4), (512, 4)  # (codes, dims) for the tree and the matrix product without faiss
 
 
 @pytest.fixture(autouse=True, params=["with faiss", "without"])
 def faiss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every claim holds on every road."""
+    """Runs each test with every algorithm."""
     if request.param == "without":
         monkeypatch.setattr(neighbors, "faiss", None)
     elif neighbors.faiss is None:
@@ -75,7 +75,7 @@ def test_of_equally_near_codes_the_matrix_road_takes_the_lowest(monkeypatch):
 
 def test_a_latent_has_the_same_index_in_every_batch():
     codebook, z = normals(600, 3), normals(1000, 3, seed=2)
-    if neighbors.faiss is not None:  # also where codes are equal or equally near, of which a product's rounding decides
+    if neighbors.faiss is not None:  # also for equal or equally near codes, where rounding decides in a product
         codebook, z = codebook.round(), z.round() / 2
     whole = nearest_codeword(z, codebook)
     for size in (1, 7, 19, 333):

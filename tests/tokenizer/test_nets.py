@@ -1,4 +1,4 @@
-"""Encoders and decoders: shapes, the papers' layers and sizes, and that every weight takes part."""
+"""Encoders and decoders: shapes, layers and sizes of the papers, and a gradient for every weight."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tokenizer.nets.vqgan import Attention, _norm
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """For nets this small, threads that wait for one another cost far more than they save."""
+    """For small nets, synchronising threads costs much more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

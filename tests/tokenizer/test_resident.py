@@ -1,12 +1,12 @@
-"""Batches cut on the device against those cut picture by picture: `training_batches` is the reference."""
+"""Batches made on the device, against `training_batches` as the reference."""
 
 import numpy as np
 import pytest
 import torch
 
 from tokenizer.modalities.base import build_modality
+from tokenizer.training.recipe import Recipe
 from tokenizer.training.resident import resident_batches
-from tokenizer.training.step import Recipe
 from tokenizer.training.trial import Trial, run_trial, training_batches
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -18,7 +18,7 @@ def pictures(count: int = 50, side: int = 16) -> np.ndarray:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_resident_batches_are_those_of_the_slow_road_bit_for_bit(device: str):
+def test_resident_batches_are_bitwise_those_of_training_batches(device: str):
     recipe = Recipe(steps=9, batch_size=16, segment=16, seed=3)  # 144 of 50 pictures: epochs end within batches
     slow = list(training_batches(build_modality("image", {}), pictures(), recipe, factor=4))
     fast = list(resident_batches(pictures(), recipe, 4, torch.device(device)))
@@ -47,14 +47,14 @@ def test_a_trial_has_the_same_result_with_resident_pictures():
 
 
 @pytest.mark.parametrize(
-    ("arrays", "segment", "told"),
+    ("arrays", "segment", "message"),
     [
         (pictures(4, side=24), 16, r"\[N, 16, 16, 3\], since train\.segment is 16"),  # would need crops
         (list(pictures(4)), 16, "one uint8 array"),
         (pictures(4).astype(np.float32), 16, "one uint8 array"),
-        (pictures(4, side=18), 18, "multiple of 4"),  # would need padding
+        (pictures(4, side=18), 18, r"multiple of the net's factor, 4"),  # would need padding
     ],
 )
-def test_what_cannot_be_made_on_the_device_is_refused(arrays, segment: int, told: str):
-    with pytest.raises(ValueError, match=told):
+def test_pictures_that_need_cropping_or_padding_are_refused(arrays, segment: int, message: str):
+    with pytest.raises(ValueError, match=message):
         resident_batches(arrays, Recipe(segment=segment), 4, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Residual quantization: sums of codes, prefixes, dropout, scales, gradients, and every base that it can have."""
+"""Residual quantization: sums of codes, prefixes, dropout, scales, gradients, and every possible base."""
 
 import math
 from itertools import pairwise
@@ -51,7 +51,7 @@ def trained(base: str = "vq_vae", steps: int = 20, **settings) -> Residual:
 
 
 def prefix(indices: Tensor, count: int) -> Tensor:
-    """The first `count` quantizers, the others dropped."""
+    """The indices with only the first `count` quantizers; the others are dropped."""
     return torch.where(torch.arange(indices.shape[-1]) < count, indices, -1)
 
 
@@ -156,7 +156,7 @@ def test_before_fit_vp_vae_hands_latents_through():
 
 
 def test_fit_gives_any_size_where_the_base_does():
-    quantizer = trained("vp_vae", balance=0.0)  # else the curve is of weighted errors
+    quantizer = trained("vp_vae", balance=0.0)  # otherwise the errors are weighted
     curve = quantizer.fit(normals(quantizer, 2000), codebook_size=16)
     assert quantizer.codebook_size == 16
     assert quantizer.codebook.shape == (4, 16, 4)
@@ -203,7 +203,7 @@ def test_dropout_uses_every_prefix_and_the_same_for_all_tokens_of_a_step():
 
 
 def test_dropout_makes_an_output_of_the_prefix_alone():
-    quantizer = trained("fsq", dropout=True).train()  # its codes and scales stay almost the same in a step
+    quantizer = trained("fsq", dropout=True).train()  # its codes and scales hardly change in a step
     for seed in range(6):
         torch.manual_seed(seed)
         out = quantizer(normals(quantizer, 50))
@@ -245,7 +245,7 @@ def test_the_gradient_of_a_bounded_base_is_that_of_its_first_layer():
 
 
 def test_commitment_reaches_latents_in_the_unit_of_the_latents():
-    """As in SoundStream: mean over layers of |r_q - c_q|^2, whatever the layer's scale."""
+    """As in SoundStream: mean over layers of |r_q - c_q|^2, independent of the layer's scale."""
     quantizer = trained("ema_vq").train()
     z = normals(quantizer).requires_grad_()
     before = quantizer.codebook / quantizer.scales[:, None, None]
@@ -329,8 +329,8 @@ def test_sizes_are_handed_to_the_base_unless_it_sets_or_lacks_them():
         ({"base": {"name": "residual"}}, "raise quantizer.num_quantizers instead"),
         ({"base": {"name": "product"}}, "use product with residual as its base instead"),
         ({"base": {"name": "gumbel"}}, "leave no residual"),
-        ({"base": {"name": "gm_vq"}}, "gm_vq, which reads 128 channels and gives 64"),
-        ({"base": {"name": "token_bridge"}}, "token_bridge, which reads 10 channels and gives 5"),
+        ({"base": {"name": "gm_vq"}}, "gm_vq, which reads 128 channels but outputs 64"),
+        ({"base": {"name": "token_bridge"}}, "token_bridge, which reads 10 channels but outputs 5"),
         ({"base": {"name": "vq_va"}}, "did you mean 'vq_vae'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The waveform codec net. Padding, neighbours and windows must not change what a clip becomes."""
+"""The waveform codec net. Padding, other clips in the batch and windows must not change a clip's result."""
 
 import copy
 import io
@@ -24,8 +24,8 @@ KINDS: list[dict[str, Any]] = [
     {"strides": [2, 5], "activation": "elu"},
     {"strides": [4], "dilations": []},
 ]
-# Rounding of convolutions of another shape, relative to the largest value: some 40 layers with float32's 6e-8 each,
-# not all in one direction. Measured on a CPU: up to 4e-7. What a wrong zero at an edge changes is above 1e-2.
+# Rounding of convolutions with another input shape, relative to the largest value: about 40 layers with 6e-8 each in
+# float32, in random directions. Measured on a CPU: up to 4e-7. A wrong zero at an edge changes values by over 1e-2.
 ROUNDING = 5e-6
 
 
@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 def seanet(**settings: Any) -> SequenceNet:
     torch.manual_seed(0)
     net = build_net({"name": "seanet", **TINY, **settings}).eval()
-    for parameter in net.parameters():  # scales of Snake and biases as after training, not all alike
+    for parameter in net.parameters():  # Snake's scales and the biases differ, as after training
         parameter.data += 0.1 * torch.randn_like(parameter)
     assert isinstance(net, SequenceNet)
     return net
@@ -119,7 +119,7 @@ def test_snake_by_hand():
     x = torch.tensor([[[0, math.pi / 4], [0, -math.pi / 2]]])
     expected = torch.tensor([[[0, math.pi / 4 + 0.5], [0, -math.pi / 2 + 1]]])
     assert torch.allclose(snake(x), expected)
-    assert (snake(x)[..., 0] == 0).all()  # exactly, or padding would leak
+    assert (snake(x)[..., 0] == 0).all()  # exactly 0, otherwise padding would leak
 
 
 @pytest.mark.parametrize(("stride", "dilation", "before"), [(1, 1, 3), (1, 3, 9), (2, 1, 2), (3, 1, 2)])
@@ -143,7 +143,7 @@ def test_convolution_is_torchs_with_weight_norm(stride: int, dilation: int, befo
 def test_transposed_convolution_is_torchs_with_its_ends_cut(stride: int, causal: bool, cut: int):
     layer = TransposedConvolution(3, 4, stride, causal=causal)
     plain = nn.ConvTranspose1d(3, 4, 2 * stride, stride)
-    plain.weight.data, plain.bias = layer.direction.data, layer.bias  # the norm begins as the direction's own
+    plain.weight.data, plain.bias = layer.direction.data, layer.bias  # the scale starts as the norm of the direction
     x = torch.randn(2, 3, 6)
     assert torch.allclose(layer(x, None), plain(x)[..., cut : cut + 6 * stride], atol=1e-6)
 
@@ -237,7 +237,7 @@ def test_the_papers_net_has_four_and_a_half_million_weights():
     assert (count(net.encoder), count(net.decoder)) == (566_704, 3_944_002)
 
 
-# -- how far it sees ----------------------------------------------------------------------------------------------
+# -- context ------------------------------------------------------------------------------------------------------
 
 
 def seen(run: Any, t: Tensor, first: int, last: int) -> tuple[int, int]:
@@ -317,7 +317,7 @@ def test_padding_and_neighbours_change_nothing_but_rounding(settings: dict[str, 
 
 
 def test_without_the_mask_padding_would_change_the_end_of_a_clip():
-    """So the test above can fail."""
+    """Shows that the test above can fail."""
     net = seanet(strides=[3, 2])
     x = clip(net, 20)
     padded = nn.functional.pad(x, (0, 10 * net.factor))

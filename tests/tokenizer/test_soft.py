@@ -1,4 +1,4 @@
-"""Gumbel noise, temperatures, the mixture's sums, and chunks: a bounded memory that changes no number."""
+"""Gumbel noise, temperatures, sums over all codes, and chunks, which limit memory and change no result."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ METHODS: list[dict[str, Any]] = [
     {"name": "sq_vae"},
     {"name": "gumbel"},
     {"name": "gumbel", "hard": True},
-    {"name": "ibq", "entropy_temperature": 1.0},  # at its default a code is chosen for sure, or never
+    {"name": "ibq", "entropy_temperature": 1.0},  # with the default every probability is about 0 or 1
 ]
 
 
@@ -46,7 +46,7 @@ def started(settings: dict[str, Any]) -> tuple[Quantizer, Tensor]:
 
 
 def step(quantizer: Quantizer, z: Tensor) -> list[Tensor]:
-    """Everything that a training step puts out, gradients included, always with the same noise and temperature."""
+    """All outputs and gradients of a training step, with fixed noise and temperature."""
     quantizer.zero_grad()
     quantizer.step.fill_(100)
     z.grad = None
@@ -220,7 +220,7 @@ def test_mean_over_no_rows_is_zero():
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation made, in backward too."""
+    """Records the size of the largest tensor of any operation, including backward."""
 
     num_elements = 0
 
@@ -262,7 +262,7 @@ def test_nothing_of_a_chunk_is_kept_for_backward(settings, monkeypatch):
     monkeypatch.setattr(soft, "MAX_KEPT", 0)
     assert num_saved(quantizer, z) < N * K / 4
     monkeypatch.setattr(soft, "MAX_KEPT", N * K)
-    assert num_saved(quantizer, z) > N * K  # what is measured is there to be seen
+    assert num_saved(quantizer, z) > N * K  # shows that the measurement works
 
 
 @all_methods
@@ -298,7 +298,7 @@ def test_a_codebook_larger_than_a_chunk_is_taken_row_by_row():
     assert soft.rows_per_chunk(2 * soft.MAX_SCORES) == 1
 
 
-# -- what every soft quantizer keeps ----------------------------------------------------------------------------------
+# -- every soft quantizer --------------------------------------------------------------------------------------------
 
 
 @all_methods
@@ -346,7 +346,7 @@ def test_soft_perplexity_is_that_of_the_mean_probabilities(settings):
 
 @all_methods
 def test_every_parameter_has_a_gradient(settings):
-    """DDP waits forever for one that has none."""
+    """DDP waits forever for a parameter without a gradient."""
     quantizer, z = started(settings)
     step(quantizer, z)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in quantizer.parameters())

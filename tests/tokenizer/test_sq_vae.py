@@ -10,7 +10,8 @@ from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.sq_vae import SQVAE, SQVAEConfig
-from tokenizer.training.step import Recipe, Trainer, known_losses
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer, known_losses
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,7 @@ def _seeded():
 
 
 def with_codes(codes: Tensor, **settings) -> SQVAE:
-    """A quantizer as if it had trained to these codes."""
+    """A quantizer with these codes, as if trained."""
     quantizer = SQVAE(SQVAEConfig(codebook_size=len(codes), dim=codes.shape[1], **settings))
     quantizer.embedding.data.copy_(codes)
     quantizer.initialised.fill_(True)
@@ -35,7 +36,7 @@ def probabilities(z: Tensor, codes: Tensor, variance: float) -> Tensor:
 def test_s1_a_cold_choice_among_codes_far_apart_is_the_nearest():
     codes, z = 100 * torch.randn(32, 8), 100 * torch.randn(500, 8)
     quantizer = with_codes(codes, temperature_start=1e-3)
-    quantizer.theta.data.fill_(0.0)  # logits in the hundreds: the noise, about 1, decides nothing
+    quantizer.theta.data.fill_(0.0)  # logits are in the hundreds, so noise of about 1 has no effect
     squared = torch.cdist(z, codes).square().sort(dim=1).values
     clear = squared[:, 1] - squared[:, 0] > 4 * 30
     nearest = codes[nearest_codeword(z, codes)]
@@ -99,7 +100,7 @@ def test_s5_variance_starts_at_21_and_stays_above_1():
 
 
 def test_the_variance_shrinks_with_the_error_that_it_describes():
-    """The mechanism that the paper calls self-annealing: small errors ask for a small variance."""
+    """What the paper calls self-annealing: small errors lead to a small variance."""
     codes = 10 * torch.randn(32, 8)
     quantizer = with_codes(codes)
     z = codes[torch.randint(32, (500,))] + 0.01 * torch.randn(500, 8)
@@ -120,7 +121,7 @@ def test_codes_start_as_normal_numbers_whatever_the_first_batch():
 
 
 def test_shares_count_the_hard_codes_that_the_official_evaluation_counts():
-    """At a variance of 21 the probabilities are nearly uniform; the codes that are written are not."""
+    """At a variance of 21 the probabilities are nearly uniform; the usage of hard codes is not."""
     z, codes = torch.randn(300, 8), torch.randn(16, 8)
     chosen = torch.cdist(z.double(), codes.double()).argmin(dim=1)
     expected = torch.bincount(chosen, minlength=16) / 300
@@ -129,7 +130,7 @@ def test_shares_count_the_hard_codes_that_the_official_evaluation_counts():
 
 
 def test_theta_starts_and_moves_as_its_settings_say():
-    """Adam's first step is its learning rate, whatever the gradient."""
+    """Adam's first step has the size of its learning rate for every gradient."""
     net = {"name": "resnet32", "channels": 8, "res_blocks": 1}
     for theta_lr in (1.0, 30.0):
         quantizer = {"name": "sq_vae", "codebook_size": 16, "dim": 4, "theta_start": -2.0, "theta_lr": theta_lr}

@@ -1,4 +1,4 @@
-"""TokenBridge: tests T1 to T5, the KL autoencoder it trains as, and what `fit` measures."""
+"""TokenBridge: tests T1 to T5, training as a KL autoencoder, and the measurements of `fit`."""
 
 import math
 
@@ -122,7 +122,7 @@ def test_gradient_reaches_mean_and_log_variance():
     assert (z.grad[:, 5:] != 0).all()
 
 
-def test_absurd_log_variances_stay_finite():
+def test_extreme_log_variances_stay_finite():
     z = torch.tensor([[0.0, 1e6], [0.0, -1e6]], requires_grad=True)
     out = built(dim=1)(z)
     (out.z_q.sum() + out.losses["kl"]).backward()
@@ -174,7 +174,7 @@ def test_four_bins_have_the_dims_of_the_papers_baseline(asked, dim):
     assert (quantizer.dim, quantizer.in_dim, quantizer.codebook_size) == (dim, 2 * dim, asked)
 
 
-def test_a_size_that_is_no_power_of_bins_is_met_as_nearly_as_may_be():
+def test_a_size_that_is_no_power_of_bins_is_approximated():
     quantizer = built(codebook_size=1000, bins=4)
     assert (quantizer.codebook_size, quantizer.target_size) == (1024, 1000)
 
@@ -185,7 +185,7 @@ def test_a_size_that_is_no_power_of_bins_is_met_as_nearly_as_may_be():
         ({"bins": 1}, r"quantizer\.bins is 1; it must lie in 2\.\.512"),
         ({"bins": 1000}, r"quantizer\.bins is 1000"),
         ({"codebook_size": 1}, r"quantizer\.codebook_size is 1"),
-        ({"bins": 64, "dim": 16}, "at most 2147483648 have an index"),
+        ({"bins": 64, "dim": 16}, "at most 2147483648 are possible"),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):

@@ -1,4 +1,4 @@
-"""The frozen tokenizer: its id is its content, and whatever does not belong together is refused."""
+"""The frozen tokenizer: its id is a hash of its content, and files that do not match are refused."""
 
 import copy
 import dataclasses
@@ -20,12 +20,12 @@ from tokenizer.tokenizer import Tokenizer
 
 TINY = {"name": "vqgan", "width": 8, "multipliers": [1, 2], "res_blocks": 1, "channels": 8, "attention": False}
 DEMO = {**TINY, "width": 32, "multipliers": [1, 2, 2], "channels": 64, "patch_size": 2}
-SMALL = {"codebook_size": 32, "dim": 4}  # for each quantizer whose Config has such a field
+SMALL = {"codebook_size": 32, "dim": 4}  # for quantizers whose Config has these fields
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """For nets this small, threads that wait for one another cost far more than they save."""
+    """For small nets, synchronising threads costs much more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +33,7 @@ def _one_thread():
 
 
 def autoencoder(quantizer: str = "vp_vae", net: dict[str, Any] = TINY, seed: int = 0, **settings) -> Autoencoder:
-    """Of random weights, with whatever codebook the method makes of some pictures in one step of training and fit."""
+    """A tokenizer with random weights; its codebook comes from one training step and fit on a few pictures."""
     torch.manual_seed(seed)
     known = {field.name for field in dataclasses.fields(QUANTIZERS.get(quantizer).Config)}
     settings = {"name": quantizer, **{key: size for key, size in SMALL.items() if key in known}, **settings}
@@ -74,17 +74,17 @@ def test_decode_gives_back_the_original_size(height: int, width: int):
     frozen = tokenizer(net={**TINY, "multipliers": [1, 1, 2]})
     decoded = frozen.modality.read(encoded(picture(height, width)))
     [tokens] = frozen.encode([decoded.array])
-    [rebuilt] = frozen.decode([tokens], [decoded.size])
+    [reconstruction] = frozen.decode([tokens], [decoded.size])
     assert tokens.shape == (-(-height // 4), -(-width // 4))
-    assert (rebuilt.shape, rebuilt.dtype) == ((height, width, 3), np.uint8)
+    assert (reconstruction.shape, reconstruction.dtype) == ((height, width, 3), np.uint8)
 
 
 def test_decode_gives_the_size_after_preprocessing():
     frozen = tokenizer(preprocessing={"short_side": 16, "center_crop": True})
     decoded = frozen.modality.read(encoded(picture(30, 50)))
-    [rebuilt] = frozen.decode(frozen.encode([decoded.array]), [decoded.size])
+    [reconstruction] = frozen.decode(frozen.encode([decoded.array]), [decoded.size])
     assert decoded.size == {"height": 30, "width": 50}
-    assert rebuilt.shape == (16, 16, 3)
+    assert reconstruction.shape == (16, 16, 3)
 
 
 def test_decode_is_the_decoder_over_the_codes():
@@ -92,8 +92,8 @@ def test_decode_is_the_decoder_over_the_codes():
     tokens = np.random.default_rng(0).integers(32, size=(5, 7))
     x = frozen.autoencoder.reconstruct(frozen.autoencoder.quantizer.codebook[torch.from_numpy(tokens)][None])
     expected = (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    [rebuilt] = frozen.decode([tokens], [{"height": 10, "width": 14}])
-    assert np.abs(rebuilt.astype(int) - expected).max() <= 1
+    [reconstruction] = frozen.decode([tokens], [{"height": 10, "width": 14}])
+    assert np.abs(reconstruction.astype(int) - expected).max() <= 1
 
 
 def test_decode_takes_the_narrow_integers_of_a_token_shard():
@@ -107,7 +107,7 @@ def test_decode_takes_the_narrow_integers_of_a_token_shard():
 @pytest.mark.parametrize("token", [32, -1, 1000])
 @pytest.mark.parametrize("quantizer", ["vp_vae", "vq_vae"])
 def test_a_token_that_is_no_code_is_not_decoded(quantizer: str, token: int):
-    with pytest.raises(ValueError, match=rf"tokens lie in .*{token}.*, not 0\.\.31"):
+    with pytest.raises(ValueError, match=rf"tokens are in .*{token}.*, but this tokenizer has 0\.\.31"):
         tokenizer(quantizer).decode([np.array([[3, token]])], [{"height": 2, "width": 4}])
 
 
@@ -123,7 +123,7 @@ def test_other_latents_get_other_tokens():
 )  # fmt: skip
 @pytest.mark.parametrize("attention", [False, True])
 def test_tokens_alone_and_in_a_batch_agree_but_for_ties(quantizer: dict[str, Any], attention: bool):
-    """float32 sums in another order move a latent by 2e-6, and one token of some 50,000 across a border."""
+    """float32 sums in another order move a latent by 2e-6, which changes one token in about 50,000."""
     frozen = tokenizer(net={**DEMO, "attention": attention}, **quantizer)
     arrays = pictures(64, 64, 16)
     together = frozen.encode(arrays)
@@ -137,7 +137,7 @@ def test_tokens_are_the_same_every_time():
 
 
 def test_freezing_ends_training():
-    resnet = {"name": "resnet32", "channels": 16}  # its batch norms would tell
+    resnet = {"name": "resnet32", "channels": 16}  # its batch norms would show training mode
     expected = tokenizer(net=resnet).encode(pictures())
     frozen = Tokenizer(autoencoder(net=resnet).train(), {})
     assert same(frozen.encode(pictures()), expected)
@@ -146,7 +146,7 @@ def test_freezing_ends_training():
 
 
 def test_padding_changes_only_tokens_near_it():
-    frozen = tokenizer(net={"name": "resnet32", "channels": 16})  # without group norm, which looks at everything
+    frozen = tokenizer(net={"name": "resnet32", "channels": 16})  # no group norm, which depends on all pixels
     cut = pictures(61, 61, 1)[0]
     padded = np.pad(cut, ((0, 3), (0, 3), (0, 0)), mode="edge")
     assert same(frozen.encode([cut]), frozen.encode([padded]))
@@ -162,7 +162,7 @@ def test_without_a_codebook_nothing_is_frozen_and_the_command_is_named():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_latents_that_are_no_numbers_are_a_bad_sample(value: float):
+def test_nan_latents_are_a_bad_sample(value: float):
     frozen = tokenizer()
     frozen.autoencoder.project_in.bias.data[1] = value
     with pytest.raises(BadSample, match="NaN or infinite latents"):
@@ -206,7 +206,7 @@ def test_a_loaded_tokenizer_saves_the_same_files(tmp_path: Path):
     assert all((second / f.name).read_bytes() == f.read_bytes() for f in first.iterdir())
 
 
-def test_tokenizer_json_says_who_it_is(tmp_path: Path):
+def test_tokenizer_json_has_the_ids(tmp_path: Path):
     frozen = tokenizer(preprocessing={"short_side": 20})
     about = json.loads((saved(frozen, tmp_path) / "tokenizer.json").read_text())
     assert (about["tokenizer_id"], about["codebook_id"], about["codebook_size"]) == (frozen.id, frozen.codebook_id, 32)
@@ -215,13 +215,13 @@ def test_tokenizer_json_says_who_it_is(tmp_path: Path):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS.names())
-def test_the_table_of_codes_is_what_the_decoder_sees(tmp_path: Path, quantizer: str):
+def test_the_saved_codebook_is_what_the_decoder_sees(tmp_path: Path, quantizer: str):
     frozen = tokenizer(quantizer)
     table = load_file(saved(frozen, tmp_path) / "codebook.safetensors")["codebook"]
     assert torch.equal(table, frozen.autoencoder.quantizer.codebook)
 
 
-def test_more_codes_than_a_table_holds_are_saved_without_one(tmp_path: Path):
+def test_a_very_large_codebook_is_not_saved(tmp_path: Path):
     frozen = tokenizer("fsq", codebook_size=16**6, levels=[16] * 6)
     loaded = Tokenizer.from_pretrained(saved(frozen, tmp_path))
     assert "codebook" not in load_file(tmp_path / "codebook.safetensors")
@@ -234,7 +234,7 @@ def test_training_leaves_no_trace_in_the_files(tmp_path: Path):
     assert not any("queue" in name or "eta" in name for name in names)
 
 
-def test_any_size_of_codebook_comes_back(tmp_path: Path):
+def test_a_codebook_of_any_size_survives_its_files(tmp_path: Path):
     other = autoencoder()
     other.quantizer.fit(torch.randn(500, 4), codebook_size=50)
     loaded = Tokenizer.from_pretrained(saved(Tokenizer(other, {}), tmp_path))
@@ -299,7 +299,7 @@ def test_id_does_not_depend_on_memory_format_device_or_order():
     assert len(ids) == 1
 
 
-def test_id_does_not_depend_on_what_only_training_needs():
+def test_id_does_not_depend_on_training_state():
     made = autoencoder()
     made.quantizer.queue.add(torch.randn(10, 4))
     made.quantizer.log_eta.fill_(0.5)
@@ -320,7 +320,7 @@ def change_tensor(file: Path, name: str | None = None) -> None:
 def test_changed_weights_are_refused_by_the_id(tmp_path: Path, file: str):
     frozen = tokenizer()
     change_tensor(saved(frozen, tmp_path) / file)
-    with pytest.raises(TokenizerMismatch, match=f"says tokenizer {frozen.id}, but its files are not those of"):
+    with pytest.raises(TokenizerMismatch, match=f"tokenizer.json has id {frozen.id}, but the other files do not match"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -340,7 +340,7 @@ def test_changed_preprocessing_is_refused(tmp_path: Path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_a_changed_table_of_codes_is_refused(tmp_path: Path):
+def test_a_changed_codebook_is_refused(tmp_path: Path):
     change_tensor(saved(tokenizer(), tmp_path) / "codebook.safetensors", "codebook")
     with pytest.raises(TokenizerMismatch):
         Tokenizer.from_pretrained(tmp_path)

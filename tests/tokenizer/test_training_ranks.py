@@ -1,7 +1,7 @@
-"""Every quantizer of the registry, trained by two real processes under DistributedDataParallel, on different pictures.
+"""Every registered quantizer, trained by two real processes under DistributedDataParallel on different pictures.
 
-All parameters and buffers must stay the same, bit by bit; and where a method draws no random numbers, two ranks with a
-batch of B must have the gradient that one has with both batches.
+All parameters and buffers must stay the same to the bit on both ranks. Where a method draws no random numbers, two
+ranks with a batch each must have the gradient of one rank with both batches.
 """
 
 from typing import Any
@@ -15,12 +15,13 @@ from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tests.tokenizer.test_contract import CASES, NAMED, Case
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
-from tokenizer.training.discriminator import DiscriminatorConfig
-from tokenizer.training.step import Recipe, Trainer
+from tokenizer.training.gan_loss import DiscriminatorConfig
+from tokenizer.training.recipe import Recipe
+from tokenizer.training.step import Trainer
 
 NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}
 STEPS, BATCH = 3, 4
-# without noise, once their codes are there: k-means puts them there in the first step
+# these draw no noise; their codes start from k-means in the first step
 EXACT = [
     case
     for case in NAMED
@@ -29,7 +30,7 @@ EXACT = [
 
 
 def pictures(rank: int, step: int) -> Tensor:
-    """Each rank's differ in brightness and contrast too. [BATCH, 3, 32, 32]."""
+    """[BATCH, 3, 32, 32]; the ranks also differ in brightness and contrast."""
     x = torch.rand(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(100 * step + rank))
     return 0.2 * rank + (0.4 + 0.2 * rank) * x
 
@@ -37,7 +38,7 @@ def pictures(rank: int, step: int) -> Tensor:
 def trainer_of(case: Case, **settings: Any) -> Trainer:
     torch.manual_seed(0)
     autoencoder = Autoencoder({"modality": "image", "net": NET, "quantizer": {"name": case.name, **case.settings}})
-    recipe = Recipe(lr=1e-3, warmup_steps=1, grad_clip=1e9)  # so that gradients stay what they are
+    recipe = Recipe(lr=1e-3, warmup_steps=1, grad_clip=1e9)  # no gradient is clipped
     return Trainer(autoencoder, build_modality("image", {}), recipe, "cpu", **settings)
 
 
@@ -47,7 +48,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def train(rank: int, case: Case, **settings: Any) -> dict[str, Any]:
-    """The state after some steps, and the gradients of the first."""
+    """The state after STEPS steps, and the gradients of the first step."""
     trainer = trainer_of(case, **settings)
     trainer.model = DistributedDataParallel(trainer.autoencoder, broadcast_buffers=False)  # as Ray Train wraps it
     torch.manual_seed(rank + 1)  # as in training: each rank draws its own noise
@@ -59,15 +60,15 @@ def train(rank: int, case: Case, **settings: Any) -> dict[str, Any]:
 
 
 def train_with_discriminator(rank: int) -> dict[str, Any]:
-    """Its state after some steps, and its gradients in the first."""
+    """The discriminator's state after STEPS steps, and its gradients in the first step."""
     trainer = adversarial_trainer()
     trainer.model = DistributedDataParallel(trainer.autoencoder, broadcast_buffers=False)
     trainer.update(pictures(rank, 0), 0)
     first = discriminator_gradients(trainer)
     for step in range(1, STEPS):
         trainer.update(pictures(rank, step), step)
-    assert trainer.adversary is not None
-    return {"state": trainer.adversary.net.state_dict(), "gradients": first}
+    assert trainer.gan_loss is not None
+    return {"state": trainer.gan_loss.net.state_dict(), "gradients": first}
 
 
 def adversarial_trainer() -> Trainer:
@@ -79,13 +80,13 @@ def adversarial_trainer() -> Trainer:
 
 
 def discriminator_gradients(trainer: Trainer) -> Tensor:
-    assert trainer.adversary is not None
-    parameters = trainer.adversary.net.parameters()
+    assert trainer.gan_loss is not None
+    parameters = trainer.gan_loss.net.parameters()
     return torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
 
 
 class Spiky(nn.Module):
-    """l1, and on rank 1 an mse that has overflowed where it has no gradient."""
+    """l1, and on rank 1 an infinite mse without a gradient."""
 
     def forward(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
         spike = torch.inf if torch.distributed.get_rank() == 1 else 0.0
@@ -100,14 +101,14 @@ def spike(rank: int) -> str:
         trainer.update(pictures(rank, 0), 0)
     except FloatingPointError as error:
         return str(error)
-    return "went on"
+    return "no error"
 
 
 def measure(rank: int) -> dict[str, Any]:
     found = {case.label: train(rank, case) for case in CASES}
     found["discriminator"] = train_with_discriminator(rank)
     found["spike"] = spike(rank)
-    return found | {f"{case.label} in pieces": train(rank, case, accumulate=2) for case in NAMED}
+    return found | {f"{case.label} accumulated": train(rank, case, grad_accum_steps=2) for case in NAMED}
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +116,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return measured_by_ranks(measure, tmp_path_factory.mktemp("training_ranks"))
 
 
-@pytest.mark.parametrize("label", [case.label for case in CASES] + [f"{case.label} in pieces" for case in NAMED])
+@pytest.mark.parametrize("label", [case.label for case in CASES] + [f"{case.label} accumulated" for case in NAMED])
 def test_weights_and_statistics_are_the_same_on_every_rank(ranks: list[dict[str, Any]], label: str):
     first, second = (found[label]["state"] for found in ranks)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.label)
-def test_two_ranks_have_the_gradient_of_one_with_both_batches(ranks: list[dict[str, Any]], case: Case):
+def test_two_ranks_have_the_gradient_of_one_rank_with_both_batches(ranks: list[dict[str, Any]], case: Case):
     alone = trainer_of(case)
     alone.update(torch.cat([pictures(rank, 0) for rank in range(RANKS)]), 0)
     expected, found = gradients(alone), ranks[0][case.label]["gradients"]
@@ -133,7 +134,7 @@ def test_two_ranks_have_the_gradient_of_one_with_both_batches(ranks: list[dict[s
 
 
 def test_one_rank_alone_would_have_another_gradient(ranks: list[dict[str, Any]]):
-    """So that the test above can fail."""
+    """Shows that the test above can fail."""
     alone = trainer_of(EXACT[0])
     alone.update(pictures(0, 0), 0)
     name = "net.encoder.0.weight" if "net.encoder.0.weight" in gradients(alone) else next(iter(gradients(alone)))
@@ -144,18 +145,18 @@ def test_one_rank_alone_would_have_another_gradient(ranks: list[dict[str, Any]])
 def test_discriminators_are_the_same_on_every_rank_and_have_learned(ranks: list[dict[str, Any]]):
     first, second = (found["discriminator"]["state"] for found in ranks)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    adversary = adversarial_trainer().adversary
-    assert adversary is not None
-    assert not any(torch.equal(first[name], value) for name, value in adversary.net.named_parameters())
+    gan_loss = adversarial_trainer().gan_loss
+    assert gan_loss is not None
+    assert not any(torch.equal(first[name], value) for name, value in gan_loss.net.named_parameters())
 
 
-def test_two_ranks_have_the_discriminators_gradient_of_one_with_both_batches(ranks: list[dict[str, Any]]):
+def test_two_ranks_have_the_discriminator_gradient_of_one_rank_with_both_batches(ranks: list[dict[str, Any]]):
     alone = adversarial_trainer()
     alone.update(torch.cat([pictures(rank, 0) for rank in range(RANKS)]), 0)
     expected, found = discriminator_gradients(alone), ranks[0]["discriminator"]["gradients"]
     assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_one_ranks_infinite_loss_stops_both(ranks: list[dict[str, Any]]):
+def test_an_infinite_loss_on_one_rank_stops_both(ranks: list[dict[str, Any]]):
     assert ranks[0]["spike"] == ranks[1]["spike"]
     assert ranks[0]["spike"].startswith("the loss is inf and the norm of its gradient ")

@@ -19,7 +19,8 @@ from tokenizer.evaluation import Evaluation
 from tokenizer.modalities.base import Decoded, build_modality
 from tokenizer.modalities.image.perceptual import SqueezeDistance
 from tokenizer.tokenizer import Tokenizer
-from tokenizer.training.step import Recipe, Trainer, learning_rate
+from tokenizer.training.recipe import Recipe, learning_rate
+from tokenizer.training.step import Trainer
 from tokenizer.training.trial import Trial, run_trial, training_batches
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ def photos(count: int, side: int = 32) -> np.ndarray:
 def trial(quantizer: dict = VQ, **changes) -> Trial:
     recipe = {"steps": 4, "batch_size": 4, "segment": 16, "lr": 1e-3, "warmup_steps": 1, **changes}
     model = {"modality": "image", "net": NET, "quantizer": quantizer}
-    return Trial(model=model, recipe=Recipe(**recipe), eval_batch_size=4, pictures=3)
+    return Trial(model=model, recipe=Recipe(**recipe), eval_batch_size=4, num_examples=3)
 
 
 def lasting(numbers: dict) -> dict:
@@ -52,7 +53,7 @@ def test_a_trial_needs_no_ray():
     code = (
         "import sys; sys.modules['ray'] = None\n"
         "import numpy as np\n"
-        "from tokenizer.training.trial import Trial, run_trial\nfrom tokenizer.training.step import Recipe\n"
+        "from tokenizer.training.trial import Trial, run_trial\nfrom tokenizer.training.recipe import Recipe\n"
         f"model = {MODEL}\n"
         "pictures = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)\n"
         "trial = Trial(model=model, recipe=Recipe(steps=2, batch_size=2, segment=16))\n"
@@ -182,15 +183,15 @@ def test_sums_for_a_frechet_distance_add_up_and_move_to_the_whole(with_frechet):
     parts = [evaluated(tokenizer, photos(6)[i : i + 2], with_frechet) for i in (0, 2, 4)]
     n, outer = 0, torch.zeros(512, 512, dtype=torch.int64)
     for part in parts:
-        n, outer = n + part.sums[name].rebuilt.n, outer + part.sums[name].rebuilt.outer
+        n, outer = n + part.sums[name].reconstruction.n, outer + part.sums[name].reconstruction.outer
     whole = Evaluation.empty(tokenizer)
     for part in reversed(parts):
         whole.take_sums(part)  # as results arrive
     for part in parts:
         whole.merge(part)
     assert not any(part.sums for part in parts)
-    assert whole.sums[name].rebuilt.n == n == 6
-    assert torch.equal(whole.sums[name].rebuilt.outer, outer)
+    assert whole.sums[name].reconstruction.n == n == 6
+    assert torch.equal(whole.sums[name].reconstruction.outer, outer)
     assert whole.summary(tokenizer)[f"{name}_samples"] == 6
 
 

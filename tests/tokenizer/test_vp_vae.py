@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tokenizer.clustering.kmeans import kmeans
+from tokenizer.clustering.latents import LatentBatch
 from tokenizer.clustering.neighbors import build_index, nearest_codeword
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.norm_loss import latent_norm_losses
 from tokenizer.quantizers.base.quantizer import build_quantizer
 from tokenizer.quantizers.vp_vae import VPVAE, BalancingWeights, VPVAEConfig, quantization_error
 from tokenizer.usage import usage
@@ -60,7 +61,7 @@ def brute_kth(z: Tensor, samples: Tensor, ks: list[int]) -> Tensor:
 
 
 def reference_perturb(z: Tensor, samples: Tensor, per_code: int, eta: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Section 2.2 of the method, written anew in float64. Draws: randn(N, d), rand(N), rand(N) in each step."""
+    """An independent version of section 2.2 of the method in float64. Draws: randn(N, d), rand(N), rand(N) in each step."""
     d = z.shape[1]
     here, ever = z.double(), torch.zeros(len(z), dtype=torch.bool)
     for _ in range(steps):
@@ -112,7 +113,7 @@ def test_v2_no_token_moves_farther_than_either_radius(eta):
     radius = eta * torch.minimum(brute_kth(z, samples, [64]), brute_kth(moved, samples, [64]))[:, 0]
     distance = (moved.double() - z.double()).norm(dim=1)
     assert (distance <= radius * (1 + 1e-5)).all()
-    assert (distance / radius).max() > 0.95  # the bound is all but reached: no smaller one is kept
+    assert (distance / radius).max() > 0.95  # almost reaches the bound, so no smaller one is used
 
 
 def test_v2_a_rejected_token_stays_bitwise():
@@ -138,7 +139,7 @@ def test_v3_without_acceptance_the_variance_grows():
     for _ in range(10):
         step = torch.nn.functional.normalize(torch.randn_like(z), dim=1) * torch.rand(len(z), 1) ** 0.25
         moved = moved + index.kth_distances(moved, [64]) * step
-    assert float(moved.var(dim=0).mean() - z.var(dim=0).mean()) > 1.0  # 1.4 measured, so V3 has something to catch
+    assert float(moved.var(dim=0).mean() - z.var(dim=0).mean()) > 1.0  # 1.4 measured, which shows that V3 can fail
 
 
 def test_v4_acceptance_at_eta_1_is_as_measured_on_the_official_code():
@@ -290,7 +291,7 @@ def test_the_queue_renews_itself_within_a_tenth_of_the_steps_so_far(steps, enter
 
 
 def test_a_short_run_renews_its_queue_without_any_setting():
-    """100 batches after the queue is full, nothing is left of what filled it."""
+    """100 batches after the queue is full, none of its first latents are left."""
     quantizer = VPVAE(VPVAEConfig(codebook_size=64, dim=4))
     while not quantizer.queue.full:
         quantizer(normals(512, 4))
@@ -340,7 +341,7 @@ def test_loading_a_state_forgets_the_index_of_the_old_queue():
     assert torch.equal(quantizer._distances(z), other._distances(z))
 
 
-# -- atoms ----------------------------------------------------------------------------------------------------------
+# -- many equal latents ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["kdtree", "gemm", "subsample"])
@@ -445,7 +446,7 @@ def test_a_bad_setting_is_named(settings, message):
 
 def test_l_norm_is_the_mean_of_squares_of_mean_and_variance_off_target():
     """Solved by hand: column means 1 and 0, biased variances 1 and 4; against 1: (0 + 9) / 2."""
-    losses = moment_losses(torch.tensor([[0.0, 2.0], [2.0, -2.0]]), variance=1.0)
+    losses = latent_norm_losses(torch.tensor([[0.0, 2.0], [2.0, -2.0]]), variance=1.0)
     assert float(losses["norm_mean"]) == pytest.approx(0.5)
     assert float(losses["norm_var"]) == pytest.approx(4.5)
 
@@ -454,7 +455,7 @@ def test_l_norm_is_part_of_training_from_the_first_step():
     quantizer, z = VPVAE(VPVAEConfig(codebook_size=64, dim=4)), 2 + 3 * normals(200, 4)
     filling = quantizer(z).losses
     full = with_queue(normals(64 * 64, 4), 64)(z).losses
-    assert filling == full == moment_losses(z, 1.0)
+    assert filling == full == latent_norm_losses(z, 1.0)
     assert float(filling["norm_var"]) > 10
 
 
@@ -514,22 +515,21 @@ def test_half_balance_of_a_normal_costs_little():
     assert half[1] < 1.06 * plain[1]
 
 
-def test_balancing_weights_scale_with_nothing():
-    """Weights are relative: latents in another unit have the same."""
+def test_balancing_weights_do_not_depend_on_the_unit_of_the_latents():
     z = torch.randn(5000, 3)
-    larger, weights = (BalancingWeights.of(unit * z, 64, 1.0)(unit * z) for unit in (7, 1))
+    larger, weights = (BalancingWeights.of(unit * z, 64, 1.0)(LatentBatch(unit * z)).weights for unit in (7, 1))
     torch.testing.assert_close(larger, weights, rtol=1e-3, atol=1e-5)
 
 
-def test_an_atom_of_equal_latents_does_not_take_all_codes():
-    """Half of the latents are silence: one point. The others still get most of the codes."""
+def test_many_equal_latents_do_not_take_all_codes():
+    """Half of the latents are equal (silence). The others still get most of the codes."""
     z = torch.cat([torch.zeros(5000, 3), 1 + torch.randn(5000, 3)])
     quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "balance": 1.0})
     quantizer.fit(z)
     assert len(quantizer.encode(z[5000:]).unique()) > 50
 
 
-def test_a_balance_outside_of_its_range_is_refused():
+def test_a_balance_outside_its_range_is_refused():
     with pytest.raises(ValueError, match=r"quantizer.balance is 1.5; it must lie in 0..1"):
         build_quantizer({"name": "vp_vae", "balance": 1.5})
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.clustering.kmeans import partial_sums
-from tokenizer.clustering.latents import Part
+from tokenizer.clustering.latents import LatentBatch
 from tokenizer.errors import CodebookMissing
 from tokenizer.quantizers.vq_vae import MOMENTUM, VQVAE, VQVAEConfig
 
@@ -406,9 +406,11 @@ def test_q7_no_latents_no_step():
 def test_kmeans_init_errs_less_than_random_codes():
     z = 3 + 0.5 * torch.randn(2000, 8)
     quantizer = VQVAE(VQVAEConfig(codebook_size=32, dim=8))
-    random, drawn = (partial_sums(Part(z), codes).squared_error for codes in (quantizer.embedding.detach(), z[:32]))
+    random, drawn = (
+        partial_sums(LatentBatch(z), codes).squared_error for codes in (quantizer.embedding.detach(), z[:32])
+    )
     quantizer(z)
-    fitted = partial_sums(Part(z), quantizer.embedding.detach()).squared_error
+    fitted = partial_sums(LatentBatch(z), quantizer.embedding.detach()).squared_error
     assert fitted < 0.9 * drawn
     assert fitted < 0.1 * random
 

@@ -1,4 +1,4 @@
-"""Sound files of every kind to waveforms of exact length, and back; bad ones to a reason."""
+"""Audio files of every format to waveforms of exact length, and back; bad files give a reason."""
 
 import contextlib
 import io
@@ -61,7 +61,7 @@ def wav(x: np.ndarray, sample_rate: int = 16000, subtype: str = "PCM_16") -> byt
 
 
 def by_av(folder: Path, x: np.ndarray, sample_rate: int, codec: str, kind: str, **options: str) -> bytes:
-    """FFmpeg writes to a real file, since m4a goes back to its head at the end."""
+    """FFmpeg writes to a real file, because m4a is completed at its start."""
     path = folder / "made"
     with av.open(str(path), "w", format=kind, options=options) as container:
         stream = container.add_stream(codec, rate=sample_rate, layout={1: "mono", 2: "stereo"}[x.shape[1]])
@@ -81,7 +81,7 @@ def snr(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 def delay(expected: np.ndarray, found: np.ndarray) -> int:
-    """By how many samples, of at most 2000 either way, found comes after expected."""
+    """The delay of found against expected, in samples, at most 2000 either way."""
     lags = range(-2000, 2001)
     x, y = expected[4000:8000, 0], found[2000:10000, 0]
     return lags[int(np.argmax([x @ y[2000 + lag :][:4000] for lag in lags]))]
@@ -93,7 +93,7 @@ def delay(expected: np.ndarray, found: np.ndarray) -> int:
 @pytest.mark.parametrize("sample_rate", [8000, 16000, 22050, 44100, 48000])
 @pytest.mark.parametrize("seconds", [0.02, 1.37])
 @pytest.mark.parametrize(("kind", "subtype"), LOSSLESS)
-def test_lossless_files_give_their_very_samples(kind: str, subtype: str, seconds: float, sample_rate: int):
+def test_lossless_files_give_their_exact_samples(kind: str, subtype: str, seconds: float, sample_rate: int):
     x = sweep(sample_rate, seconds)
     data = by_soundfile(x, sample_rate, kind, subtype)
     assert np.abs(read(data, sample_rate) - x).max() <= 2**-15
@@ -130,7 +130,7 @@ def test_m4a_has_no_padding_left(tmp_path, codec, options, channels: int, sample
     assert seconds < 1 or snr(x, found) > 20
 
 
-def test_raw_aac_keeps_the_encoders_padding_since_nothing_tells_of_it(tmp_path):
+def test_raw_aac_keeps_the_encoders_padding_since_it_has_no_header_for_it(tmp_path):
     x = sweep()
     found = read(by_av(tmp_path, x, 16000, "aac", "adts"))
     assert len(found) == 1024 + math.ceil(len(x) / 1024) * 1024
@@ -142,7 +142,7 @@ def test_g722_is_two_samples_a_byte(tmp_path):
     data = by_av(tmp_path, x, 16000, "g722", "g722")
     assert size(data, extension="g722") == {"sample_rate": 16000, "num_samples": 2 * len(data)}
     found = read(data, extension="G722")
-    late = delay(x, found)  # by its two-band filters
+    late = delay(x, found)  # the delay of its two-band filters
     assert 0 < late < 40
     assert snr(x[:-late], found[late:]) > 15
 
@@ -176,7 +176,7 @@ def unsized_flac(x: np.ndarray) -> bytes:
 
 
 def with_flac_total(data: bytes, total: int) -> bytes:
-    """STREAMINFO's number of samples, 36 bits (RFC 9639, 8.2), changed."""
+    """Changes the number of samples in STREAMINFO, 36 bits (RFC 9639, 8.2)."""
     word = int.from_bytes(data[18:26], "big") >> 36 << 36
     return data[:18] + (word | total).to_bytes(8, "big") + data[26:]
 
@@ -233,7 +233,7 @@ def test_resampling_agrees_with_scipy(rate_from: int, rate_to: int, up: int, dow
     assert snr(expected, read(wav(x, rate_from, "FLOAT"), rate_to)) > 50
 
 
-def test_what_the_lower_rate_cannot_hold_is_gone():
+def test_frequencies_above_the_lower_rates_limit_are_removed():
     found = read(wav(sine(44100, 44100, hertz=9000), 44100, "FLOAT"), 16000)
     assert np.abs(found[1600:-1600]).max() < 1e-4  # 0.5 before
 
@@ -267,19 +267,19 @@ def test_blocks_give_what_the_whole_clip_gives(rate_from: int):
         assert len(found) - len(whole) in (0, 1)  # soxr rounds
 
 
-# -- what is sound, however odd -----------------------------------------------------------------------------------
+# -- unusual but valid files --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25, -1.0])
 @pytest.mark.parametrize("rate_from", [16000, 44100])
-def test_silence_and_dc_are_sound_like_any_other(value: float, rate_from: int):
+def test_silence_and_dc_are_read(value: float, rate_from: int):
     found = read(wav(np.full((rate_from, 1), value), rate_from))
     assert found.shape == (16000, 1)
     assert np.abs(found[1000:-1000] - value).max() < 1e-3
 
 
 @pytest.mark.parametrize("rate_from", [16000, 44100])
-def test_what_leaves_the_range_is_clipped(rate_from: int):
+def test_values_outside_the_range_are_clipped(rate_from: int):
     found = read(wav(4 * sine(rate_from, rate_from), rate_from, "FLOAT"))
     assert (found.min(), found.max()) == (-1, 1)
     inside = np.abs(2 * 2 * sine(16000, 16000))[1000:-1000] < 0.9
@@ -312,7 +312,7 @@ def with_data_size(data: bytes, num_bytes: int) -> bytes:
 
 
 def bare_wav(channels: int = 1, sample_rate: int = 16000, samples: bytes = bytes(3200)) -> bytes:
-    """A wav of 16 bits by hand, since no writer makes absurd ones."""
+    """A 16-bit wav written by hand, because libraries do not write invalid ones."""
     form = struct.pack(
         "<HHIIHH", 1, channels, sample_rate, sample_rate * channels * 2 % 2**32, channels * 2 % 2**16, 16
     )
@@ -330,16 +330,16 @@ def with_value(value: float) -> bytes:
     ("data", "said"),
     [
         (b"", "the file is empty"),
-        (b"hello " * 99, "no sound in a format that we read"),
-        (bytes(1000), "no sound in a format that we read"),
-        (encoded(picture(64, 64)), r"no sound in a format that we read \(wav, .*PNG"),
-        (encoded(picture(64, 64), "jpeg"), "no sound in a format that we read"),
-        (b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n", "no sound in a format that we read"),
+        (b"hello " * 99, "not an audio file that we can read"),
+        (bytes(1000), "not an audio file that we can read"),
+        (encoded(picture(64, 64)), r"not an audio file that we can read \(wav, .*PNG"),
+        (encoded(picture(64, 64), "jpeg"), "not an audio file that we can read"),
+        (b"#EXTM3U\n#EXTINF:9,\nfile:///etc/passwd\n", "not an audio file that we can read"),
         (wav(np.zeros((0, 1))), "the wav header claims no samples$"),
         (with_data_size(WAV, 0), "claims no samples, though 32000 bytes follow"),
         (
             with_data_size(WAV, 10**9),
-            "truncated: the wav header claims 1000000000 bytes of sound, the file holds 32000",
+            "truncated: the wav header claims 1000000000 bytes of audio, the file has 32000",
         ),
         (WAV[:30], "no data chunk; was it cut off"),
         (with_value(np.nan), "sample 123 is NaN or infinite"),
@@ -363,7 +363,7 @@ def test_absurd_headers_are_refused(data: bytes):
 
 
 def test_a_picture_named_g722_is_refused():
-    with pytest.raises(BadSample, match="no sound"):
+    with pytest.raises(BadSample, match="not an audio file"):
         read(encoded(picture(64, 64)), extension="g722")
 
 
@@ -395,7 +395,7 @@ def test_a_cut_m4a_is_refused(tmp_path, codec: str, flags: str, kept: float):
 
 def test_an_ogg_without_its_last_page_is_refused():
     data = by_soundfile(sweep(seconds=3), 16000, "OGG", "VORBIS")
-    with pytest.raises(BadSample, match="no page that is marked as its last"):
+    with pytest.raises(BadSample, match="last page of the ogg file has no end flag"):
         read(data[: data.rindex(b"OggS")])
 
 
@@ -406,16 +406,16 @@ def test_two_recordings_in_one_ogg_are_refused_since_one_would_be_lost(subtype: 
 
 
 @pytest.mark.parametrize("total", [16001, 200_000, 2**36 - 1])
-def test_a_flac_that_claims_more_than_there_is_is_refused(total: int):
+def test_a_flac_that_claims_more_samples_than_it_has_is_refused(total: int):
     with pytest.raises(BadSample, match=r"truncated|longer than max_seconds"):
         read(with_flac_total(by_soundfile(sweep(), 16000, "FLAC", "PCM_16"), total))
 
 
-def test_an_mp3_that_claims_more_than_there_is_is_refused():
+def test_an_mp3_that_claims_more_samples_than_it_has_is_refused():
     data = bytearray(by_soundfile(sweep(), 16000, "MP3", "MPEG_LAYER_III"))
     at = data.index(b"Xing") + 8
     data[at : at + 4] = struct.pack(">I", 200)
-    with pytest.raises(BadSample, match=r"truncated: the header claims \d+ samples, the file holds \d+"):
+    with pytest.raises(BadSample, match=r"truncated: the header claims \d+ samples, the file has \d+"):
         read(bytes(data))
 
 
@@ -426,7 +426,7 @@ def test_an_mp3_without_a_length_header_is_taken_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["flac", "ogg", "mp3", "mp4", "aac", "wav"])
-def test_a_beginning_and_then_noise_is_refused(kind: str):
+def test_a_file_that_turns_into_noise_is_refused(kind: str):
     noise = np.random.default_rng(0).bytes(5000)
     begin = {"flac": b"fLaC", "ogg": b"OggS", "mp3": b"\xff\xfb\x90\x64", "mp4": b"\0\0\0\x20ftypM4A "}
     begin |= {"aac": b"\xff\xf1\x50\x80", "wav": b"RIFF\0\0\0\0WAVE"}
@@ -454,7 +454,7 @@ def test_max_seconds_is_inclusive(kind: str, subtype: str):
         read(by_soundfile(sweep(seconds=1.01), 16000, kind, subtype), max_seconds=1.0)
 
 
-def test_max_seconds_holds_where_no_header_tells(tmp_path):
+def test_max_seconds_holds_for_files_without_a_length_header(tmp_path):
     with pytest.raises(BadSample, match="longer than max_seconds=10"):
         read(b"\xfa" * 800_000, max_seconds=10, extension="g722")
     with pytest.raises(BadSample, match="longer than max_seconds=2"):
@@ -478,15 +478,15 @@ def test_a_written_wav_is_16_bit_mono_at_its_rate_and_clipped():
 
 
 @pytest.mark.parametrize("bad", [np.zeros(5), np.zeros((5, 2)), np.full((5, 1), np.nan)])
-def test_what_is_no_waveform_cannot_be_written(bad: np.ndarray):
-    with pytest.raises(ValueError, match=r"a waveform is \[T, 1\]|NaN"):
+def test_an_invalid_waveform_cannot_be_written(bad: np.ndarray):
+    with pytest.raises(ValueError, match=r"a waveform must have shape \[T, 1\]|NaN"):
         to_wav(bad, 16000)
 
 
 # -- packages -----------------------------------------------------------------------------------------------------
 
 
-def test_what_decodes_is_imported_when_needed_only():
+def test_decoders_are_imported_only_when_needed():
     module = "tokenizer.modalities.audio.waveform"
     code = f"import sys, {module}; sys.exit(bool({{'av', 'soxr', 'soundfile'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -497,4 +497,4 @@ def test_a_missing_package_is_named_with_the_command_that_helps():
         "import sys; sys.modules['soxr'] = None; import tokenizer.modalities.audio.waveform as w; w.require_packages()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: sound needs the package soxr: pip install -e '.[audio]'" in found.stderr
+    assert "ImportError: audio needs the package soxr; run pip install -e '.[audio]'" in found.stderr

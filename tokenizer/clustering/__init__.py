@@ -1,1 +1,1 @@
-"""k-means and nearest neighbours, over latents in memory or on many nodes."""
+"""k-means and nearest neighbours, for latents in memory or on the nodes of a cluster."""

@@ -1,11 +1,10 @@
-"""The latents that a codebook is made from, in parts: one tensor, or blocks on the nodes of a cluster.
+"""The latents of a corpus, from which a codebook is made: one tensor in memory, or batches on the nodes of a cluster.
 
-Legend: N latents of D channels in all; a part has n of them.
+Legend: N latents of D channels in total; a batch has n of them.
 """
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -15,76 +14,64 @@ T = TypeVar("T")
 
 
 @dataclass
-class Part:
-    """latents [n, D] float32; weights [n] of their squared errors, None where each counts 1."""
+class LatentBatch:
+    """latents [n, D] float32; weights [n] of their squared errors, or None if all are 1."""
 
     latents: Tensor
     weights: Tensor | None = None
 
-    def to(self, device: str | torch.device) -> "Part":
-        return Part(self.latents.to(device), None if self.weights is None else self.weights.to(device))
+    def to(self, device: str | torch.device) -> "LatentBatch":
+        return LatentBatch(self.latents.to(device), None if self.weights is None else self.weights.to(device))
 
 
 class Latents(Protocol):
-    """Parts in an order of their own. What is totalled over them does not depend on who holds them."""
+    """All latents of a corpus, in batches of a fixed order. Results do not depend on where the batches are stored."""
 
     def __len__(self) -> int:
         """N."""
         ...
 
-    def sample(self, count: int, seed: int) -> Part:
-        """So many of them, drawn uniformly without replacement; fewer where there are fewer, or no more at hand.
+    def sample(self, count: int, seed: int) -> LatentBatch:
+        """count latents, drawn uniformly without replacement; fewer if fewer are available.
 
-        seed: which ones. Who has only one sample at hand gives of that whatever the seed.
+        An implementation that keeps only one sample returns the start of it for every seed.
         """
         ...
 
-    def total(self, function: Callable[[Part], T]) -> T:
-        """function of every part, added up in the order of the parts. A function must be picklable."""
+    def total(self, function: Callable[[LatentBatch], T]) -> T:
+        """The sum of function(batch) over all batches, in their order. The function must be picklable."""
         ...
 
-    def mapped(self, function: Callable[[Part], Part]) -> "Latents":
-        """The same parts, each as the function gives it, with as many latents as before."""
+    def mapped(self, function: Callable[[LatentBatch], LatentBatch]) -> "Latents":
+        """The same batches with function applied to each. It must keep the number of latents."""
         ...
 
 
 class InMemory:
-    """One part: latents [N, D] float32 on any device."""
+    """One batch: latents [N, D] float32 on any device."""
 
     def __init__(self, latents: Tensor, weights: Tensor | None = None):
-        self.part = Part(latents, weights)
+        self.batch = LatentBatch(latents, weights)
 
     def __len__(self) -> int:
-        return len(self.part.latents)
+        return len(self.batch.latents)
 
-    def sample(self, count: int, seed: int) -> Part:
+    def sample(self, count: int, seed: int) -> LatentBatch:
         if count >= len(self):
-            return self.part
-        # drawn, not every n-th: latents come row by row of a picture, and a stride would see some of its columns only
-        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return chosen(self.part, drawn.to(self.part.latents.device))
+            return self.batch
+        # random and not every n-th: latents are in row order of the pictures, so a stride would hit only some columns
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        rows = rows.to(self.batch.latents.device)
+        weights = self.batch.weights
+        return LatentBatch(self.batch.latents[rows], None if weights is None else weights[rows])
 
-    def total(self, function: Callable[[Part], T]) -> T:
-        return function(self.part)
+    def total(self, function: Callable[[LatentBatch], T]) -> T:
+        return function(self.batch)
 
-    def mapped(self, function: Callable[[Part], Part]) -> "InMemory":
-        part = function(self.part)
-        return type(self)(part.latents, part.weights)
+    def mapped(self, function: Callable[[LatentBatch], LatentBatch]) -> "InMemory":
+        batch = function(self.batch)
+        return type(self)(batch.latents, batch.weights)
 
 
 def as_latents(latents: "Tensor | Latents") -> Latents:
     return InMemory(latents) if isinstance(latents, Tensor) else latents
-
-
-def chosen(part: Part, which: Tensor) -> Part:
-    """The latents at these positions, or of this mask."""
-    return Part(part.latents[which], None if part.weights is None else part.weights[which])
-
-
-def weighted(latents: Latents, weigh: Callable[[Tensor], Tensor]) -> Latents:
-    """With weights by a function [n, D] -> [n]."""
-    return latents.mapped(functools.partial(_weigh, weigh=weigh))
-
-
-def _weigh(part: Part, weigh: Callable[[Tensor], Tensor]) -> Part:
-    return replace(part, weights=weigh(part.latents))

@@ -1,1 +1,1 @@
-"""One file per modality: bytes to arrays and back, losses and quality metrics."""
+"""One package per modality: bytes to arrays and back, losses and quality metrics."""

@@ -1,4 +1,4 @@
-"""What a modality must offer, so that jobs and pipeline never ask which one runs."""
+"""The interface of all modalities. Jobs and pipeline use only this interface and never check which modality runs."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,108 +14,108 @@ MODALITIES: Registry["Modality"] = Registry("modality", "tokenizer.modalities")
 
 
 @dataclass
-class Batch:
-    """x as the model takes it, and which of its frames are real, [B, 1, F]: None where all are."""
+class PaddedBatch:
+    """x: the model's input. mask [B, 1, F]: which frames are not padding; None if there is no padding."""
 
     x: Tensor
     mask: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.x.to(device), None if self.mask is None else self.mask.to(device))
+    def to(self, device: torch.device) -> "PaddedBatch":
+        return PaddedBatch(self.x.to(device), None if self.mask is None else self.mask.to(device))
 
 
 @dataclass
 class Decoded:
-    """A sample as an array, channel-last, and the size it had before any preprocessing."""
+    """array: the preprocessed sample, channel-last. size: its size before preprocessing."""
 
     array: np.ndarray
     size: dict[str, int]
 
 
 class Metrics(nn.Module):
-    """Maps two Batches, x and x_hat, to the quality of each sample: name -> [B]; NaN where not defined."""
+    """Compares two batches, x and x_hat: metric name -> [B], NaN for samples for which it is not defined."""
 
-    def features(self, x: Batch, x_hat: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """For Frechet distances between all x and all x_hat: name -> features of both, [B, D] each."""
+    def features(self, x: PaddedBatch, x_hat: PaddedBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        """For Frechet distances between all x and all x_hat: name -> features of x and of x_hat, [B, D] each."""
         return {}
 
 
 class Modality:
-    """Bytes to arrays and back, losses, quality metrics. `Config` holds the preprocessing, part of a tokenizer's id."""
+    """Converts bytes to arrays and back; has losses and quality metrics. `Config`: the preprocessing settings."""
 
     name: ClassVar[str]
     Config: ClassVar[type]
-    extensions: ClassVar[tuple[str, ...]]  # members of a WebDataset sample that it can read, without the dot
-    written_as: ClassVar[str]  # extension of what `to_bytes` makes
-    mime: ClassVar[str]  # its media type
-    size_columns: ClassVar[tuple[str, ...]]  # of the token shard: the original's size
-    default_budget: ClassVar[float]  # of a batch, in the unit of `elements`
-    default_loss_weights: ClassVar[dict[str, float]]  # names every loss that `losses` can give
+    extensions: ClassVar[tuple[str, ...]]  # of the members of a WebDataset sample that it can read, without the dot
+    written_as: ClassVar[str]  # file extension of the output of `to_bytes`
+    mime: ClassVar[str]  # media type of the output of `to_bytes`
+    size_columns: ClassVar[tuple[str, ...]]  # columns of a token shard with the original's size
+    default_budget: ClassVar[float]  # size of a batch, in the unit of `elements`
+    default_loss_weights: ClassVar[dict[str, float]]  # every loss that `losses` can return
 
     def read(self, data: bytes, extension: str = "") -> Decoded:
-        """A sample's bytes to an array, preprocessed. Raises BadSample with the reason, whatever was wrong.
+        """Decodes and preprocesses a sample. Raises BadSample with the reason for any error.
 
-        extension: of the member, without the dot, for formats that have no mark of their own.
+        extension: of the member, without the dot, for formats that cannot be recognised by their first bytes.
         """
         try:
             return self.from_bytes(data, extension)
         except BadSample:
             raise
-        except Exception as error:  # decoders raise nearly anything on broken bytes
+        except Exception as error:  # decoders raise many kinds of exceptions for damaged files
             raise BadSample(f"{type(error).__name__}: {error}") from error
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
-        """What `read` does, with errors of any kind."""
+        """Like `read`, but raises any exception."""
         raise AssertionError
 
     def to_bytes(self, array: np.ndarray) -> bytes:
         raise AssertionError
 
     def view(self, array: np.ndarray) -> bytes:
-        """What a sample looks like: a PNG."""
+        """A picture of the sample for reports: PNG bytes."""
         raise AssertionError
 
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        """A random piece of fixed size, for training."""
+        """A random crop of fixed size, for training."""
         raise AssertionError
 
     def elements(self, budget: float) -> int:
-        """Array elements of a budget in the unit that users of this modality count in: megapixels, seconds."""
+        """Converts a budget in the user's unit (megapixels, seconds) to array elements."""
         raise AssertionError
 
     def bucket(self, array: np.ndarray) -> tuple[int, ...]:
-        """Arrays of one bucket may be in one batch."""
+        """Arrays with the same bucket can be in one batch."""
         raise AssertionError
 
-    def batch(self, arrays: list[np.ndarray], factor: int) -> Batch:
-        """Arrays of one bucket to the model's input, padded to multiples of factor."""
+    def batch(self, arrays: list[np.ndarray], factor: int) -> PaddedBatch:
+        """The model's input from arrays of one bucket, padded to multiples of factor."""
         raise AssertionError
 
     def unbatch(self, x: Tensor, sizes: list[dict[str, int]]) -> list[np.ndarray]:
-        """The model's output to arrays, without the padding."""
+        """Arrays from the model's output, without the padding."""
         raise AssertionError
 
     def size_of(self, array: np.ndarray) -> dict[str, int]:
-        """Size of an array that `read` gave."""
+        """Size of a preprocessed array."""
         raise AssertionError
 
     def processed_size(self, size: dict[str, int]) -> dict[str, int]:
-        """Size after preprocessing, from the original's."""
+        """Size after preprocessing, from the original size."""
         raise AssertionError
 
     def losses(self, settings: dict[str, Any]) -> nn.Module:
-        """A module that maps (x, x_hat) to named, unweighted reconstruction losses."""
+        """A module that maps (x, x_hat) to unweighted reconstruction losses by name."""
         raise AssertionError
 
     def metrics(self, settings: dict[str, Any]) -> Metrics:
         raise AssertionError
 
     def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
-        """Bits per unit that the field counts in, from those of all samples and their processed sizes."""
+        """Bit rate in the field's usual unit. num_bits: of all samples; sizes: their sizes after preprocessing."""
         raise AssertionError
 
 
 def build_modality(name: str, settings: dict[str, Any]) -> Modality:
-    """A modality from its name and the fields of its Config."""
+    """A modality from its name and the fields of its Config. Raises ValueError for an unknown name."""
     cls = MODALITIES.get(name)
     return cls(cls.Config(**settings))  # type: ignore[call-arg]

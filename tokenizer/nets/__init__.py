@@ -1,1 +1,1 @@
-"""One file per encoder and decoder. A file here registers itself by being here."""
+"""One file per encoder and decoder. Every file in this folder is registered automatically."""

@@ -1,6 +1,6 @@
 """The CIFAR-10 autoencoder of SQ-VAE (sony/sqvae), Huh 2023 and GM-VQ: 32x32 pictures to 8x8 features of 64 channels.
 
-Pictures are [B, 3, H, W] in 0..1; any side that is a multiple of 4 works.
+Pictures are [B, 3, H, W] in 0..1, with sides that are multiples of 4.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class ResNet32(Net):
 
 
 class ResBlock(nn.Module):
-    """ReLU, 3x3 convolution, norm, ReLU, 1x1 convolution, norm, beside a skip connection."""
+    """ReLU, 3x3 convolution, norm, ReLU, 1x1 convolution, norm, with a skip connection."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -1,12 +1,12 @@
-"""A convolutional waveform codec of the kind of SEANet (arXiv 2009.02095), EnCodec (2210.13438) and DAC (2306.06546).
+"""A convolutional waveform codec like SEANet (arXiv 2009.02095), EnCodec (2210.13438) and DAC (2306.06546).
 
 Legend: x [B, 1, T] samples, h [B, channels, F] features with F = T / factor; a frame is factor samples, one token.
 
-Padding never changes a feature. Every convolution pads its input with zeros, keeps the length exact, and clears its
-output where the mask says padding; Snake and ELU keep 0 at 0. So each convolution sees behind the end of a clip the
-zeros that it would see if the clip were alone. There is no norm over time, and no bias is left behind the end.
-Differs from DAC: Snake's scale is positive by construction, the output is linear instead of tanh (no saturation on
-loud clips; what writes samples clips them), widths of the decoder are free of the encoder's.
+Padding never changes the features of a clip. Every convolution pads its input with zeros, keeps the exact length, and
+clears its output where the mask marks padding; Snake and ELU map 0 to 0. So after the end of a clip each convolution
+sees the same zeros as if the clip were alone in its batch. There is no norm over time.
+Differs from DAC: Snake's scale is always positive; the output is linear instead of tanh (no saturation on loud clips;
+writing the samples clips them); the widths of the decoder are independent of the encoder's.
 """
 
 import math
@@ -19,25 +19,25 @@ from torch.nn import functional
 from tokenizer.nets.base.net import NETS
 from tokenizer.nets.base.sequence import Context, SequenceNet
 
-KERNEL = 7  # of the residual units, the first and the last convolution, as DAC has it
+KERNEL = 7  # of the residual units and the first and last convolution, as in DAC
 
 
 @dataclass
 class SEANetConfig:
-    """strides: samples per frame is their product; each stage doubles the width and ends in a stride.
+    """strides: one per stage; their product is the number of samples per frame, and each stage doubles the width.
 
-    width, decoder_width: channels at the waveform's rate. causal: frame t sees samples up to the end of frame t,
-    and sample n sees frames up to its own.
+    width, decoder_width: channels at the waveform's sample rate. causal: frame t depends only on samples up to the end
+    of frame t, and sample n only on frames up to its own.
     """
 
     width: int = 24
     decoder_width: int = 64
     strides: list[int] = field(default_factory=lambda: [6, 4, 4])
     dilations: list[int] = field(default_factory=lambda: [1, 3, 9])  # one residual unit each, in every stage
-    channels: int = 128  # handed to the projection
+    channels: int = 128  # of the encoder's output
     activation: str = "snake"
     causal: bool = False
-    window_frames: int = 166  # that a frozen tokenizer computes at a time, besides the context of these
+    window_frames: int = 166  # frames per window in a frozen tokenizer, without the context
 
     def __post_init__(self) -> None:
         if min(self.width, self.decoder_width, self.channels) < 1:
@@ -46,9 +46,9 @@ class SEANetConfig:
                 "must be 1 or more"
             )
         if not self.strides or min(self.strides) < 2:
-            raise ValueError(f"model.net.strides={self.strides} must be one or more numbers of 2 or more")
+            raise ValueError(f"model.net.strides={self.strides} must be a list of one or more numbers, each 2 or more")
         if self.dilations and min(self.dilations) < 1:
-            raise ValueError(f"model.net.dilations={self.dilations} must be numbers of 1 or more")
+            raise ValueError(f"model.net.dilations={self.dilations} must be numbers that are 1 or more")
         if self.window_frames < 1:
             raise ValueError(f"model.net.window_frames={self.window_frames} must be 1 or more")
         if self.activation not in ACTIVATIONS:
@@ -68,17 +68,17 @@ class SEANet(SequenceNet):
 
     @property
     def encode_context(self) -> Context:
-        first, last = self.encoder.reach(0, 0)  # samples that frame 0 sees
+        first, last = self.encoder.reach(0, 0)  # samples that frame 0 depends on
         return Context(-(first // self.factor), last // self.factor)
 
     @property
     def decode_context(self) -> Context:
-        first, last = self.decoder.reach(0, self.factor - 1)  # frames that the samples of frame 0 see
+        first, last = self.decoder.reach(0, self.factor - 1)  # frames that the samples of frame 0 depend on
         return Context(-first, last)
 
     def encode(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if x.shape[-1] == 0 or x.shape[-1] % self.factor:
-            raise ValueError(f"x has {x.shape[-1]} samples, which is no multiple of {self.factor}, or none: pad it")
+            raise ValueError(f"x has {x.shape[-1]} samples; pad it to a multiple of {self.factor} above 0")
         padding = _padding(mask, len(x), x.shape[-1] // self.factor)
         return self.encoder(_clear(x, padding), padding)
 
@@ -110,10 +110,10 @@ ACTIVATIONS = {"snake": Snake, "elu": _elu}  # width -> a function of each value
 
 
 class Convolution(nn.Module):
-    """Weight-normalised convolution: [B, width_in, T] -> [B, width_out, T / stride], cleared where padding is.
+    """Weight-normalised convolution: [B, width_in, T] -> [B, width_out, T / stride], 0 in frames that are padding.
 
-    weight = scale * direction / |direction|, the norm over all but the first axis (arXiv 1602.07868, eq. 2). Made
-    here, since modules under torch's parametrization cannot be pickled, which Ray does.
+    weight = scale * direction / |direction|, the norm over all but the first axis (arXiv 1602.07868, eq. 2). Not
+    torch's weight_norm, because modules with parametrizations cannot be pickled, which Ray does.
     """
 
     def __init__(self, width_in: int, width_out: int, kernel: int, *, causal: bool, stride: int = 1, dilation: int = 1):
@@ -131,17 +131,17 @@ class Convolution(nn.Module):
         return _clear(functional.conv1d(x, weight, self.bias, self.stride, dilation=self.dilation), padding)
 
     def reach(self, first: int, last: int) -> tuple[int, int]:
-        """The first and last input that outputs first..last see."""
+        """The first and last input that outputs first..last depend on."""
         return first * self.stride - self.before, last * self.stride - self.before + self.span
 
 
 class TransposedConvolution(nn.Module):
-    """Weight-normalised, kernel of 2 strides: [B, width_in, T] -> [B, width_out, T * stride], cleared as above."""
+    """Weight-normalised, kernel size 2 * stride: [B, width_in, T] -> [B, width_out, T * stride], 0 in padding."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, *, causal: bool):
         super().__init__()
         self.stride = stride
-        self.cut = 0 if causal else stride // 2  # at the start, of the T * stride + stride outputs
+        self.cut = 0 if causal else stride // 2  # removed from the start of the T * stride + stride outputs
         like = nn.ConvTranspose1d(width_in, width_out, 2 * stride, stride)
         self.direction, self.scale, self.bias = _weight_norm_of(like)
 
@@ -151,12 +151,12 @@ class TransposedConvolution(nn.Module):
         return _clear(full[..., self.cut : self.cut + x.shape[-1] * self.stride], padding)
 
     def reach(self, first: int, last: int) -> tuple[int, int]:
-        """As Convolution.reach. Full output n sees inputs n // stride - 1 and n // stride."""
+        """As Convolution.reach. Output n before the cut depends on inputs n // stride - 1 and n // stride."""
         return (first + self.cut) // self.stride - 1, (last + self.cut) // self.stride
 
 
 class Activated(nn.Module):
-    """An activation, then a convolution."""
+    """An activation followed by a convolution."""
 
     def __init__(self, activation: nn.Module, convolution: Convolution | TransposedConvolution):
         super().__init__()
@@ -170,7 +170,7 @@ class Activated(nn.Module):
 
 
 class Layers(nn.ModuleList):
-    """One layer after the other."""
+    """Layers in sequence."""
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         for layer in self:
@@ -178,14 +178,14 @@ class Layers(nn.ModuleList):
         return x
 
     def reach(self, first: int, last: int) -> tuple[int, int]:
-        """The first and last input that outputs first..last see; inputs before the start count down from -1."""
+        """The first and last input that outputs first..last depend on; negative before the start of the input."""
         for layer in reversed(self):
             first, last = layer.reach(first, last)  # type: ignore[operator]
         return first, last
 
 
 class ResidualUnit(Layers):
-    """Two activated convolutions, dilated and of size 1, beside a skip connection."""
+    """Two activated convolutions, the first dilated, the second of size 1, with a skip connection."""
 
     def __init__(self, width: int, dilation: int, config: SEANetConfig):
         activation, causal = ACTIVATIONS[config.activation], config.causal
@@ -226,9 +226,9 @@ def _decoder(config: SEANetConfig) -> Layers:
 
 
 def _weight_norm_of(like: nn.Conv1d | nn.ConvTranspose1d) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-    """direction and scale that begin as torch would begin this layer, and a bias of 0, as DAC has it.
+    """direction and scale from torch's initialisation of the layer, and a bias of 0, as in DAC.
 
-    With torch's biases an untrained decoder gave DC of 0.3 with a thousandth of it as signal.
+    With torch's initial biases the output of an untrained decoder was DC of 0.3 with a signal a thousand times smaller.
     """
     weight = like.weight.detach()
     return nn.Parameter(weight), nn.Parameter(_norm(weight)), nn.Parameter(torch.zeros(like.out_channels))
@@ -243,16 +243,16 @@ def _weight(direction: Tensor, scale: Tensor) -> Tensor:
 
 
 def _padding(mask: Tensor | None, batch: int, frames: int) -> Tensor | None:
-    """bool [B, 1, F], True where a frame is not real; None where all are."""
+    """bool [B, 1, F], True for frames that are padding; None if there are none."""
     if mask is None:
         return None
     if mask.shape != (batch, 1, frames):
-        raise ValueError(f"the mask is {list(mask.shape)}, but these clips need {[batch, 1, frames]}")
+        raise ValueError(f"the mask has shape {list(mask.shape)}, but these clips need {[batch, 1, frames]}")
     return mask == 0
 
 
 def _clear(x: Tensor, padding: Tensor | None) -> Tensor:
-    """x [B, width, F * any], with zeros in the frames that are padding, whatever stood there, NaN too."""
+    """x [B, width, F * any] with zeros in the frames that are padding, even if they were NaN."""
     if padding is None:
         return x
     by_frame = x.unflatten(-1, (padding.shape[-1], -1))

@@ -1,7 +1,7 @@
 """The convolutional encoder and decoder of VQGAN, arXiv 2012.09841: residual blocks, group norm, SiLU.
 
-Pictures are [B, 3, H, W] in 0..1. Differs: `patch_size` lets the first convolution take several pixels at once,
-which makes a net that a CPU can train; attention is at the bottleneck only; downsampling pads all sides alike.
+Pictures are [B, 3, H, W] in 0..1. Differs: with `patch_size` the first convolution reads patches of several pixels,
+which makes nets that a CPU can train; attention is only at the bottleneck; downsampling pads all sides equally.
 """
 
 from dataclasses import dataclass, field
@@ -18,13 +18,16 @@ class VQGANConfig:
     width: int = 128
     multipliers: list[int] = field(default_factory=lambda: [1, 2, 2, 4])
     res_blocks: int = 2  # per level
-    channels: int = 256  # handed to the projection
+    channels: int = 256  # of the encoder's output
     attention: bool = True
-    patch_size: int = 1  # pixels per side that the first convolution takes at once
+    patch_size: int = 1  # pixels per side of the patches that the first convolution reads
 
     def __post_init__(self) -> None:
         if not self.multipliers or min(*self.multipliers, self.width, self.channels, self.patch_size) < 1:
-            raise ValueError("model.net.multipliers, width, channels and patch_size must be above 0, and not empty")
+            raise ValueError(
+                f"model.net has multipliers={self.multipliers}, width={self.width}, channels={self.channels} and "
+                f"patch_size={self.patch_size}; all must be 1 or more, and multipliers must not be empty"
+            )
 
 
 @NETS.register("vqgan")
@@ -77,7 +80,7 @@ def _bottleneck(width: int, attention: bool) -> list[nn.Module]:
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, 3x3 convolution, twice, beside a skip connection."""
+    """Twice norm, SiLU and 3x3 convolution, with a skip connection."""
 
     def __init__(self, width_in: int, width_out: int):
         super().__init__()

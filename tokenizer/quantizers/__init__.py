@@ -1,1 +1,1 @@
-"""One file per method. A file here registers itself by being here."""
+"""One file per method. Every file in this folder is registered automatically."""

@@ -1,6 +1,6 @@
 """BSQ: binary spherical quantization, arXiv 2406.07548 (official: zhaoyue-zephyrus/bsq-vit). LFQ on the unit sphere.
 
-Legend: u = z / |z| [N, d], codes [2^d, d] of entries +-1/sqrt(d), all of length 1.
+Legend: u = z / |z| [N, d], codes [2^d, d] with entries +-1/sqrt(d), all of length 1.
 """
 
 import math
@@ -12,26 +12,28 @@ from torch.nn.functional import normalize
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.quantizers.lfq import LFQ, LFQConfig, entropy_of_mean_bits
 
-SMALLEST_LENGTH = 1e-6  # of a latent on its way to the sphere: keeps the gradient finite at 0
+SMALLEST_LENGTH = 1e-6  # of a latent before normalisation: keeps the gradient finite at 0
 
 
 @dataclass
 class BSQConfig(LFQConfig):
-    """inverse_temperature: of the probabilities in the entropy losses alone; the code is always the signs."""
+    """inverse_temperature: of the probabilities in the entropy losses only; the code is always given by the signs."""
 
     inverse_temperature: float = 1.0
 
 
 @QUANTIZERS.register("bsq")
 class BSQ(LFQ):
-    """The signs of u, each 1/sqrt(d) long, and straight-through to u. No code lies further from u than
-    sqrt(2 - 2/sqrt(d)), so that "commitment" needs no weight, as in the official configurations.
+    """The code is the signs of u divided by sqrt(d), with a straight-through gradient to u. The distance from u to its
+    code is at most sqrt(2 - 2/sqrt(d)), so "commitment" has weight 0, as in the official configurations.
 
-    Losses are LFQ's, with p = softmax over codes c of 2 inverse_temperature u.c: the entropy of a token is exactly the
-    sum of its bits' entropies, and so is, approximately, the entropy of the mean (eq. 8), whatever d.
+    The losses are LFQ's, with p = softmax over codes c of 2 inverse_temperature u.c. The entropy of a token is exactly
+    the sum of the entropies of its bits. For the entropy of the mean that sum is an approximation (eq. 8), used for
+    every d.
 
-    Differs: the first dimension is the least significant bit; in the official code it is the most significant. That
-    code also divides the entropies by inverse_temperature and starts at 3 times their weight, down to 1 at step 2,000.
+    Differs: the first dimension is the least significant bit; in the official code it is the most significant. The
+    official code also divides the entropies by inverse_temperature, and lowers their weight from 3 times to 1 times
+    its value over the first 2,000 steps.
     """
 
     Config = BSQConfig

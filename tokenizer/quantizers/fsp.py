@@ -1,7 +1,7 @@
-"""FSP: finite scalar perturbation, arXiv 2602.17133, section 3.3. The closed-form sister of VP-VAE.
+"""FSP: finite scalar perturbation, arXiv 2602.17133, section 3.3. A variant of VP-VAE with codes in closed form.
 
-Differs: the paper mixes perturbed and quantized per forward pass; mixing "element" does it per scalar, as the
-official code does, and "vector" per latent with whole-vector acceptance (eq. 17).
+Differs: the paper chooses between perturbation and quantization per forward pass. Mixing "element" chooses per scalar,
+as the official code does; "vector" chooses per latent and accepts or rejects whole vectors (eq. 17).
 """
 
 import math
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from tokenizer.quantizers.base.levels import MixedRadix, check_levels, levels_for
-from tokenizer.quantizers.base.norm_loss import moment_losses
+from tokenizer.quantizers.base.norm_loss import latent_norm_losses
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
 from tokenizer.quantizers.base.straight_through import straight_through
 
-UNIT_STD = math.sqrt(12.0)  # one over the standard deviation of U(0, 1)
-SMALLEST_P = 2.0**-23  # as in the official code: the inverse of 0 or 1, where an activation saturates, is infinite
+UNIT_STD = math.sqrt(12.0)  # 1 / standard deviation of U(0, 1)
+SMALLEST_P = 2.0**-23  # as in the official code: a saturated activation gives 0 or 1, whose inverse is infinite
 MIXING = ("element", "vector")
 
 
 @dataclass(frozen=True)
 class Activation:
-    """A distribution function and its inverse, and the variance of the latents that it makes uniform (None: none)."""
+    """A distribution function, its inverse, and the variance of its distribution (None if there is none)."""
 
     cdf: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
@@ -55,8 +55,8 @@ def _laplace_inverse(p: Tensor) -> Tensor:
     return torch.where(p < 0.5, torch.log(2 * p), -torch.log(2 * (1 - p)))
 
 
-ACTIVATIONS = {  # named functions, not lambdas: Ray pickles the module
-    "tanh": Activation(_tanh_cdf, _tanh_inverse, math.pi**2 / 12),  # logistic of scale 1/2
+ACTIVATIONS = {  # named functions instead of lambdas, because Ray pickles the module
+    "tanh": Activation(_tanh_cdf, _tanh_inverse, math.pi**2 / 12),  # logistic distribution of scale 1/2
     "sigmoid": Activation(torch.sigmoid, torch.logit, math.pi**2 / 3),
     "normal": Activation(torch.special.ndtr, torch.special.ndtri, 1.0),
     "laplace": Activation(_laplace_cdf, _laplace_inverse, 2.0),
@@ -66,11 +66,11 @@ ACTIVATIONS = {  # named functions, not lambdas: Ray pickles the module
 
 @dataclass
 class FSPConfig:
-    """levels [] takes those of codebook_size. quantize_rate: share that is rounded in training, not perturbed: 0.5 in
-    the paper; 0, the official code's default, was better in every pair of results/e3.
+    """levels: [] derives them from codebook_size. quantize_rate: share of values that training rounds instead of
+    perturbing. The paper has 0.5; 0, the official code's default, was better in every pair of results/e3.
 
-    eta scales the perturbation; 1 is one quantization cell. inverse_activation: the decoder sees the inverse of the
-    activation, straight-through to the latent, and not p at unit variance (the official need_inv_act).
+    eta: scale of the perturbation; 1 is one quantization cell. inverse_activation: the decoder gets the inverse of the
+    activation, with a straight-through gradient to the latent, instead of p at unit variance (official: need_inv_act).
     """
 
     codebook_size: int = 1024
@@ -93,7 +93,7 @@ class FSPConfig:
 
 @QUANTIZERS.register("fsp")
 class FSP(Quantizer):
-    """p = cdf(a) in (0, 1)^d, cut into L equal cells per dim; training sees p moved within one cell's width."""
+    """p = cdf(a) in (0, 1)^d, split into L equal cells per dim. Training moves p by up to half a cell width."""
 
     levels: Tensor
     Config = FSPConfig
@@ -121,15 +121,15 @@ class FSP(Quantizer):
         choose = torch.rand_like(p[:, :1] if self.vector_wise else p) < self.quantize_rate
         p_out = torch.where(choose, straight_through(p, self._centroid(self._digits(p))), perturbed)
         accepted_share = accepted.float().mean() if len(a) else p.new_zeros(())
-        shown = self._shown(p_out)
+        decoded = self._to_decoder(p_out)
         return QuantizerOutput(
-            straight_through(a, shown) if self.config.inverse_activation else shown,
-            losses=moment_losses(a, self.activation.variance),
+            straight_through(a, decoded) if self.config.inverse_activation else decoded,
+            losses=latent_norm_losses(a, self.activation.variance),
             metrics={"accepted": accepted_share},
         )
 
     def _perturb(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """p + U(-eta/2L, eta/2L) where that stays inside (0, 1), else p. Returns it and what was accepted."""
+        """p + U(-eta/2L, eta/2L) if it stays inside (0, 1), otherwise p. Also returns which values were accepted."""
         noise = (torch.rand_like(p) - 0.5) * self.eta / self.levels
         moved = p + noise
         inside = (moved > 0) & (moved < 1)
@@ -139,23 +139,22 @@ class FSP(Quantizer):
 
     @torch.no_grad()
     def perturbation_ratio(self, latents: Tensor) -> float | None:
-        """Both measured on what the decoder sees; on p, U(-eta/2L, eta/2L) and rounding are alike in law if eta is 1.
-        The share of scalars that training rounds has the error of the codes itself."""
+        """Both energies are measured on the decoder's input. Scalars that training rounds count with a ratio of 1."""
         if len(latents) == 0:
             return None
         p = self.activation.cdf(latents.float())
         with torch.random.fork_rng(devices=[p.device] if p.is_cuda else []):
             torch.manual_seed(0)
             moved, _ = self._perturb(p)
-        before, rounded = self._shown(p), self._shown(self._centroid(self._digits(p)))
-        energy, error = ((after - before).square().sum() for after in (self._shown(moved), rounded))
+        before, rounded = self._to_decoder(p), self._to_decoder(self._centroid(self._digits(p)))
+        energy, error = ((after - before).square().sum() for after in (self._to_decoder(moved), rounded))
         return self.quantize_rate + (1 - self.quantize_rate) * float(energy / error) if error > 0 else None
 
     def _encode(self, a: Tensor) -> Tensor:
         return self.radix.pack(self._digits(self.activation.cdf(a)))
 
     def _decode(self, indices: Tensor) -> Tensor:
-        return self._shown(self._centroid(self.radix.unpack(indices)))
+        return self._to_decoder(self._centroid(self.radix.unpack(indices)))
 
     def _digits(self, p: Tensor) -> Tensor:
         cell = torch.floor(self.levels * p).nan_to_num(0.0)
@@ -164,8 +163,8 @@ class FSP(Quantizer):
     def _centroid(self, digits: Tensor) -> Tensor:
         return (digits + 0.5) / self.levels
 
-    def _shown(self, p: Tensor) -> Tensor:
-        """What the decoder sees of p in (0, 1): its inverse, or p with the mean 0 and the variance 1 of uniform p."""
+    def _to_decoder(self, p: Tensor) -> Tensor:
+        """The decoder's input for p in (0, 1): the inverse activation, or p scaled to mean 0 and variance 1."""
         if self.config.inverse_activation:
             return self.activation.inverse(p.clamp(SMALLEST_P, 1 - SMALLEST_P))
         return (p - 0.5) * UNIT_STD

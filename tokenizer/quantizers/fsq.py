@@ -10,15 +10,16 @@ from tokenizer.quantizers.base.levels import MixedRadix, check_levels, levels_fo
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput
 from tokenizer.quantizers.base.straight_through import straight_through
 
-EPSILON = 1e-3  # how far the bounded value may pass the outermost level, as in the original listing
+EPSILON = 1e-3  # how far the bounded value can exceed the outermost level, as in the paper's listing
 EDGES = ("original", "symmetric")
 
 
 @dataclass
 class FSQConfig:
-    """levels [] takes those of codebook_size. noise_rate: share of scalars that get uniform noise for rounding.
+    """levels: [] derives them from codebook_size. noise_rate: share of scalars that get uniform noise instead of
+    rounding.
 
-    The baseline of arXiv 2602.17133 is edges symmetric with noise_rate 0.5.
+    The baseline of arXiv 2602.17133 has symmetric edges and noise_rate 0.5.
     """
 
     codebook_size: int = 1024
@@ -61,7 +62,7 @@ class FSQ(Quantizer):
         offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
         constants = {"levels": sizes, "top": sizes - 1, "reach": half, "offset": offset}
         constants |= {"shift": torch.atanh(offset / half), "middle": sizes // 2, "slope": half / (sizes // 2)}
-        for name, value in constants.items():  # buffers, to be on the device of the latents
+        for name, value in constants.items():  # buffers, so that they move to the device of the latents
             self.register_buffer(name, value, persistent=False)
 
     @property
@@ -70,12 +71,12 @@ class FSQ(Quantizer):
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
         bounded = self._bound(z)
-        with torch.no_grad():  # rounding has no gradient: that of `_smooth` stands for it
+        with torch.no_grad():  # rounding has no gradient; the one of `_smooth` is used instead
             position = self._position(bounded)
             nearest = self._nearest(position)
             indices = self.radix.pack(nearest.long()) if self.noise_rate == 0 else None
             if self.noise_rate > 0:
-                # one level of L apart in units of the whole range, as L3AC's SuperFSQ draws it
+                # the noise is 1/L of the whole range wide, as in L3AC's SuperFSQ
                 noisy = position + (torch.rand_like(position) - 0.5) * self.top / self.levels
                 nearest = torch.where(torch.rand_like(position) < self.noise_rate, noisy, nearest)
             value = self._value(nearest)
@@ -91,22 +92,22 @@ class FSQ(Quantizer):
         return torch.tanh(z if self.symmetric else z + self.shift)
 
     def _position(self, bounded: Tensor) -> Tensor:
-        """Where z lies on the scale whose whole numbers 0..L-1 are the levels."""
+        """The position of z on a scale with the levels at the integers 0..L-1."""
         if self.symmetric:
             return self.top * (bounded + 1) / 2
         return bounded * self.reach - self.offset + self.middle
 
     def _smooth(self, bounded: Tensor) -> Tensor:
-        """`_value` of `_position`, up to a constant: what the gradient follows in place of the rounding."""
+        """`_value` of `_position` up to a constant, without rounding. The gradient goes through this."""
         return bounded if self.symmetric else bounded * self.slope
 
     def _nearest(self, position: Tensor) -> Tensor:
-        # nan_to_num: a NaN cast to int64 is whatever the processor likes
+        # nan_to_num: the result of casting NaN to int64 depends on the processor
         nearest = torch.floor(position + 0.5).nan_to_num(0.0)
         return torch.minimum(nearest.clamp(min=0), self.top)
 
     def _value(self, position: Tensor) -> Tensor:
-        """The scale 0..L-1 to what the decoder sees, within [-1, 1]."""
+        """Positions in 0..L-1 -> the decoder's input in [-1, 1]."""
         if self.symmetric:
             return 2 * position / self.top - 1
         return position / self.middle - 1

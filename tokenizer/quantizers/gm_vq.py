@@ -1,6 +1,6 @@
 """GM-VQ: Gaussian mixture vector quantization with the aggregated categorical posterior, arXiv 2410.10180.
 
-No official code was found, and the paper's equations survive in part: what we filled in is marked "Differs".
+We found no official code, and some of the paper's equations are incomplete. What we filled in is marked "Differs".
 
 Legend: z_hat [N, L] latents, w [N, L] weights of their dimensions, M [K, L] codes mu_c, eps standard normal noise.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from tokenizer.quantizers.base.codebook import check_table, first_codes
+from tokenizer.quantizers.base.codebook import check_codebook_shape, first_codes
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.quantizers.base.stochastic import (
     SoftQuantizer,
@@ -26,14 +26,14 @@ from tokenizer.quantizers.base.stochastic import (
     mean_over_all_rows,
 )
 
-SMALLEST_VARIANCE = 1e-8  # under the root, whose gradient at a latent that is a code would be NaN
+SMALLEST_VARIANCE = 1e-8  # added under the square root, which has an infinite gradient where a latent equals a code
 
 
 @dataclass
 class GMVQConfig:
-    """variance: sigma^2 of the generative model, which the paper does not give; at 1/2 the noise has the variance
-    of the latent's distance to its code, per dimension. anneal_steps: from temperature_start to temperature_end.
-    beta: of the KL term, in the units of the paper (eq. 14); above 1 for GM-VQ + Entropy.
+    """variance: sigma^2 of the generative model, which the paper does not state. At 1/2 the noise variance per
+    dimension is the mean squared distance of the latent to its code. anneal_steps: from temperature_start to
+    temperature_end. beta: weight of the KL term, in the paper's units (eq. 14); above 1 for GM-VQ + Entropy.
     """
 
     codebook_size: int = 1024
@@ -45,7 +45,7 @@ class GMVQConfig:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        check_table(self.codebook_size, self.dim)
+        check_codebook_shape(self.codebook_size, self.dim)
         check_annealing(self.temperature_start, self.temperature_end, self.anneal_steps)
         if not 0 < self.variance < math.inf:
             raise ValueError(f"quantizer.variance is {self.variance}; it must be a number above 0")
@@ -55,15 +55,15 @@ class GMVQConfig:
 
 @QUANTIZERS.register("gm_vq")
 class GMVQ(SoftQuantizer):
-    """Latents [..., 2 dim]: the first half is z_hat, softplus of the second half is w, and both decide on the index.
+    """Latents [..., 2 dim]: the first half is z_hat and softplus of the second half is w; the index depends on both.
 
-    A training step mixes all codes and adds noise as wide as z_hat lies from them; every code has a gradient.
+    Training mixes all codes and adds noise with the scale of z_hat's distance to them, so every code has a gradient.
 
-    Losses: "latent" is E |z - mu_c|^2 per dimension, which at variance 1/2 is VQ-VAE's commitment weighted by q(c|x);
-    gamma of the paper is unknown (configs/quantizers/gm_vq.yaml tells what was tried).
-    "prior" is KL(mean q(c|x) || uniform). The paper sums it over the T tokens of a picture and the squared error over
-    its D_x values (eq. 13 and 14). Ours are means of both, so the default weight is beta T / D_x, 1/48 at factor 4,
-    beside train.loss_weights {l1: 0, mse: 1}. A weight that is given replaces all of that, beta too.
+    Losses: "latent" is E |z - mu_c|^2 per dimension; at variance 1/2 it is VQ-VAE's commitment weighted by q(c|x). The
+    paper does not state its gamma; configs/quantizers/gm_vq.yaml lists the values that we tried.
+    "prior" is KL(mean q(c|x) || uniform). The paper sums it over the T tokens of a picture, and the squared error over
+    the D_x values (eq. 13 and 14). Ours are means over both, so the default weight is beta T / D_x (1/48 at factor 4),
+    for train.loss_weights {l1: 0, mse: 1}. A configured weight replaces all of this, including beta.
     """
 
     Config = GMVQConfig
@@ -84,13 +84,16 @@ class GMVQ(SoftQuantizer):
         return exponential_temperature(step, config.temperature_start, config.temperature_end, config.anneal_steps)
 
     def _logits(self, z: Tensor, codes: Tensor) -> Tensor:
-        """Eq. 15 to 17. Differs: w per dimension and the factor 1/2 are read into the paper's text."""
+        """Eq. 15 to 17. Differs: w per dimension and the factor 1/2 are our reading of the text."""
         z_hat, raw = z.split(self.dim, dim=1)
         return gaussian_logits(z_hat, codes, softplus(raw))
 
     @torch.no_grad()
     def code_shares(self, z: Tensor) -> Tensor:
-        """Mean of q(c|x) over the batch, without noise: [..., 2 dim] -> [K] float32. The paper's perplexity."""
+        """Mean of q(c|x) over the batch, without noise: [..., 2 dim] -> [K] float32.
+
+        The paper computes perplexity from it.
+        """
         with torch.autocast(z.device.type, enabled=False):
             flat, codes = self._flatten(z), self.codes
             sums = [self._logits(part, codes).softmax(dim=1).sum(dim=0) for part in self._split(flat)]
@@ -108,10 +111,10 @@ class GMVQ(SoftQuantizer):
         return QuantizerOutput(z_q, losses=losses, metrics=self._metrics(temperature, shares))
 
     def _mix(self, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One chunk: mean [n, L] and variance [n] of z given x, sums over n of E_q |z - mu_c|^2 / L and of q [K].
+        """For one chunk: mean [n, L] and variance [n] of z given x, sums over n of E_q |z - mu_c|^2 / L and of q [K].
 
         Eq. 18: sigma_c^2(x) = |z_hat - mu_c|^2 / (2 sigma^2 L), which is also E |z - mu_c|^2 per dimension.
-        Differs: a soft choice y has the variance sum_c y_c sigma_c^2, which is eq. 18 where y is one-hot.
+        Differs: a soft choice y has variance sum_c y_c sigma_c^2, which equals eq. 18 for one-hot y.
         """
         logits = self._logits(z, self.embedding)
         q, y = logits.softmax(dim=1), gumbel_softmax(logits, temperature)

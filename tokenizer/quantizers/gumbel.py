@@ -1,4 +1,5 @@
-"""Gumbel-softmax VQ-VAE, arXiv 1611.01144 and 2102.12092, as in karpathy/deep-vector-quantization and taming.
+"""Gumbel-softmax VQ-VAE, arXiv 1611.01144 and 2102.12092, as in karpathy/deep-vector-quantization and
+taming-transformers.
 
 Legend: z [N, d] latents, e [K, d] codes, q [N, K] their probabilities, y [N, K] the choice.
 """
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from tokenizer.quantizers.base.codebook import check_table
+from tokenizer.quantizers.base.codebook import check_codebook_shape
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.quantizers.base.stochastic import (
     SoftQuantizer,
@@ -23,12 +24,12 @@ from tokenizer.quantizers.base.stochastic import (
 )
 from tokenizer.quantizers.base.straight_through import straight_through
 
-PIXEL_VARIANCE = 0.06327039811675479  # of CIFAR-10 in -0.5..0.5, by which karpathy's code divides the squared error
+PIXEL_VARIANCE = 0.06327039811675479  # of CIFAR-10 in -0.5..0.5; karpathy's code divides the squared error by it
 
 
 @dataclass
 class GumbelConfig:
-    """hard: the decoder sees one code, with the gradient of the soft choice (taming), not a mixture (karpathy).
+    """hard: the decoder gets one code with the gradient of the soft choice (taming), instead of a mixture (karpathy).
 
     anneal_steps: from temperature_start to temperature_end, along a quarter of a cosine (150,000 in karpathy's code).
     """
@@ -41,18 +42,18 @@ class GumbelConfig:
     anneal_steps: int = 10_000
 
     def __post_init__(self) -> None:
-        check_table(self.codebook_size, self.dim)
+        check_codebook_shape(self.codebook_size, self.dim)
         check_annealing(self.temperature_start, self.temperature_end, self.anneal_steps)
 
 
 @QUANTIZERS.register("gumbel")
 class Gumbel(SoftQuantizer):
-    """A linear layer gives each code its logit: no distance, so that an index is not that of the nearest code.
+    """A linear layer computes the logit of each code. There is no distance, so the chosen code need not be the nearest.
 
-    Loss "kl" is the mean over tokens of KL(q || uniform). karpathy's code weighs it by 5e-4 beside MSE / (2 x 0.0633),
-    the variance of CIFAR-10's pixels; beside our plain MSE that is 6.3e-5. Differs: the weight is constant, where that
-    code ramps it up within 5,000 steps; and the frozen tokenizer takes the likeliest code, where both official codes
-    draw one.
+    Loss "kl" is the mean over tokens of KL(q || uniform). karpathy's code uses a weight of 5e-4 with MSE / (2 x
+    0.0633), the variance of CIFAR-10's pixels; with our plain MSE that is 6.3e-5. Differs: the weight is constant,
+    while that code ramps it up over 5,000 steps. The frozen tokenizer takes the most likely code, while both official
+    codes sample one.
     """
 
     Config = GumbelConfig
@@ -77,7 +78,7 @@ class Gumbel(SoftQuantizer):
         return QuantizerOutput(torch.cat(mixed[0]), losses=losses, metrics=self._metrics(temperature, shares))
 
     def _mix(self, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One chunk: z_q [n, d], and the sums over n of sum_k q_k ln(K q_k) and of q [K]."""
+        """For one chunk: z_q [n, d], and the sums over n of sum_k q_k ln(K q_k) and of q [K]."""
         logits = self._logits(z, self.embedding)
         q, y = logits.softmax(dim=1), gumbel_softmax(logits, temperature)
         if self.config.hard:

@@ -9,35 +9,35 @@ import torch
 from torch import Tensor
 
 from tokenizer.clustering.neighbors import argmax_rows
-from tokenizer.quantizers.base.codebook import check_table
+from tokenizer.quantizers.base.codebook import check_codebook_shape
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
 from tokenizer.quantizers.base.stochastic import SoftQuantizer, entropy, in_chunks, mean_over_all_rows
 
 
 @dataclass
 class IBQConfig:
-    """entropy_temperature: of the probabilities in the entropy losses alone; those of the choice have temperature 1."""
+    """entropy_temperature: of the probabilities in the entropy losses only; the choice itself has temperature 1."""
 
     codebook_size: int = 1024
     dim: int = 64
     entropy_temperature: float = 0.01
 
     def __post_init__(self) -> None:
-        check_table(self.codebook_size, self.dim)
+        check_codebook_shape(self.codebook_size, self.dim)
         if self.entropy_temperature <= 0:
             raise ValueError(f"quantizer.entropy_temperature is {self.entropy_temperature}; it must be above 0")
 
 
 @QUANTIZERS.register("ibq")
 class IBQ(SoftQuantizer):
-    """The code with the largest dot product; backward, the choice has the gradient of p, so that every code moves.
+    """Chooses the code with the largest dot product. In backward the choice has the gradient of p, so every code moves.
 
-    Losses, as means over elements: "quantization" is |z_q - z|^2 with the gradient through the choice, "commitment" and
-    "codebook" are VQ-VAE's. In nats: "entropy_per_token" is E H(p') and "entropy_of_mean" -H(E p'), where
+    Losses, as means over elements: "quantization" is |z_q - z|^2 with a gradient through the choice; "commitment" and
+    "codebook" are VQ-VAE's. In nats: "entropy_per_token" is E H(p') and "entropy_of_mean" is -H(E p'), where
     p' = softmax(z.e / entropy_temperature).
 
-    Differs: the paper weighs "codebook" by 1 and "commitment" by .25 (SEED-Voken issue 60), its code, whose weights
-    these are, the other way round. That code also adds 1e-5 to the mean probabilities inside the logarithm.
+    Differs: the paper has weights of 1 for "codebook" and .25 for "commitment" (SEED-Voken issue 60); the official code
+    has them the other way round, and we follow the code. It also adds 1e-5 to the mean probabilities in the logarithm.
     """
 
     Config = IBQConfig
@@ -74,11 +74,11 @@ class IBQ(SoftQuantizer):
         return QuantizerOutput(z_q, indices, losses, self._metrics(temperature, shares))
 
     def _choose(self, z: Tensor) -> tuple[Tensor, ...]:
-        """One chunk: z_q [n, d], q [n], and the sums over n of H(p'), of p' [K] and of p [K]."""
+        """For one chunk: z_q [n, d], q [n], and the sums over n of H(p'), of p' [K] and of p [K]."""
         logits = self._logits(z, self.embedding)
         p, sharp = logits.softmax(dim=1), (logits / self.config.entropy_temperature).softmax(dim=1)
         q = argmax_rows(logits.detach())
-        # (one_hot - sg(p) + p) e without the [n, K] one_hot: backward, p e of constant codes stands for the choice
+        # equals (one_hot - sg(p) + p) e without the [n, K] one_hot; p gets its gradient through constant codes
         choice = p @ self.embedding.detach()
         z_q = self.embedding[q] + (choice - choice.detach())
         return z_q, q, entropy(sharp).sum(), sharp.sum(dim=0), p.sum(dim=0).detach()

@@ -1,6 +1,6 @@
-"""LFQ: lookup-free quantization, arXiv 2310.05737 (MAGVIT-v2). One bit per dimension, and entropies for losses.
+"""LFQ: lookup-free quantization, arXiv 2310.05737 (MAGVIT-v2). One bit per dimension, trained with entropy losses.
 
-Legend: z [N, d] latents, bits [N, d] of which bit i is 1 where z_i > 0, p [N, d] the probabilities of those bits.
+Legend: z [N, d] latents, bits [N, d] with bit i = 1 where z_i > 0, p [N, d] the probabilities of those bits.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, Quantizer
 from tokenizer.quantizers.base.stochastic import entropy, mean_over_all_rows
 from tokenizer.quantizers.base.straight_through import straight_through
 
-MAX_JOINT_DIM = 14  # up to here the entropy of the mean is that of the 2^d codes; its cost is N 2^d multiplications
+MAX_JOINT_DIM = 14  # up to it the entropy of the mean is computed over all 2^d codes, with N 2^d multiplications
 
 
 @dataclass
 class LFQConfig:
-    """inverse_temperature: of the probabilities in the entropy losses alone; the code is always the sign."""
+    """inverse_temperature: of the probabilities in the entropy losses only; the code is always given by the signs."""
 
     codebook_size: int = 1024
     inverse_temperature: float = 100.0
@@ -37,14 +37,14 @@ class LFQConfig:
 
 @QUANTIZERS.register("lfq")
 class LFQ(Quantizer):
-    """Each dimension becomes +1 where z > 0 and else -1; an index is the number that these bits write.
+    """Each dimension becomes +1 if z > 0, otherwise -1; the index is the binary number of these bits.
 
     Differs: the first dimension is the least significant bit, as in all our scalar quantizers; in the official code
-    and its ports it is the most significant. The entropies weigh .02, where the paper's authors and the ports have .1
-    beside a perceptual loss and a discriminator: with L1 alone, .1 costs 0.9 dB of PSNR (configs/quantizers/lfq.yaml).
+    and its ports it is the most significant. The entropies have weight .02; the authors and the ports use .1 together
+    with a perceptual loss and a discriminator. With only L1, .1 costs 0.9 dB of PSNR (configs/quantizers/lfq.yaml).
 
-    Losses, in nats: "entropy_per_token" is E H(p), small where each token is sure of its code; "entropy_of_mean" is
-    -H(E p), small where all codes are used alike. p = softmax over codes c of 2 inverse_temperature z.c.
+    Losses, in nats: "entropy_per_token" is E H(p), small if each token clearly prefers one code; "entropy_of_mean" is
+    -H(E p), small if all codes are used equally. p = softmax over codes c of 2 inverse_temperature z.c.
     """
 
     Config = LFQConfig
@@ -63,22 +63,23 @@ class LFQ(Quantizer):
         codes = self._decode(indices)
         logits = self._logits(z)
         losses = {
-            "entropy_per_token": binary_entropy(logits).sum() / max(1, len(z)),  # of independent bits: their sum
+            "entropy_per_token": binary_entropy(logits).sum()
+            / max(1, len(z)),  # the bits are independent, so entropies add up
             "entropy_of_mean": -self._entropy_of_mean(logits),
             "commitment": mean_squared(z - codes),
         }
         return QuantizerOutput(straight_through(z, codes), indices, losses)
 
     def _logits(self, z: Tensor) -> Tensor:
-        """Of each bit being 1. The logit of a code is a sum over dims, so that its bits are independent: p is a
-        product, and bit i has 2 inverse_temperature (z_i - (-z_i)).
+        """Logits of each bit being 1: 2 inverse_temperature (z_i - (-z_i)). The logit of a code is a sum over dims, so
+        the bits are independent and p is a product over them.
         """
         return 4 * self.config.inverse_temperature * z
 
     def _entropy_of_mean(self, logits: Tensor) -> Tensor:
-        """H of the mean p of all ranks. Differs: above 2^14 codes, the sum of the entropies of the mean bits.
+        """Entropy of the mean p over all ranks. Differs: above 2^14 codes, the sum of the entropies of the mean bits.
 
-        That is an upper bound of it, as the bits of the mean are not independent; others do so too.
+        The sum is an upper bound, because the bits of the mean are not independent. Other implementations also use it.
         """
         p = logits.sigmoid()
         if self.dim <= MAX_JOINT_DIM:
@@ -93,13 +94,13 @@ class LFQ(Quantizer):
 
 
 def binary_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of a bit with these logits; exact and with a finite gradient however large they are."""
+    """Entropy in nats of bits with these logits. Exact, with a finite gradient for logits of any size."""
     size = logits.abs()
     return softplus(-size) + size * torch.sigmoid(-size)
 
 
 def entropy_of_mean_bits(p: Tensor) -> Tensor:
-    """Sum over bits of the entropies of their mean probabilities over all ranks' rows: p [N, d] -> []."""
+    """Entropy of each bit's mean probability over the rows of all ranks, summed over bits: p [N, d] -> []."""
     share = mean_over_all_rows(p.sum(dim=0), len(p))
     return entropy(torch.stack([share, 1 - share], dim=1)).sum() if len(p) else share.sum()
 
@@ -107,7 +108,7 @@ def entropy_of_mean_bits(p: Tensor) -> Tensor:
 def joint_sums(p: Tensor) -> Tensor:
     """Sum over rows of the probabilities of all 2^d codes of d independent bits: [N, d] -> [2^d].
 
-    As one matrix product of the codes of either half of the bits, so that memory is N 2^(d/2) and not N 2^d.
+    Computed as one matrix product of the codes of both halves of the bits, which needs memory for N 2^(d/2) numbers.
     """
     half = p.shape[1] // 2
     return (joint(p[:, half:]).T @ joint(p[:, :half])).flatten()

@@ -1,6 +1,6 @@
-"""Product quantization (Jegou et al., TPAMI 2011): the channels are split into groups, each with its own quantizer.
+"""Product quantization (Jegou et al., TPAMI 2011): splits the channels into groups, each with its own quantizer.
 
-With residual as its base this is grouped residual quantization, as in HiFi-Codec (arXiv 2305.02765).
+With residual as the base this is grouped residual quantization, as in HiFi-Codec (arXiv 2305.02765).
 
 Legend: z [N, in_dim] latents, G groups, Q quantizers of a group (1 unless its base is residual), K codes of each.
 """
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokenizer.clustering.latents import Latents, Part
+from tokenizer.clustering.latents import LatentBatch, Latents
 from tokenizer.quantizers.base.compound import CompoundQuantizer, base_settings, check_base, means
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, build_quantizer
 
 
 @dataclass
 class ProductConfig:
-    """base: name and settings of the quantizer of every group. codebook_size is each group's, dim that of all groups
-    together; where not 0, they are handed to base unless it sets or lacks them.
+    """base: name and settings of the quantizer of every group. codebook_size: of each group. dim: of all groups
+    together. If not 0, these two are passed to the base, unless the base sets them itself or has no such field.
     """
 
     base: dict[str, Any] = field(default_factory=lambda: {"name": "vq_vae"})
@@ -45,10 +45,10 @@ class ProductConfig:
 
 @QUANTIZERS.register("product")
 class Product(CompoundQuantizer):
-    """G independent quantizers; indices [..., G * Q], those of the first group first.
+    """G independent quantizers; indices [..., G * Q], the first group first.
 
-    Codes of a group are 0 outside its channels, so that a latent's codes add up. Losses and metrics are means over the
-    groups.
+    The codes of a group are 0 outside its channels, so a latent is the sum of its codes. Losses and metrics are means
+    over the groups.
     """
 
     Config = ProductConfig
@@ -77,7 +77,10 @@ class Product(CompoundQuantizer):
         return [part.contiguous() for part in z.chunk(len(self.layers), dim=1)]
 
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
-        """Group by group, each on its channels; their curves, one after the other."""
+        """Fits each group on its channels.
+
+        Returns the errors per iteration of all groups, one group after the other.
+        """
         curve: list[float] = []
         for group, layer in enumerate(self.layers):
             curve += layer._fit(latents.mapped(_Channels(group, len(self.layers))), codebook_size, seed)
@@ -92,7 +95,7 @@ class Product(CompoundQuantizer):
 
     @torch.no_grad()
     def code_shares(self, z: Tensor) -> Tensor:
-        """Of each group: [..., in_dim] -> [G * Q, K] float32."""
+        """The shares of each group: [..., in_dim] -> [G * Q, K] float32."""
         parts = self._split(self._flatten(z))
         shares = [layer.code_shares(part) for layer, part in zip(self.layers, parts, strict=True)]
         return torch.cat([share.reshape(-1, self.codebook_size) for share in shares])
@@ -100,25 +103,25 @@ class Product(CompoundQuantizer):
 
 @dataclass
 class _Channels:
-    """Those of one of several groups."""
+    """Selects the channels of one group from a batch of latents."""
 
     group: int
     groups: int
 
-    def __call__(self, part: Part) -> Part:
-        return replace(part, latents=part.latents.chunk(self.groups, dim=1)[self.group].contiguous())
+    def __call__(self, batch: LatentBatch) -> LatentBatch:
+        return replace(batch, latents=batch.latents.chunk(self.groups, dim=1)[self.group].contiguous())
 
 
 def _joined(outs: list[QuantizerOutput]) -> QuantizerOutput:
-    found = [_as_columns(out.indices) for out in outs if out.indices is not None]
+    indices = [_as_columns(out.indices) for out in outs if out.indices is not None]
     return QuantizerOutput(
         torch.cat([out.z_q for out in outs], dim=1),
-        torch.cat(found, dim=1) if len(found) == len(outs) else None,
+        torch.cat(indices, dim=1) if len(indices) == len(outs) else None,
         means([out.losses for out in outs]),
         means([out.metrics for out in outs]),
     )
 
 
 def _as_columns(indices: Tensor) -> Tensor:
-    """[N] of one quantizer as [N, 1]; [N, Q] of several as they are."""
+    """[N] -> [N, 1]; [N, Q] stays."""
     return indices if indices.ndim == 2 else indices[:, None]

@@ -1,4 +1,4 @@
-"""Residual quantization (SoundStream, arXiv 2107.03312): each layer quantizes what those before it left over.
+"""Residual quantization (SoundStream, arXiv 2107.03312): each layer quantizes the residual of the layers before it.
 
 Legend: z [N, d] latents, Q num_quantizers, K codes of each layer, r_q = z - sum of the codes before layer q.
 """
@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.clustering.latents import Latents, Part
+from tokenizer.clustering.latents import LatentBatch, Latents
 from tokenizer.distributed import mean_across_ranks
 from tokenizer.quantizers.base.compound import CompoundQuantizer, base_settings, check_base, means
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, QuantizerOutput, build_quantizer
 from tokenizer.quantizers.base.straight_through import straight_through
 
-SCALE_DECAY = 0.99  # per step, of the average that a layer's scale is
-SMALLEST_SCALE = 1e-6  # relative to z: below, what is left is rounding
-FAR_CODES = ("gumbel", "ibq", "bsq")  # bases that choose by a logit or a direction, not by a distance
-DROPPED = -1  # index of a quantizer that is not used: decodes to zero
+SCALE_DECAY = 0.99  # per step, of the moving average of each layer's scale
+SMALLEST_SCALE = 1e-6  # relative to z; a smaller residual is only rounding error
+FAR_CODES = ("gumbel", "ibq", "bsq")  # bases that choose codes by a logit or a direction instead of a distance
+DROPPED = -1  # index of an unused layer; it decodes to zeros
 
 
 @dataclass
 class ResidualConfig:
-    """base: name and settings of the quantizer that every layer is. codebook_size and dim, where not 0, are handed
-    to it unless it sets or lacks them. dropout: train with the first n layers alone, n drawn anew each step.
+    """base: name and settings of the quantizer of every layer. codebook_size and dim: if not 0, they are passed to the
+    base, unless the base sets them itself or has no such field. dropout: train with only the first n layers, where n is
+    random in each step.
     """
 
     base: dict[str, Any] = field(default_factory=lambda: {"name": "vq_vae"})
@@ -43,10 +44,11 @@ class ResidualConfig:
         if self.base["name"] == "residual":
             raise ValueError("quantizer.base is residual itself; raise quantizer.num_quantizers instead")
         if self.base["name"] == "product":
-            raise ValueError("quantizer.base is product; use product with residual as its base instead")
+            raise ValueError("quantizer.base is product; use quantizer.name=product with base residual instead")
         if self.base["name"] in FAR_CODES:
             raise ValueError(
-                f"quantizer.base is {self.base['name']}, whose codes do not lie near the latent: they leave no residual"
+                f"quantizer.base is {self.base['name']}; its codes are not close to the latent, so there is no useful "
+                "residual: choose a base that takes the nearest code"
             )
 
     def base_settings(self) -> dict[str, Any]:
@@ -55,14 +57,14 @@ class ResidualConfig:
 
 @QUANTIZERS.register("residual")
 class Residual(CompoundQuantizer):
-    """Q layers of one method; indices [..., Q], of which any prefix decodes: -1 stands for a code of zeros.
+    """Q layers of one method; indices [..., Q]. Any prefix decodes: -1 stands for a code of zeros.
 
-    Differs: a layer sees its residual divided by `scales`, so that it has the spread of z; methods that expect latents
-    of spread about 1 (fsq, fsp, vp_vae, lfq) would see next to nothing of a residual otherwise.
+    Differs: each layer quantizes its residual divided by `scales`, so that it has the standard deviation of z. Methods
+    that expect latents of standard deviation 1 (fsq, fsp, vp_vae, lfq) would not resolve a small residual.
 
-    Gradients: the output has that of the first layer's own output and of no other, which is the identity where the
-    base is straight-through (the sum of all would be Q times it). A loss of a later layer reaches z through r_q, the
-    codes before it being constants, and counts in the unit of z. Losses are means over the layers in use.
+    Gradients: the output has only the gradient of the first layer's output, which is the identity if the base is
+    straight-through (the sum over layers would be Q times that). The losses of a later layer reach z through r_q, with
+    the codes before it as constants, in units of z. Losses are means over the layers in use.
     """
 
     scales: Tensor
@@ -76,8 +78,8 @@ class Residual(CompoundQuantizer):
         first = layers[0]
         if first.in_dim != first.dim:
             raise ValueError(
-                f"quantizer.base is {first.name}, which reads {first.in_dim} channels and gives {first.dim}: "
-                "a residual needs as many; choose another base"
+                f"quantizer.base is {first.name}, which reads {first.in_dim} channels but outputs {first.dim}: "
+                "a residual needs equal numbers; choose another base"
             )
         self.dim = self.in_dim = first.dim
         self.training_state = ("measured", *self.training_state)  # type: ignore[misc]
@@ -87,7 +89,7 @@ class Residual(CompoundQuantizer):
     # -- training ---------------------------------------------------------------------------------------------------
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
-        """Every layer is computed and its losses are in the graph, whatever `dropout` leaves out: distributed
+        """Computes every layer and keeps its losses in the graph even if `dropout` leaves it out, because distributed
         training waits for the gradient of every parameter.
         """
         outs: list[QuantizerOutput] = []
@@ -97,50 +99,50 @@ class Residual(CompoundQuantizer):
             residual = z - coded
             self._measure(q, residual.detach(), z.detach())
             if outs and outs[-1].indices is None and not self.measured[q]:
-                break  # VP-VAE hands z through while its queue fills: the next must not fill its own with zeros
+                break  # VP-VAE returns z itself while its queue fills; the next queue must not fill with zeros
             scale = self.scales[q].clone()  # the buffer changes in place before backward reads it
-            # backward times the scale, as by 1 / scale the last layer's losses would outweigh all others at z
+            # backward multiplies by the scale: with 1 / scale the last layer's losses would dominate at z
             outs.append(layer._train_forward(straight_through(scale * residual, residual / scale)))
             codes.append(scale * outs[-1].z_q)
             coded = coded + codes[-1].detach()
-        used = min(len(outs), self._draw())
+        used = min(len(outs), self._draw_num_layers())
         z_q = sum((code.detach() for code in codes[1:used]), codes[0])
         metrics = means([out.metrics for out in outs])
         return QuantizerOutput(z_q, self._train_indices(outs, used), _losses(outs, used), metrics)
 
-    def _draw(self) -> int:
-        """How many layers this step uses: the same for all its tokens. On the CPU, so that no GPU waits."""
+    def _draw_num_layers(self) -> int:
+        """How many layers this step uses, the same for all tokens. Drawn on the CPU, so that no GPU waits."""
         return int(torch.randint(1, self.num_quantizers + 1, ())) if self.config.dropout else self.num_quantizers
 
     @torch.no_grad()
     def _measure(self, q: int, residual: Tensor, z: Tensor) -> None:
-        """Follows the RMS of layer q's residual relative to that of z, of all ranks; the first layer's is 1.
+        """Updates the scale of layer q: the RMS of its residual relative to that of z, over all ranks; 1 for the first.
 
-        At most 1: where codes are longer than the latents, a coarser layer would only err more.
+        The scale is at most 1: if codes are longer than the latents, a coarser layer would only add error.
         """
         if q == 0:
             return
         left, whole = mean_across_ranks(torch.stack([residual.square().sum(), z.square().sum()]))
         share = (left / whole.clamp(min=torch.finfo(left.dtype).tiny)).sqrt().clamp(max=1)
-        seen = (share > SMALLEST_SCALE) & (whole > 0)
-        followed = torch.where(self.measured[q], torch.lerp(share, self.scales[q], SCALE_DECAY), share)
-        self.scales[q] = torch.where(seen, followed, self.scales[q])
-        self.measured[q] |= seen
+        valid = (share > SMALLEST_SCALE) & (whole > 0)
+        average = torch.where(self.measured[q], torch.lerp(share, self.scales[q], SCALE_DECAY), share)
+        self.scales[q] = torch.where(valid, average, self.scales[q])
+        self.measured[q] |= valid
 
     def _train_indices(self, outs: list[QuantizerOutput], used: int) -> Tensor | None:
-        found = [out.indices for out in outs if out.indices is not None]
-        if len(found) < len(outs):
+        indices = [out.indices for out in outs if out.indices is not None]
+        if len(indices) < len(outs):
             return None
-        dropped = [torch.full_like(found[0], DROPPED)] * (self.num_quantizers - used)
-        return torch.stack([*found[:used], *dropped], dim=1)
+        dropped = [torch.full_like(indices[0], DROPPED)] * (self.num_quantizers - used)
+        return torch.stack([*indices[:used], *dropped], dim=1)
 
-    # -- afterwards -------------------------------------------------------------------------------------------------
+    # -- after training ---------------------------------------------------------------------------------------------
 
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
-        """Layer by layer, each on what the fitted layers before it leave over; their curves, one after the other."""
+        """Fits each layer on the residual of the layers before it. Returns the errors per iteration, layer by layer."""
         curve: list[float] = []
         for q, (layer, scale) in enumerate(zip(self.layers, self.scales, strict=True)):
-            errors = layer._fit(latents.mapped(_Leftover(self.layers[:q], self.scales[: q + 1])), codebook_size, seed)
+            errors = layer._fit(latents.mapped(_ResidualOf(self.layers[:q], self.scales[: q + 1])), codebook_size, seed)
             curve += [error * float(scale) ** 2 for error in errors]
         return curve
 
@@ -157,14 +159,14 @@ class Residual(CompoundQuantizer):
         return torch.stack([index for _, index in self._encode_layers(z)], dim=1)
 
     def _encode_layers(self, z: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What each layer gets [N, d], and its index of that [N]."""
-        coded, found = torch.zeros_like(z), []
+        """The input [N, d] and the index [N] of each layer."""
+        coded, results = torch.zeros_like(z), []
         for layer, scale in zip(self.layers, self.scales, strict=True):
-            seen = (z - coded) / scale
-            index = layer._encode(seen)
-            coded = coded + scale * layer._decode(index)  # in the order of _decode: the same bits
-            found.append((seen, index))
-        return found
+            residual = (z - coded) / scale
+            index = layer._encode(residual)
+            coded = coded + scale * layer._decode(index)  # adds in the order of _decode, so the bits are the same
+            results.append((residual, index))
+        return results
 
     def _decode(self, indices: Tensor) -> Tensor:
         coded = torch.zeros(len(indices), self.dim, device=indices.device)
@@ -175,35 +177,35 @@ class Residual(CompoundQuantizer):
 
     @property
     def codebook(self) -> Tensor:
-        """The codes of each layer, as they are added up: [Q, K, dim]."""
+        """The scaled codes of each layer, which add up to a latent: [Q, K, dim]."""
         return torch.stack([scale * layer.codebook for layer, scale in zip(self.layers, self.scales, strict=True)])
 
     @torch.no_grad()
     def code_shares(self, z: Tensor) -> Tensor:
-        """Of each layer: [..., dim] -> [Q, K] float32."""
+        """The shares of each layer: [..., dim] -> [Q, K] float32."""
         with torch.autocast(z.device.type, enabled=False):
-            seen = [part for part, _ in self._encode_layers(self._flatten(z))]
-        return torch.stack([layer.code_shares(part) for layer, part in zip(self.layers, seen, strict=True)])
+            inputs = [residual for residual, _ in self._encode_layers(self._flatten(z))]
+        return torch.stack([layer.code_shares(x) for layer, x in zip(self.layers, inputs, strict=True)])
 
 
 @dataclass
-class _Leftover:
-    """What the layer after `layers` gets of latents. scales [len(layers) + 1]."""
+class _ResidualOf:
+    """Computes the input of the layer after `layers`. scales [len(layers) + 1]."""
 
     layers: Sequence[Quantizer]
     scales: Tensor
 
-    def __call__(self, part: Part) -> Part:
-        residual = part.latents.float()
+    def __call__(self, batch: LatentBatch) -> LatentBatch:
+        residual = batch.latents.float()
         scales = self.scales.to(residual)
         for layer, scale in zip(self.layers, scales[:-1], strict=True):
             layer = layer.to(residual.device)
             residual = residual - scale * layer.decode(layer.encode(residual / scale))
-        return replace(part, latents=residual / scales[-1])
+        return replace(batch, latents=residual / scales[-1])
 
 
 def _losses(outs: list[QuantizerOutput], used: int) -> dict[str, Tensor]:
-    """Means over the layers in use; those of the others are in the graph with no weight."""
+    """Means over the layers in use. The losses of the other layers stay in the graph with weight 0."""
     shares = [1 / used if q < used else 0.0 for q in range(len(outs))]
     return {
         name: torch.stack([share * out.losses[name] for share, out in zip(shares, outs, strict=True)]).sum()

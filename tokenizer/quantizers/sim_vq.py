@@ -1,6 +1,6 @@
-"""SimVQ, arXiv 2411.02038: the codes are one learned linear map of a frozen random table, so that all move at once.
+"""SimVQ, arXiv 2411.02038: the codes are a learned linear map of frozen random vectors, so all codes move together.
 
-Legend: z [N, d] latents, E0 [K, d] the frozen table, e = W E0 + b [K, d] the codes, q [N] indices.
+Legend: z [N, d] latents, E0 [K, d] the frozen vectors, e = W E0 + b [K, d] the codes, q [N] indices.
 """
 
 from dataclasses import dataclass
@@ -10,31 +10,31 @@ from torch import Tensor, nn
 
 from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizers.base.codebook import TableQuantizer, check_table
+from tokenizer.quantizers.base.codebook import CodebookQuantizer, check_codebook_shape
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
 from tokenizer.quantizers.base.straight_through import GRADIENTS
 
 
 @dataclass
 class SimVQConfig:
-    """gradient: straight_through (the official code) or rotation (as lucidrains has it)."""
+    """gradient: straight_through (the official code) or rotation (lucidrains' implementation)."""
 
     codebook_size: int = 1024
     dim: int = 64
     gradient: str = "straight_through"
 
     def __post_init__(self) -> None:
-        check_table(self.codebook_size, self.dim)
+        check_codebook_shape(self.codebook_size, self.dim)
         if self.gradient not in GRADIENTS:
             raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
 
 
 @QUANTIZERS.register("sim_vq")
-class SimVQ(TableQuantizer):
-    """VQ-VAE's losses on projected codes: W gets a gradient from every latent, and with W every code moves.
+class SimVQ(CodebookQuantizer):
+    """VQ-VAE's losses on the projected codes: every latent gives W a gradient, and W moves every code.
 
-    Differs: `decode` gives the projected code. The official get_codebook_entry returns E0[q] without W, so that it
-    decodes other codes than those it was trained with.
+    Differs: `decode` returns the projected code. The official get_codebook_entry returns E0[q] without W, which is not
+    the code that the decoder was trained with.
     """
 
     frozen: Tensor
@@ -61,5 +61,5 @@ class SimVQ(TableQuantizer):
 
     def _live_codes(self) -> Tensor:
         if not self.initialised:
-            raise CodebookMissing("this sim_vq was never trained: its codes are random")
+            raise CodebookMissing("this sim_vq was never trained: its codes are still random; train it first")
         return self.projection(self.frozen)

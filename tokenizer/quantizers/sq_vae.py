@@ -1,4 +1,4 @@
-"""SQ-VAE, arXiv 2205.07547, variant Gaussian I of sony/sqvae: one learned variance, which anneals by itself.
+"""SQ-VAE, arXiv 2205.07547, variant Gaussian I of sony/sqvae: one learned variance, which falls during training.
 
 Legend: z [N, d] latents, e [K, d] codes, s = 1 + exp(theta) the variance, p [N, K] the codes' probabilities.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.clustering.neighbors import nearest_codeword
-from tokenizer.quantizers.base.codebook import check_table
+from tokenizer.quantizers.base.codebook import check_codebook_shape
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput
 from tokenizer.quantizers.base.stochastic import (
     SMALLEST_TEMPERATURE,
@@ -27,11 +27,12 @@ FIRST_THETA = math.log(20.0)
 
 @dataclass
 class SQVAEConfig:
-    """temperature_decay: of the exponent, per step. theta_start: theta before training, ln 20 in the official code.
+    """temperature_decay: decay rate of the temperature per step. theta_start: initial theta; ln 20 in the official
+    code.
 
-    theta_lr: the factor by which theta's learning rate exceeds train.lr, 1 in the official code. Adam moves theta by at
-    most about its learning rate a step: training of a few thousand steps leaves the variance where it was, and the
-    decoder sees mixtures of codes only, unless theta starts lower or moves faster.
+    theta_lr: factor of train.lr for theta; 1 in the official code. Adam moves theta by at most about its learning rate
+    per step. In a few thousand steps the variance would hardly change and the decoder would only see mixtures of codes,
+    unless theta starts lower or moves faster.
     """
 
     codebook_size: int = 512
@@ -42,7 +43,7 @@ class SQVAEConfig:
     theta_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        check_table(self.codebook_size, self.dim)
+        check_codebook_shape(self.codebook_size, self.dim)
         if not SMALLEST_TEMPERATURE <= self.temperature_start < math.inf:
             raise ValueError(
                 f"quantizer.temperature_start is {self.temperature_start}; it must be {SMALLEST_TEMPERATURE} or more"
@@ -57,12 +58,12 @@ class SQVAEConfig:
 
 @QUANTIZERS.register("sq_vae")
 class SQVAE(SoftQuantizer):
-    """Mixes all codes, by Gaussian probabilities with Gumbel noise; the nearest code once it is trained.
+    """Training mixes all codes by Gaussian probabilities with Gumbel noise; afterwards the nearest code is used.
 
     Losses are means over tokens: "kl_discrete" sum_k p_k ln p_k, at least -ln K; "kl_continuous" |z - z_q|^2 / (2 s).
-    The official loss of a picture is D_x/2 ln(squared error) + sums over its T tokens. Divided by D_x/2 that is
-    ln(mse) + 2 T/D_x (means over tokens), so the default weights are 2 T/D_x, beside train.loss_weights
-    {mse: 0, log_mse: 1}.
+    The official loss of a picture is D_x/2 ln(squared error) + sums over its T tokens. Divided by D_x/2 this is
+    ln(mse) + 2 T/D_x (means over tokens), so the default weights are 2 T/D_x, for train.loss_weights
+    {l1: 0, log_mse: 1}.
     """
 
     Config = SQVAEConfig
@@ -82,12 +83,12 @@ class SQVAE(SoftQuantizer):
         return 1 + self.theta.exp()
 
     def _temperature(self, step: Tensor) -> Tensor:
-        """Differs: the official max(..., 0) would divide by 0 after 10 million steps; ours stops at 1e-3."""
+        """Differs: the official max(..., 0) divides by 0 after 10 million steps; ours stops at 1e-3."""
         return decaying_temperature(step, self.config.temperature_start, self.config.temperature_decay)
 
     def _logits(self, z: Tensor, codes: Tensor) -> Tensor:
-        """-|z - e|^2 / (2 s), less the part that all codes have in common."""
-        center = codes.detach().mean(dim=0)  # as in nearest_codeword: keeps the digits
+        """-|z - e|^2 / (2 s), without the term that is the same for all codes."""
+        center = codes.detach().mean(dim=0)  # keeps precision, as in nearest_codeword
         z, codes = z - center, codes - center
         return torch.addmm(-codes.square().sum(dim=1) / 2, z, codes.T) / self.variance
 
@@ -105,7 +106,7 @@ class SQVAE(SoftQuantizer):
         return QuantizerOutput(z_q, losses=losses, metrics=self._metrics(temperature, shares))
 
     def _mix(self, z: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One chunk: z_q [n, d], and the sums over n of sum_k p_k ln p_k and of p [K]."""
+        """For one chunk: z_q [n, d], and the sums over n of sum_k p_k ln p_k and of p [K]."""
         logits = self._logits(z, self.embedding)
         p = logits.softmax(dim=1)
         return gumbel_softmax(logits, temperature) @ self.embedding, -entropy(p).sum(), p.sum(dim=0)

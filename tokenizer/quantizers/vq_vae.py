@@ -1,9 +1,9 @@
-"""VQ-VAE, arXiv 1711.00937, with the ways to keep its codebook in use, which combine as one likes:
+"""VQ-VAE, arXiv 1711.00937, with options that keep the codebook in use. They can be combined freely:
 
-l2: latents and codes on the unit sphere (VQ-VAE+; Yu et al., arXiv 2110.04627). replace_after: unused codes start
-anew from a latent. affine, alternating_lr: Huh et al., arXiv 2305.08842. gradient: rotation (arXiv 2410.06424).
+l2: latents and codes on the unit sphere (VQ-VAE+; Yu et al., arXiv 2110.04627). replace_after: replaces unused codes
+by latents. affine, alternating_lr: Huh et al., arXiv 2305.08842. gradient: rotation (arXiv 2410.06424).
 
-Legend: z [N, d] latents, e [K, d] codes as they are searched, q [N] indices.
+Legend: z [N, d] latents, e [K, d] the searched codes, q [N] indices.
 """
 
 from dataclasses import dataclass
@@ -15,24 +15,26 @@ from torch.nn.functional import normalize
 from tokenizer.clustering.neighbors import nearest_codeword
 from tokenizer.distributed import from_first_rank, gather_rows, mean_across_ranks
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizers.base.codebook import TableQuantizer, check_table, first_codes
+from tokenizer.quantizers.base.codebook import CodebookQuantizer, check_codebook_shape, first_codes
 from tokenizer.quantizers.base.quantizer import QUANTIZERS, QuantizerOutput, mean_squared
 from tokenizer.quantizers.base.straight_through import GRADIENTS
 
 MOMENTUM = 0.9  # of the alternating step, as in vqtorch's example
 REPLACE_NOISE = 0.01  # standard deviation in each dimension, relative to the new code's length, as in vqtorch
-SMALLEST_LENGTH = 1e-6  # of a latent on its way to the sphere: keeps the gradient finite at 0
-SMALLEST_FACTOR = 1e-2  # that a new code is divided by: an affine scale that passes 0 would make it infinite
+SMALLEST_LENGTH = 1e-6  # of a latent before normalisation: keeps the gradient finite at 0
+SMALLEST_FACTOR = 1e-2  # new codes are divided by the affine factor, which can be close to 0
 
 
 @dataclass
 class VQVAEConfig:
-    """gradient: straight_through or rotation. replace_after: steps without use, 0 for never (vqtorch: 20).
+    """gradient: straight_through or rotation. replace_after: steps without use until a code is replaced, 0 for never
+    (vqtorch: 20).
 
-    affine: the factor by which a learned scale and shift of the whole codebook outpace the codes, 0 for none (vqtorch:
-    10). alternating_lr: of an SGD step on the codes alone before each step of the model, 0 for none (vqtorch: 50);
-    the optimizer then leaves the codes alone, and the paper gives the commitment no weight. sync_nu: share of the
-    gradient at the output that reaches the chosen code too, 0 for none (synchronized commitment; vqtorch's example: 1).
+    affine: how much faster a learned scale and shift of the whole codebook train than the codes, 0 for none (vqtorch:
+    10). alternating_lr: learning rate of an SGD step on only the codes before each step of the model, 0 for none
+    (vqtorch: 50). The optimizer then does not train the codes, and the paper sets the commitment weight to 0. sync_nu:
+    share of the output's gradient that also goes to the chosen code, 0 for none (synchronized commitment; vqtorch's
+    example: 1).
     """
 
     codebook_size: int = 1024
@@ -45,7 +47,7 @@ class VQVAEConfig:
     sync_nu: float = 0.0
 
     def __post_init__(self) -> None:
-        check_table(self.codebook_size, self.dim)
+        check_codebook_shape(self.codebook_size, self.dim)
         if self.gradient not in GRADIENTS:
             raise ValueError(f"quantizer.gradient is {self.gradient!r}; choose one of: {', '.join(GRADIENTS)}")
         for name in ("replace_after", "affine", "alternating_lr", "sync_nu"):
@@ -53,14 +55,14 @@ class VQVAEConfig:
                 raise ValueError(f"quantizer.{name} is {getattr(self, name)}; it must be 0 (off) or more")
         if self.sync_nu and self.alternating_lr:
             raise ValueError(
-                f"quantizer.sync_nu is {self.sync_nu} and alternating_lr {self.alternating_lr}; with the latter the "
-                "model's step leaves the codes alone, so set one of them to 0"
+                f"quantizer.sync_nu is {self.sync_nu} and alternating_lr {self.alternating_lr}; with alternating_lr "
+                "the optimizer does not train the codes, so set one of them to 0"
             )
 
 
 @QUANTIZERS.register("vq_vae")
-class VQVAE(TableQuantizer):
-    """A learned codebook that starts from k-means over the first batch; the nearest code, losses on both sides."""
+class VQVAE(CodebookQuantizer):
+    """A learned codebook, initialised by k-means over the first batch, with nearest-code search."""
 
     initialised: Tensor
     unused_steps: Tensor
@@ -81,7 +83,7 @@ class VQVAE(TableQuantizer):
         if config.alternating_lr:
             self.register_buffer("velocity", torch.zeros(shape))
         self.register_buffer("initialised", torch.tensor(False))
-        self._replaced: Tensor | None = None  # rows of the last step, for the optimizer
+        self._replaced: Tensor | None = None  # rows replaced in the last step; the optimizer resets their moments
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
         self._thaw()
@@ -94,14 +96,14 @@ class VQVAE(TableQuantizer):
         if self.config.replace_after and len(z):
             self._replace_unused(z.detach(), q)
         if self.config.alternating_lr and len(z):
-            self._alternate(z.detach(), q)  # q is kept for the model's step, as in vqtorch
+            self._alternate(z.detach(), q)  # q stays the same for the model's step, as in vqtorch
         e_q = self._effective(self.embedding)[q]
         losses = {  # arXiv 1711.00937, eq. 3, as means over elements
             "codebook": mean_squared(z.detach() - e_q),
             "commitment": mean_squared(z - e_q.detach()),
         }
         z_q = GRADIENTS[self.config.gradient](z, e_q)
-        if self.config.sync_nu:  # arXiv 2305.08842, section 4.3: adds nothing but a gradient to the codes
+        if self.config.sync_nu:  # arXiv 2305.08842, section 4.3: adds only a gradient for the codes
             z_q = z_q + self.config.sync_nu * (e_q - e_q.detach())
         return QuantizerOutput(z_q, q, losses)
 
@@ -113,35 +115,37 @@ class VQVAE(TableQuantizer):
 
     def _live_codes(self) -> Tensor:
         if not self.initialised:
-            raise CodebookMissing("this VQ-VAE was never trained: its codes start from the first batch of training")
+            raise CodebookMissing(
+                "this VQ-VAE was never trained, so it has no codes: they start from the first training batch"
+            )
         return self._effective(self.embedding)
 
     def _to_search_space(self, z: Tensor) -> Tensor:
         return normalize(z, dim=1, eps=SMALLEST_LENGTH) if self.config.l2 else z
 
     def _effective(self, embedding: Tensor) -> Tensor:
-        """The codes as they are searched: e = (1 + s a) * embedding + s b, on the sphere where l2 asks for it."""
+        """The searched codes: e = (1 + s a) * embedding + s b, on the unit sphere with l2."""
         if self.config.affine:
             embedding = (1 + self.config.affine * self.scale) * embedding + self.config.affine * self.shift
         return self._to_search_space(embedding)
 
-    # -- what sets codes without the optimizer ----------------------------------------------------------------------
+    # -- updates of the codes without the optimizer -----------------------------------------------------------------
 
     @torch.no_grad()
     def _replace_unused(self, z: Tensor, q: Tensor) -> None:
-        """Codes that no rank has used for `replace_after` steps become latents of this batch, with some noise."""
+        """Replaces codes that no rank used for `replace_after` steps by latents of this batch, with some noise."""
         counts = torch.bincount(q, minlength=self.codebook_size).float()
         self.unused_steps.add_(1)[mean_across_ranks(counts) > 0] = 0
         rows = (self.unused_steps >= self.config.replace_after).nonzero().flatten()
         if len(rows) == 0:
             return
-        everyone = gather_rows(z)
-        # as in vqtorch, no latent is taken twice before all have been taken once
-        order = torch.randperm(len(everyone), device=z.device).repeat(1 + len(rows) // len(everyone))
-        new = everyone[order[: len(rows)]]
+        latents = gather_rows(z)
+        # as in vqtorch, no latent is used twice before all have been used once
+        order = torch.randperm(len(latents), device=z.device).repeat(1 + len(rows) // len(latents))
+        new = latents[order[: len(rows)]]
         noise = REPLACE_NOISE * new.norm(dim=1, keepdim=True) * torch.randn_like(new)
         new = from_first_rank(new + noise)
-        if self.config.affine:  # undo what _effective will do to them
+        if self.config.affine:  # _effective applies the affine map to them, so invert it here
             factor = 1 + self.config.affine * self.scale
             new = (new - self.config.affine * self.shift) / factor.abs().clamp(min=SMALLEST_FACTOR).copysign(factor)
         self.embedding[rows] = new
@@ -152,7 +156,7 @@ class VQVAE(TableQuantizer):
 
     @torch.enable_grad()
     def _alternate(self, z: Tensor, q: Tensor) -> None:
-        """One SGD step of the codes alone on mean |e_q - z|^2 (arXiv 2305.08842, section 4.2)."""
+        """One SGD step of only the codes on mean |e_q - z|^2 (arXiv 2305.08842, section 4.2)."""
         embedding = self.embedding.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(mean_squared(self._effective(embedding)[q] - z), embedding)
         with torch.no_grad():

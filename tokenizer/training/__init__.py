@@ -1,1 +1,1 @@
-"""Training without Ray: one update, the recipe, a whole trial."""
+"""Training without Ray: the recipe, one training step, a whole trial."""

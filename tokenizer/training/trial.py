@@ -1,4 +1,4 @@
-"""One trial of a comparison: train, make the codebook, evaluate. A plain function of settings and arrays, without Ray.
+"""One trial of a comparison: train, make the codebook, evaluate. A plain function of settings and arrays; no Ray.
 
 result = run_trial(Trial(model=..., recipe=Recipe(steps=500)), train_arrays, heldout_arrays, device="cuda")
 """
@@ -17,28 +17,29 @@ from tokenizer.encoder import LatentEncoder
 from tokenizer.evaluation import Evaluation
 from tokenizer.modalities.base import Decoded, Modality, build_modality
 from tokenizer.tokenizer import Tokenizer
+from tokenizer.training.recipe import Recipe
 from tokenizer.training.resident import endless_order, resident_batches
-from tokenizer.training.step import Recipe, Trainer
+from tokenizer.training.step import Trainer
 
 LOG_POINTS = 50  # rows of the training log
 
 
 @dataclass
 class Trial:
-    """All that decides on a result, besides the arrays. model: the settings of Autoencoder; recipe.seed is the seed."""
+    """Everything that determines a result, except the arrays. model: the settings of Autoencoder."""
 
     model: dict[str, Any]
     recipe: Recipe
     preprocess: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    max_latents: int = 262_144  # that the codebook is made from, of samples drawn at random
+    max_latents: int = 262_144  # for making the codebook, from randomly drawn samples
     eval_batch_size: int = 64  # samples
-    pictures: int = 8
+    num_examples: int = 8  # reconstructions in the result
 
 
 @dataclass
 class TrialResult:
-    """numbers: one value each; others: those of further corpora; history: rows of the training log; examples: PNGs."""
+    """numbers: the metrics. others: those on further corpora. history: rows of the training log. examples: PNGs."""
 
     numbers: dict[str, Any]
     others: dict[str, dict[str, Any]]
@@ -56,11 +57,12 @@ def run_trial(
     report: Callable[[dict[str, float]], None] = lambda row: None,
     resident: bool = False,
 ) -> TrialResult:
-    """train, heldout, and others to evaluate on: samples as the modality reads them. report gets each row of the log.
+    """Trains on `train`; evaluates on `heldout` and `others`. Arrays are samples as the modality reads them.
 
-    resident: keep all training pictures on the device and make the same batches there (`resident_batches`).
-    Two trials that differ in the quantizer alone see the same samples in the same order, the same crops, and nets
-    that start from the same weights. Raises FloatingPointError if training diverges.
+    report is called with each row of the log. resident: keep all training pictures on the device and make the same
+    batches there (`resident_batches`). Two trials that differ only in the quantizer see the same samples in the same
+    order with the same crops, and their nets start from the same weights. Raises FloatingPointError if training
+    diverges.
     """
     torch.manual_seed(trial.recipe.seed)
     autoencoder = Autoencoder(trial.model)
@@ -86,18 +88,18 @@ def run_trial(
 def training_batches(
     modality: Modality, arrays: Sequence[np.ndarray], recipe: Recipe, factor: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(step, x) for every step. Order and crops depend on the recipe's seed alone: each epoch is a new permutation."""
-    places = endless_order(len(arrays), recipe.seed)
+    """Yields (step, x). Order and crops depend only on the recipe's seed: each epoch is a new permutation."""
+    positions = endless_order(len(arrays), recipe.seed)
     for step in range(recipe.steps):
         rng = np.random.default_rng([recipe.seed, 1, step])
-        crops = [modality.segment(arrays[next(places)], recipe.segment, rng) for _ in range(recipe.batch_size)]
+        crops = [modality.segment(arrays[next(positions)], recipe.segment, rng) for _ in range(recipe.batch_size)]
         yield step, modality.batch(crops, factor).x
 
 
 def _train(
     trainer: Trainer, batches: Iterator[tuple[int, Tensor]], report: Callable[[dict[str, float]], None]
 ) -> tuple[list[dict[str, float]], list[float]]:
-    """The training log, and the seconds of each update (data and logging left out)."""
+    """Returns the training log and the seconds of each update, without data loading and logging."""
     recipe, history, seconds = trainer.recipe, [], []
     every = max(1, recipe.steps // LOG_POINTS)
     for step, x in batches:
@@ -113,19 +115,18 @@ def _train(
 
 
 def _fit(trial: Trial, autoencoder: Autoencoder, arrays: Sequence[np.ndarray], device: str) -> list[float]:
-    """The codebook, from the latents of whole training samples, drawn at random until there are enough."""
+    """Makes the codebook from the latents of randomly drawn training samples. Returns the error per iteration."""
     encoder = LatentEncoder(autoencoder, trial.preprocess).to(device)
     rng = np.random.default_rng([trial.recipe.seed, 2])
-    chosen, total = rng.permutation(len(arrays)), 0
-    found: list[Tensor] = []
-    for start in range(0, len(chosen), trial.eval_batch_size):
-        some = [arrays[i] for i in chosen[start : start + trial.eval_batch_size]]
-        for group in _same_bucket(encoder.modality, some, len(some)):
-            found += [z.flatten(0, -2).cpu() for z in encoder.latents(group)]
-        total = sum(map(len, found))
-        if total >= trial.max_latents:
+    order = rng.permutation(len(arrays))
+    encoded: list[Tensor] = []
+    for start in range(0, len(order), trial.eval_batch_size):
+        samples = [arrays[i] for i in order[start : start + trial.eval_batch_size]]
+        for batch in _same_bucket(encoder.modality, samples, len(samples)):
+            encoded += [z.flatten(0, -2).cpu() for z in encoder.latents(batch)]
+        if sum(map(len, encoded)) >= trial.max_latents:
             break
-    latents = torch.cat(found)[: trial.max_latents].to(device)
+    latents = torch.cat(encoded)[: trial.max_latents].to(device)
     return autoencoder.quantizer.eval().fit(latents, seed=trial.recipe.seed)
 
 
@@ -135,25 +136,25 @@ def _evaluate(trial: Trial, tokenizer: Tokenizer, arrays: Sequence[np.ndarray]) 
     evaluation = Evaluation.empty(tokenizer)
     examples: list[bytes] = []
     rates: list[float] = []
-    for group in _same_bucket(modality, arrays, trial.eval_batch_size):
-        samples = [Decoded(array, modality.size_of(array)) for array in group]
+    for batch in _same_bucket(modality, arrays, trial.eval_batch_size):
+        samples = [Decoded(array, modality.size_of(array)) for array in batch]
         started = time.perf_counter()
-        tokens = tokenizer.encode(group)
+        tokens = tokenizer.encode(batch)
         rates.append(sum(t.size for t in tokens) / (time.perf_counter() - started))
-        rebuilt = evaluation.add(tokenizer, samples, quality)
-        examples += [modality.view(array) for array in rebuilt[: trial.pictures - len(examples)]]
+        reconstructions = evaluation.add(tokenizer, samples, quality)
+        examples += [modality.view(array) for array in reconstructions[: trial.num_examples - len(examples)]]
     numbers = evaluation.summary(tokenizer) | {"quality": evaluation.quality}
     numbers |= {"tokens_per_s": float(np.median(rates)), "tokenizer_id": tokenizer.id}
     return numbers, examples
 
 
 def _same_bucket(modality: Modality, arrays: Sequence[np.ndarray], batch_size: int) -> Iterator[list[np.ndarray]]:
-    """Neighbours of one bucket, in order, at most batch_size together."""
-    group: list[np.ndarray] = []
+    """Batches of consecutive arrays of one bucket, at most batch_size each."""
+    batch: list[np.ndarray] = []
     for array in arrays:
-        if group and (len(group) == batch_size or modality.bucket(array) != modality.bucket(group[0])):
-            yield group
-            group = []
-        group.append(array)
-    if group:
-        yield group
+        if batch and (len(batch) == batch_size or modality.bucket(array) != modality.bucket(batch[0])):
+            yield batch
+            batch = []
+        batch.append(array)
+    if batch:
+        yield batch

@@ -1,4 +1,4 @@
-"""Quality of reconstructed sound: PESQ, STOI, SI-SDR, mel distance, MSE. One number per clip."""
+"""Quality of reconstructed audio: PESQ, STOI, SI-SDR, mel distance, MSE. One number per clip."""
 
 import math
 import warnings
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tokenizer.modalities.audio.losses import MultiScaleMel
 
-# PESQ's C code has room for 50 utterances and overwrites its stack beyond. An utterance and the pause after it are
-# 0.2 s each at least, so that 20 s never hold more: 30 s of quick bursts do end the process
-LONGEST_JUDGED_S = 20.0
+# PESQ's C code has room for 50 utterances and overwrites its stack with more; 30 s of short bursts crash the process.
+# An utterance and the pause after it are at least 0.2 s each, so 20 s contain at most 50
+MAX_JUDGED_S = 20.0
 PESQ_RATE = 16_000
 SHORTEST_STOI_S = (29 * 128 + 256) / 10_000  # 30 frames of 256 samples, hop 128, at 10 kHz
 LARGEST_SI_SDR = 100.0  # dB, either way, so that a mean stays finite
@@ -20,17 +20,17 @@ LARGEST_SI_SDR = 100.0  # dB, either way, so that a mean stays finite
 class AudioMetrics(nn.Module):
     """(x, x_hat [B, 1, T] in -1..1, lengths) -> name -> [B] float32 on the CPU, NaN where a metric is not defined.
 
-    lengths: samples of each clip, where x is padded. Padding never enters a metric.
+    lengths: number of samples of each clip if x is padded. Padding does not affect any metric.
 
     | name         | unit, range               | better | of                                        |
-    | mse          | 0 up, full scale is 1     | lower  | the waveform; changes with loudness       |
-    | si_sdr       | dB, -100..100             | higher | the waveform, whatever its loudness       |
-    | mel_distance | decades of magnitude      | lower  | the spectrum, as the loss "mel"           |
-    | pesq         | MOS-LQO, 1..4.64          | higher | quality of the first 20 s, to a listener  |
+    | mse          | 0 up, full scale is 1     | lower  | the waveform; depends on loudness         |
+    | si_sdr       | dB, -100..100             | higher | the waveform, independent of loudness     |
+    | mel_distance | decades of magnitude      | lower  | the spectrum; equals the loss "mel"       |
+    | pesq         | MOS-LQO, 1..4.64          | higher | perceived quality of the first 20 s       |
     | stoi         | about 0..1                | higher | intelligibility of the first 20 s         |
 
-    slow: also PESQ and STOI, up to 2 s per clip; without it they are left out. Raises ImportError if slow and
-    the extra "audio" is not installed.
+    slow: also computes PESQ and STOI, which takes up to 2 s per clip. Raises ImportError if slow is set and the extra
+    "audio" is not installed.
     """
 
     def __init__(self, sample_rate: int, slow: bool = True):
@@ -51,23 +51,23 @@ class AudioMetrics(nn.Module):
         """x, x_hat [1, T] of one clip, without padding."""
         with torch.autocast(x.device.type, enabled=False):
             mel_distance = float(self.mel(x[None], x_hat[None]))
-        original, rebuilt = x[0].cpu().numpy(), x_hat[0].cpu().numpy()
-        found = {
+        original, reconstruction = x[0].cpu().numpy(), x_hat[0].cpu().numpy()
+        values = {
             "mse": float((x - x_hat).square().mean()),
-            "si_sdr": si_sdr(original, rebuilt),
+            "si_sdr": si_sdr(original, reconstruction),
             "mel_distance": mel_distance,
         }
         if self.slow:
-            found["pesq"] = wideband_pesq(original, rebuilt, self.sample_rate)
-            found["stoi"] = classic_stoi(original, rebuilt, self.sample_rate)
-        return found
+            values["pesq"] = wideband_pesq(original, reconstruction, self.sample_rate)
+            values["stoi"] = classic_stoi(original, reconstruction, self.sample_rate)
+        return values
 
 
 def si_sdr(x: np.ndarray, x_hat: np.ndarray) -> float:
     """Scale-invariant signal-to-distortion ratio in dB, x and x_hat [T]. Source: Le Roux 2019, arXiv 1811.02508.
 
-    Cut off at +-100 dB: 100 for x_hat = x, -100 for an x_hat that has nothing of x, as silence has. NaN for silent x.
-    Means are not taken off: DC counts as signal.
+    Clipped at +-100 dB: 100 for x_hat = x, -100 for an x_hat without any component of x, such as silence. NaN for
+    silent x. Means are not subtracted: DC counts as signal.
     """
     x, x_hat = x.astype(np.float64), x_hat.astype(np.float64)
     if not x.any():
@@ -82,14 +82,14 @@ def si_sdr(x: np.ndarray, x_hat: np.ndarray) -> float:
 
 
 def wideband_pesq(x: np.ndarray, x_hat: np.ndarray, sample_rate: int) -> float:
-    """Listening quality (MOS-LQO) of the first 20 s by ITU-T P.862.2, x and x_hat [T]; 4.64 if they are the same.
+    """Listening quality (MOS-LQO) of the first 20 s by ITU-T P.862.2; 4.64 for identical clips. x, x_hat [T].
 
-    Other rates are resampled to 16 kHz. NaN below 16 kHz, which is no wide band, under 0.25 s, where x holds no
-    speech, and where either is silent or not finite.
+    Higher sample rates are resampled to 16 kHz. NaN for rates below 16 kHz (not wideband), for clips under 0.25 s, if x
+    contains no speech, and if either clip is silent or not finite.
     """
     from pesq import PesqError, pesq
 
-    x, x_hat = (wave[: int(LONGEST_JUDGED_S * sample_rate)] for wave in (x, x_hat))
+    x, x_hat = (wave[: int(MAX_JUDGED_S * sample_rate)] for wave in (x, x_hat))
     if sample_rate < PESQ_RATE or not _can_be_judged(x, x_hat):
         return math.nan
     if sample_rate != PESQ_RATE:
@@ -105,18 +105,18 @@ def wideband_pesq(x: np.ndarray, x_hat: np.ndarray, sample_rate: int) -> float:
 
 
 def classic_stoi(x: np.ndarray, x_hat: np.ndarray, sample_rate: int) -> float:
-    """Short-time objective intelligibility of the first 20 s, not extended, x and x_hat [T]; 1 if they are the same.
+    """Short-time objective intelligibility (not extended) of the first 20 s; 1 for identical clips. x, x_hat [T].
 
-    Only what is below 4.3 kHz counts, at any sample rate. NaN where x, without the frames 40 dB below its loudest,
-    is shorter than 0.4 s, and where either is silent or not finite. Source: Taal 2010.
+    Only frequencies below 4.3 kHz count, at every sample rate. NaN if x without frames 40 dB below its loudest one is
+    shorter than 0.4 s, and if either clip is silent or not finite. Source: Taal 2010.
     """
     from pystoi import stoi
 
-    x, x_hat = (wave[: int(LONGEST_JUDGED_S * sample_rate)] for wave in (x, x_hat))
+    x, x_hat = (wave[: int(MAX_JUDGED_S * sample_rate)] for wave in (x, x_hat))
     if len(x) < SHORTEST_STOI_S * sample_rate or not _can_be_judged(x, x_hat):
         return math.nan
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)  # and would return 1e-5
+        warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)  # pystoi then returns 1e-5
         try:
             return float(stoi(x, x_hat, sample_rate, extended=False))
         except RuntimeWarning:
@@ -135,5 +135,5 @@ def _require_slow() -> None:
     except ImportError as error:
         needs = f"PESQ and STOI need the packages pesq, pystoi and soxr ({error})"
         raise ImportError(
-            f"{needs}; pip install -e '.[audio]' in Tokenmill's folder, or leave both out with slow=False"
+            f"{needs}; run pip install -e '.[audio]' in Tokenmill's folder, or turn both off with slow=False"
         ) from error

@@ -1,4 +1,4 @@
-"""Sound: files to mono waveforms at the model's rate and back, losses, quality metrics. Arrays are float32 [T, 1]."""
+"""Audio: files to mono waveforms at the model's sample rate and back, losses, metrics. Arrays are float32 [T, 1]."""
 
 import math
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tokenizer.modalities.audio.losses import AudioLosses
 from tokenizer.modalities.audio.metrics import AudioMetrics
 from tokenizer.modalities.audio.waveform import read_waveform, require_packages, resampled_length, to_wav
-from tokenizer.modalities.base import MODALITIES, Batch, Decoded, Metrics, Modality
+from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
 
 
 @dataclass
 class AudioConfig:
-    """sample_rate: of the model, in Hz; every file is resampled to it. A longer file than max_seconds is refused."""
+    """sample_rate: of the model, in Hz; files are resampled to it. Files longer than max_seconds are quarantined."""
 
     sample_rate: int = 16_000
     max_seconds: float = 3600.0
@@ -31,7 +31,7 @@ class AudioConfig:
 
 @MODALITIES.register("audio")
 class Audio(Modality):
-    """Sizes are {"sample_rate", "num_samples"}: of the file as it was, or at the model's rate once preprocessed."""
+    """Sizes are {"sample_rate", "num_samples"}: of the original file, or after preprocessing at the model's rate."""
 
     Config = AudioConfig
     extensions = ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac", "g722")
@@ -42,7 +42,7 @@ class Audio(Modality):
     default_loss_weights = {"l1": 1.0, "mse": 0.0, "stft": 1.0, "mel": 1.0}
 
     def __init__(self, config: AudioConfig):
-        require_packages()  # here, since in `read` it would put every sample into quarantine
+        require_packages()  # here, because an ImportError in `read` would quarantine every sample
         self.config = config
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
@@ -55,12 +55,14 @@ class Audio(Modality):
         return to_wav(array, self.config.sample_rate)
 
     def view(self, array: np.ndarray) -> bytes:
-        from tokenizer.modalities.audio.spectrogram import spectrogram_png  # matplotlib, which no worker needs
+        from tokenizer.modalities.audio.spectrogram import (
+            spectrogram_png,
+        )  # imports matplotlib, which workers do not need
 
         return spectrogram_png(array[:, 0], self.config.sample_rate)
 
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        """A random piece of size samples; a shorter clip lies somewhere in silence."""
+        """A random crop of size samples; a shorter clip is placed at random within silence."""
         missing = size - len(array)
         if missing > 0:
             before = int(rng.integers(missing + 1))
@@ -69,21 +71,21 @@ class Audio(Modality):
         return array[start : start + size]
 
     def elements(self, budget: float) -> int:
-        """budget: in seconds at the model's rate."""
+        """budget: in seconds."""
         return math.ceil(budget * self.config.sample_rate)
 
     def bucket(self, array: np.ndarray) -> tuple[int, ...]:
-        """Clips whose lengths differ by less than a factor of two: padding at most doubles a batch."""
+        """Lengths in one bucket differ by less than a factor of two, so padding at most doubles a batch."""
         return (len(array).bit_length(),)
 
-    def batch(self, arrays: list[np.ndarray], factor: int) -> Batch:
-        """[B, 1, T], zeros behind each clip, T a multiple of factor; the mask has the frames with any real sample."""
+    def batch(self, arrays: list[np.ndarray], factor: int) -> PaddedBatch:
+        """x [B, 1, T], T a multiple of factor, zeros after each clip; the mask marks frames that are not padding."""
         frames = torch.tensor([-(-len(array) // factor) for array in arrays])
         longest = int(frames.max())
         x = torch.zeros(len(arrays), 1, longest * factor)
         for row, array in zip(x, arrays, strict=True):
             row[0, : len(array)] = torch.from_numpy(np.ascontiguousarray(array[:, 0]))
-        return Batch(x, (torch.arange(longest) < frames[:, None])[:, None])
+        return PaddedBatch(x, (torch.arange(longest) < frames[:, None])[:, None])
 
     def unbatch(self, x: Tensor, sizes: list[dict[str, int]]) -> list[np.ndarray]:
         waveforms = x.float().clamp(-1, 1).movedim(1, 2).cpu().numpy()
@@ -108,12 +110,12 @@ class Audio(Modality):
 
 
 class BatchMetrics(Metrics):
-    """Metrics of two Batches at factor 1, each clip without its padding."""
+    """Metrics of two batches of factor 1, without the padding of each clip."""
 
     def __init__(self, metrics: AudioMetrics):
         super().__init__()
         self.of_clips = metrics
 
-    def forward(self, x: Batch, x_hat: Batch) -> dict[str, Tensor]:
+    def forward(self, x: PaddedBatch, x_hat: PaddedBatch) -> dict[str, Tensor]:
         assert x.mask is not None
         return self.of_clips(x.x, x_hat.x, x.mask.sum(dim=(1, 2)).tolist())

@@ -12,15 +12,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 WINDOW_S = 0.032
-MOST_FRAMES = 1000  # of a long clip only so many windows are shown, spread over it
-TOP_DB = -15.0  # above it all is the brightest colour
+MOST_FRAMES = 1000  # a longer clip is shown with this many windows, evenly spaced
+TOP_DB = -15.0  # levels from here on have the brightest colour
 SHOWN_DB = 80.0
 LOWEST_DB = -120.0
 
 
 @dataclass
 class Spectrogram:
-    """level_db [frequencies, frames]: 0 is a sine of full scale. frequencies in Hz, times (of middles) and hop in s."""
+    """level_db [frequencies, frames]: 0 is a full-scale sine.
+
+    frequencies in Hz; times (frame centres) and hop_s in s.
+    """
 
     level_db: np.ndarray
     frequencies: np.ndarray
@@ -29,7 +32,7 @@ class Spectrogram:
 
 
 def spectrogram(waveform: np.ndarray, sample_rate: int) -> Spectrogram:
-    """Levels of Hann windows of 32 ms, a quarter apart or more; waveform float [T] in -1..1, zeros after its end."""
+    """Levels of Hann windows of 32 ms, at least a quarter window apart. waveform float [T] in -1..1."""
     width = round(WINDOW_S * sample_rate)
     rest = max(0, len(waveform) - width)
     hop = max(width // 4, -(-rest // (MOST_FRAMES - 1)))
@@ -44,7 +47,10 @@ def spectrogram(waveform: np.ndarray, sample_rate: int) -> Spectrogram:
 
 
 def spectrogram_png(waveform: np.ndarray, sample_rate: int) -> bytes:
-    """waveform float [T] in -1..1. A level has the same colour in every picture, so that two of them compare."""
+    """PNG bytes.
+
+    waveform float [T] in -1..1. Colours have the same levels in all spectrograms, so they can be compared.
+    """
     figure = Figure(figsize=(5.0, 2.8), layout="constrained")
     axis = figure.subplots()
     image = _draw(axis, spectrogram(waveform, sample_rate))

@@ -1,11 +1,12 @@
-"""Sound files to waveforms and back: float32 [T, 1], mono, in -1..1, at the rate asked for.
+"""Audio files to waveforms and back: float32 [T, 1], mono, in -1..1, at a given sample rate.
 
-soundfile decodes wav, flac, ogg (vorbis, opus) and mp3; PyAV decodes m4a, aac, g722 and what soundfile cannot open.
-PyAV is told the format: FFmpeg left to guess would also open playlists, which name other files and addresses.
+soundfile decodes wav, flac, ogg (vorbis, opus) and mp3; PyAV decodes m4a, aac, g722 and files that soundfile cannot
+open. We always pass the format to PyAV: with format detection FFmpeg would also open playlists, which can refer to
+other files and addresses.
 
-A header is a claim. Fewer samples than it claims: BadSample, "truncated". More: what lies beyond is not read. A cut
-shows in wav, flac, ogg and m4a wherever it is; in mp3 if the file has a length header and lost more than one frame;
-in aac only within a frame; in g722 never, since any bytes are g722.
+If a file has fewer samples than its header claims, it is a BadSample ("truncated"). Extra samples are not read.
+Truncation is always detected in wav, flac, ogg and m4a; in mp3 if the file has a length header and lost more than one
+frame; in aac only within a frame; in g722 never, because any bytes are valid g722.
 """
 
 import importlib
@@ -24,14 +25,14 @@ from tokenizer.modalities.audio.formats import check_whole, identify
 
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
 MAX_CHANNELS = 64  # 7th-order ambisonics
-MAX_PEAK = 16.0  # 24 dB over full scale; samples in 16-bit units would be clipped to noise
+MAX_PEAK = 16.0  # 24 dB over full scale; floats in 16-bit units would be clipped to noise
 BLOCK = 2**16  # frames decoded at a time
-# a slack below the claim, in samples: some encoders count their mp3 header as a frame, and m4a may round to ms
+# allowed missing samples: some encoders count their mp3 header as a frame, and m4a can round to ms
 SLACK = {"mp3": 1152, "mp4": 2048}
 
 
 def require_packages() -> None:
-    """Raises ImportError, with the command that helps, where what decodes and resamples is not installed."""
+    """Raises ImportError, with the pip command, if the packages for decoding and resampling are not installed."""
     for name in ("soundfile", "soxr", "av"):
         _package(name)
 
@@ -39,40 +40,40 @@ def require_packages() -> None:
 def read_waveform(
     data: bytes, sample_rate: int, *, max_seconds: float, extension: str = ""
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """A sound file's bytes to float32 [T, 1] at sample_rate Hz, and the original's sample_rate and num_samples.
+    """Decodes a file to float32 [T, 1] at sample_rate Hz. Also returns the original's sample_rate and num_samples.
 
-    Channels are averaged. T is resampled_length of num_samples. What leaves -1..1 (float files, lossy codecs, the
-    resampler's overshoot) is clipped last, as a sound card would; scaling instead would let one click change the
-    whole clip. extension (without the dot) matters for g722 alone, which has no header to know it by.
-    Raises BadSample, with the reason, on anything that is no sound of at most max_seconds.
+    Channels are averaged. T is resampled_length of num_samples. Values outside -1..1 (float files, lossy codecs,
+    overshoot of the resampler) are clipped at the end, like on a sound card; with scaling, one click would change the
+    whole clip. extension (without the dot) only matters for g722, which has no header.
+    Raises BadSample with the reason if the file cannot be decoded or is longer than max_seconds.
     """
     kind, data = identify(data, extension)
     check_whole(kind, data)
-    sound = _open(kind, data)
-    _check_header(sound, max_seconds)
-    resampler = Resampler(sound.sample_rate, sample_rate)
-    for block in sound.blocks:
+    audio = _open(kind, data)
+    _check_header(audio, max_seconds)
+    resampler = Resampler(audio.sample_rate, sample_rate)
+    for block in audio.blocks:
         resampler.add(_to_mono(block, resampler.num_samples))
-        _check_length(resampler.num_samples, sound.sample_rate, max_seconds)
+        _check_length(resampler.num_samples, audio.sample_rate, max_seconds)
     num_samples = resampler.num_samples
     if num_samples == 0:
-        raise BadSample(f"the {kind} file holds no samples")
-    if sound.claimed is not None and num_samples < sound.claimed - SLACK.get(kind, 0):
-        raise BadSample(f"truncated: the header claims {sound.claimed} samples, the file holds {num_samples}")
+        raise BadSample(f"the {kind} file has no samples")
+    if audio.claimed is not None and num_samples < audio.claimed - SLACK.get(kind, 0):
+        raise BadSample(f"truncated: the header claims {audio.claimed} samples, the file has {num_samples}")
     waveform = resampler.finish()
     np.clip(waveform, -1, 1, out=waveform)
-    return waveform[:, None], {"sample_rate": sound.sample_rate, "num_samples": num_samples}
+    return waveform[:, None], {"sample_rate": audio.sample_rate, "num_samples": num_samples}
 
 
 def to_wav(waveform: np.ndarray, sample_rate: int) -> bytes:
-    """A 16-bit PCM wav of float [T, 1] in -1..1, clipped; what came from 16 bits comes back to the bit.
+    """A 16-bit PCM wav from float [T, 1] in -1..1, clipped. Samples read from 16-bit files are restored exactly.
 
-    Raises ValueError on another shape and on NaN.
+    Raises ValueError for another shape and for NaN.
     """
     if waveform.ndim != 2 or waveform.shape[1] != 1:
-        raise ValueError(f"a waveform is [T, 1], this has shape {waveform.shape}")
+        raise ValueError(f"a waveform must have shape [T, 1], not {list(waveform.shape)}")
     if np.isnan(waveform).any():
-        raise ValueError("the waveform has NaN in it")
+        raise ValueError("the waveform contains NaN")
     pcm = np.round(waveform.astype(np.float64) * 32768).clip(-32768, 32767).astype("<i2")
     out = io.BytesIO()
     with wave.open(out, "wb") as file:
@@ -84,17 +85,17 @@ def to_wav(waveform: np.ndarray, sample_rate: int) -> bytes:
 
 
 def resampled_length(num_samples: int, rate_from: int, rate_to: int) -> int:
-    """ceil(num_samples * rate_to / rate_from): every output sample whose time lies within the clip; never 0 of some."""
+    """ceil(num_samples * rate_to / rate_from): all output samples whose time is within the clip."""
     return -(-num_samples * rate_to // rate_from)
 
 
 class Resampler:
-    """Mono blocks in, one waveform at another rate out: the same to the bit however the blocks are cut (soxr HQ)."""
+    """Resamples mono blocks to one waveform. The block sizes do not change a bit of the result (soxr HQ)."""
 
     def __init__(self, rate_from: int, rate_to: int):
         self.rate_from, self.rate_to = rate_from, rate_to
         self.num_samples = 0  # added so far
-        self._out = bytearray()  # grows in place, where joining blocks at the end would hold an hour twice
+        self._out = bytearray()  # grows in place; joining blocks at the end would need memory for two copies
         self._stream = None
         if rate_from != rate_to:
             self._stream = _package("soxr").ResampleStream(rate_from, rate_to, 1, dtype="float32", quality="HQ")
@@ -105,10 +106,10 @@ class Resampler:
         self._out += (block if self._stream is None else self._stream.resample_chunk(block)).tobytes()
 
     def finish(self) -> np.ndarray:
-        """float32 [resampled_length(num_samples)], once."""
+        """Returns float32 [resampled_length(num_samples)]. Call it only once."""
         surplus = 0
         if self._stream is not None:
-            # soxr rounds its length where we take the ceiling: silence behind the end makes the sample in question
+            # soxr rounds the length and we take the ceiling: silence at the end produces the possibly missing sample
             silence = np.zeros(-(-self.rate_from // self.rate_to) + 1, np.float32)
             self._out += self._stream.resample_chunk(silence, last=True).tobytes()
             surplus = resampled_length(len(silence), self.rate_from, self.rate_to) + 1
@@ -122,8 +123,8 @@ class Resampler:
 
 
 @dataclass
-class _Sound:
-    """An open file. blocks: float32 [T, C]; claimed: samples by its header, None where that does not say."""
+class _OpenFile:
+    """blocks: float32 [T, C]. claimed: number of samples in the header, None if it does not state it."""
 
     sample_rate: int
     channels: int
@@ -131,16 +132,16 @@ class _Sound:
     blocks: Iterator[np.ndarray]
 
 
-def _open(kind: str, data: bytes) -> _Sound:
+def _open(kind: str, data: bytes) -> _OpenFile:
     if kind in ("wav", "flac", "ogg", "mp3"):
-        found = _open_soundfile(kind, data)
-        if found is not None:
-            return found
+        opened = _open_soundfile(kind, data)
+        if opened is not None:
+            return opened
     return _open_av(kind, data)
 
 
-def _open_soundfile(kind: str, data: bytes) -> _Sound | None:
-    """None where libsndfile cannot open it, or would fail at the end: flac that does not say its length."""
+def _open_soundfile(kind: str, data: bytes) -> _OpenFile | None:
+    """None if libsndfile cannot open the file, or would fail at the end: flac without a length in its header."""
     soundfile = _package("soundfile")
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
@@ -149,13 +150,13 @@ def _open_soundfile(kind: str, data: bytes) -> _Sound | None:
     if file.frames > 2**62:
         file.close()
         return None
-    # without a length header, libsndfile's length of an mp3 is a guess from the first frames
+    # without a length header, libsndfile estimates the length of an mp3 from the first frames
     claimed = file.frames if kind != "mp3" or _has_length_header(data) else None
-    return _Sound(file.samplerate, file.channels, claimed, _soundfile_blocks(file, soundfile.LibsndfileError))
+    return _OpenFile(file.samplerate, file.channels, claimed, _soundfile_blocks(file, soundfile.LibsndfileError))
 
 
 def _has_length_header(mp3: bytes) -> bool:
-    """Whether the first frame holds counts instead of sound: Xing or Info (LAME), VBRI (Fraunhofer)."""
+    """Whether the first frame is a length header instead of audio: Xing or Info (LAME), VBRI (Fraunhofer)."""
     return any(mark in mp3[:64] for mark in (b"Xing", b"Info", b"VBRI"))
 
 
@@ -168,24 +169,24 @@ def _soundfile_blocks(file: Any, failure: type[Exception]) -> Iterator[np.ndarra
             raise _broken(error.error_string) from error  # type: ignore[attr-defined]
 
 
-def _open_av(kind: str, data: bytes) -> _Sound:
+def _open_av(kind: str, data: bytes) -> _OpenFile:
     av = _package("av")
     try:
         container = av.open(io.BytesIO(data), format=kind)
     except av.FFmpegError as error:
         raise BadSample(f"the {kind} file cannot be opened ({error.strerror}): damaged or truncated") from error
     if not container.streams.audio:
-        raise BadSample(f"the {kind} file has no sound in it")
+        raise BadSample(f"the {kind} file has no audio stream")
     stream = container.streams.audio[0]
     frames = _av_frames(container, stream, av.FFmpegError)
     first = next(frames, None)
     if first is None:
-        raise BadSample(f"the {kind} file holds no samples")
-    rate, channels = first.sample_rate, first.layout.nb_channels  # a header may state those of a lower layer (HE-AAC)
-    says_length = kind in ("flac", "mp4") and stream.duration is not None
-    claimed = round(stream.duration * stream.time_base * rate) if says_length else None
+        raise BadSample(f"the {kind} file has no samples")
+    rate, channels = first.sample_rate, first.layout.nb_channels  # a header can state those of a lower layer (HE-AAC)
+    has_length = kind in ("flac", "mp4") and stream.duration is not None
+    claimed = round(stream.duration * stream.time_base * rate) if has_length else None
     blocks = (_frame_array(frame, rate, channels) for frame in chain([first], frames))
-    return _Sound(rate, channels, claimed, _cut(blocks, claimed))
+    return _OpenFile(rate, channels, claimed, _cut(blocks, claimed))
 
 
 def _av_frames(container: Any, stream: Any, failure: type[Exception]) -> Iterator[Any]:
@@ -200,7 +201,9 @@ def _frame_array(frame: Any, rate: int, channels: int) -> np.ndarray:
     """float32 [T, C]. FFmpeg's frames are planar or interleaved, in float or in integers (u8 is offset by 128)."""
     now = (frame.sample_rate, frame.layout.nb_channels)
     if now != (rate, channels):
-        raise BadSample(f"it changes from {rate} Hz and {channels} channels to {now[0]} Hz and {now[1]} on the way")
+        raise BadSample(
+            f"the format changes within the file, from {rate} Hz and {channels} channels to {now[0]} Hz and {now[1]}"
+        )
     values = frame.to_ndarray()
     values = values.T if frame.format.is_planar else values.reshape(-1, channels)
     if values.dtype.kind == "f":
@@ -210,7 +213,7 @@ def _frame_array(frame: Any, rate: int, channels: int) -> np.ndarray:
 
 
 def _cut(blocks: Iterator[np.ndarray], length: int | None) -> Iterator[np.ndarray]:
-    """The first length samples: FFmpeg gives the last frame of an m4a whole, with the encoder's padding."""
+    """The first length samples. FFmpeg returns the last frame of an m4a with the encoder's padding."""
     position = 0
     for block in blocks:
         yield block if length is None else block[: length - position]
@@ -222,13 +225,13 @@ def _cut(blocks: Iterator[np.ndarray], length: int | None) -> Iterator[np.ndarra
 # -- checks -------------------------------------------------------------------------------------------------------
 
 
-def _check_header(sound: _Sound, max_seconds: float) -> None:
-    if not MIN_RATE <= sound.sample_rate <= MAX_RATE:
-        raise BadSample(f"sample rate {sound.sample_rate} Hz is outside {MIN_RATE}..{MAX_RATE}")
-    if not 1 <= sound.channels <= MAX_CHANNELS:
-        raise BadSample(f"{sound.channels} channels, where 1..{MAX_CHANNELS} are allowed")
-    if sound.claimed is not None:
-        _check_length(sound.claimed, sound.sample_rate, max_seconds)
+def _check_header(audio: _OpenFile, max_seconds: float) -> None:
+    if not MIN_RATE <= audio.sample_rate <= MAX_RATE:
+        raise BadSample(f"sample rate {audio.sample_rate} Hz is outside {MIN_RATE}..{MAX_RATE}")
+    if not 1 <= audio.channels <= MAX_CHANNELS:
+        raise BadSample(f"the file has {audio.channels} channels; allowed are 1..{MAX_CHANNELS}")
+    if audio.claimed is not None:
+        _check_length(audio.claimed, audio.sample_rate, max_seconds)
 
 
 def _check_length(num_samples: int, sample_rate: int, max_seconds: float) -> None:
@@ -237,22 +240,24 @@ def _check_length(num_samples: int, sample_rate: int, max_seconds: float) -> Non
 
 
 def _to_mono(block: np.ndarray, start: int) -> np.ndarray:
-    """[T, C] -> [T], the mean of the channels. start: of the block, for messages."""
+    """[T, C] -> [T], the mean of the channels. start: position of the block, for error messages."""
     mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
     peak = float(np.abs(mono).max(initial=0))
     if not np.isfinite(peak):
         raise BadSample(f"sample {start + int(np.argmin(np.isfinite(mono)))} is NaN or infinite")
     if peak > MAX_PEAK:
-        raise BadSample(f"the peak is {peak:g}, where full scale is 1; are the floats in 16-bit units?")
+        raise BadSample(f"the peak is {peak:g}, but full scale is 1; the floats may be in 16-bit units")
     return mono
 
 
 def _broken(why: str) -> BadSample:
-    return BadSample(f"cannot be decoded to its end ({why}): truncated or damaged")
+    return BadSample(f"decoding stopped before the end of the file ({why}): truncated or damaged")
 
 
 def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"sound needs the package {name}: pip install -e '.[audio]' in Tokenmill's folder") from error
+        raise ImportError(
+            f"audio needs the package {name}; run pip install -e '.[audio]' in Tokenmill's folder"
+        ) from error

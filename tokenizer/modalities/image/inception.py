@@ -1,8 +1,9 @@
-"""The InceptionV3 of the Frechet Inception Distance, which reads the weights of pytorch-fid and torch-fidelity.
+"""The InceptionV3 of the Frechet Inception Distance, for the weights of pytorch-fid and torch-fidelity.
 
-Those are TensorFlow's of 2015-12-05, and the net differs from torchvision's in three places: average pooling leaves
-the padding out, the last block pools by maximum, and pictures are resized by TensorFlow 1's bilinear interpolation.
-Sources: arXiv 1512.00567 (the net), arXiv 1706.08500 (the distance), torch-fidelity 0.4.0 (the resizing).
+These are TensorFlow's weights of 2015-12-05. The net differs from torchvision's in three places: average pooling
+excludes the padding, the last block uses max pooling, and pictures are resized by TensorFlow 1's bilinear
+interpolation. Sources: arXiv 1512.00567 (the net), arXiv 1706.08500 (the distance), torch-fidelity 0.4.0 (the
+resizing).
 """
 
 from typing import Any
@@ -11,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIDE = 299  # of the pictures that the net takes, in pixels
+SIDE = 299  # side of the net's input pictures, in pixels
 NUM_FEATURES = 2048
 Kernel = int | tuple[int, int]
 Layer = Any  # (name, channels, kernel[, stride]), a list of layers that share an input, or the name of a pooling
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm, ReLU. padding: half of the kernel where none is given and stride is 1, else 0."""
+    """Convolution, batch norm, ReLU. pad: whether to pad by half the kernel; by default only if stride is 1."""
 
     def __init__(self, channels: int, out: int, kernel: Kernel, stride: int = 1, *, pad: bool | None = None):
         super().__init__()
@@ -33,12 +34,12 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches that read the same input; their outputs are concatenated. Layers carry the names of the weights file."""
+    """Branches with the same input and concatenated outputs. Layers have their names in the weights file."""
 
     def __init__(self, channels: int, branches: list[list[Layer]]):
         super().__init__()
         self.channels = 0  # of the output
-        self.branches: list[list[str | list[str]]] = []  # a pooling, or the names of convolutions beside each other
+        self.branches: list[list[str | list[str]]] = []  # per step a pooling, or the names of parallel convolutions
         for branch in branches:
             width = channels
             steps: list[str | list[str]] = []
@@ -46,11 +47,11 @@ class Mixed(nn.Module):
                 if isinstance(layer, str):
                     steps.append(layer)
                     continue
-                beside = layer if isinstance(layer, list) else [layer]
-                for name, *shape in beside:
+                parallel = layer if isinstance(layer, list) else [layer]
+                for name, *shape in parallel:
                     self.add_module(name, ConvNorm(width, *shape))
-                width = sum(out for _, out, *_ in beside)
-                steps.append([name for name, *_ in beside])
+                width = sum(out for _, out, *_ in parallel)
+                steps.append([name for name, *_ in parallel])
             self.branches.append(steps)
             self.channels += width
 
@@ -96,17 +97,17 @@ class FidInception(nn.Module):
 
 
 def resize_as_tensorflow_1(x: Tensor, side: int) -> Tensor:
-    """x [B, C, H, W] -> [B, C, side, side]: bilinear, where output pixel i lies at i * H / side, without antialiasing.
+    """x [B, C, H, W] -> [B, C, side, side]: bilinear without antialiasing; output pixel i is at input i * H / side.
 
-    torch's own lies at (i + 0.5) * H / side - 0.5 instead.
+    In torch's own function it is at (i + 0.5) * H / side - 0.5.
     """
     for dim in (2, 3):
         size = x.shape[dim]
-        places = torch.arange(side, dtype=x.dtype, device=x.device) * (size / side)
-        low = places.long()
+        positions = torch.arange(side, dtype=x.dtype, device=x.device) * (size / side)
+        low = positions.long()
         high = (low + 1).clamp(max=size - 1)
         shape = [1, 1, side, 1] if dim == 2 else [1, 1, 1, side]
-        share = (places - low).reshape(shape)
+        share = (positions - low).reshape(shape)
         at_low, at_high = x.index_select(dim, low), x.index_select(dim, high)
         x = at_low + (at_high - at_low) * share
     return x
@@ -122,7 +123,7 @@ def _pool(kind: str, x: Tensor) -> Tensor:
 
 
 def _a(pooled: int) -> list[list[Layer]]:
-    """35 x 35 positions. pooled: channels of the branch that pools."""
+    """35 x 35 positions. pooled: channels of the pooling branch."""
     return [
         [("branch1x1", 64, 1)],
         [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
@@ -132,7 +133,7 @@ def _a(pooled: int) -> list[list[Layer]]:
 
 
 def _c(inner: int) -> list[list[Layer]]:
-    """17 x 17 positions, kernels of 7 x 7 as a row and a column. inner: channels between them."""
+    """17 x 17 positions, 7 x 7 kernels factored into a row and a column. inner: channels between them."""
     row, column = (1, 7), (7, 1)
     first = [("branch7x7dbl_1", inner, 1), ("branch7x7dbl_2", inner, column), ("branch7x7dbl_3", inner, row)]
     return [
@@ -144,7 +145,7 @@ def _c(inner: int) -> list[list[Layer]]:
 
 
 def _e(pooling: str) -> list[list[Layer]]:
-    """8 x 8 positions, kernels of 3 x 3 as a row beside a column."""
+    """8 x 8 positions, 3 x 3 kernels replaced by a row and a column in parallel."""
 
     def row_and_column(name: str) -> list[Layer]:
         return [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]

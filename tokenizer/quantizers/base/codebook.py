@@ -1,4 +1,4 @@
-"""What the quantizers share whose codes are a table that is searched for the nearest one."""
+"""Shared code of quantizers whose codebook is a list of vectors, searched for the nearest one."""
 
 import torch
 from torch import Tensor
@@ -14,14 +14,14 @@ INIT_TOKENS_PER_CODE = 64
 INIT_ITERATIONS = 20
 
 
-class TableQuantizer(Quantizer):
-    """A subclass says in `_live_codes` what the table is while it trains; `fit` freezes it into `table`.
+class CodebookQuantizer(Quantizer):
+    """A subclass returns its codes during training from `_live_codes`; `fit` stores them as the frozen codebook.
 
-    Frozen, so that a table that is computed (projected, normalised) has the same bits on every machine: indices
-    and the codebook's id depend on them.
+    They are stored because computed codes (projected, normalised) can differ in the last bits between machines, and
+    indices and the codebook's id depend on every bit.
     """
 
-    table: Tensor
+    table: Tensor  # the frozen codebook [K, dim], or [0, dim]; checkpoints and tokenizers have it under this name
 
     def __init__(self, codebook_size: int, dim: int):
         super().__init__()
@@ -29,7 +29,7 @@ class TableQuantizer(Quantizer):
         self.register_buffer("table", torch.zeros(0, dim))
 
     def _live_codes(self) -> Tensor:
-        """[K, dim], with gradient where codes have one. Raises CodebookMissing where training has made none yet."""
+        """[K, dim], with gradient if codes are learned. Raises CodebookMissing if training has not made any yet."""
         raise CodebookMissing(f"this {self.name} has no codebook yet; run `tokenmill codebook CONFIG.yaml` to make it")
 
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
@@ -39,11 +39,11 @@ class TableQuantizer(Quantizer):
 
     @property
     def codes(self) -> Tensor:
-        """The frozen table, else the live one: [K, dim]."""
+        """The frozen codes if there are any, otherwise the live ones: [K, dim]."""
         return self.table if len(self.table) else self._live_codes()
 
     def _thaw(self) -> None:
-        """Drops the frozen table: for `_train_forward` of a method whose codes train on and leave it behind."""
+        """Drops the frozen codes. `_train_forward` calls this, since training changes the live ones."""
         if len(self.table):
             self.table = self.table.new_zeros(0, self.dim)
 
@@ -55,7 +55,7 @@ class TableQuantizer(Quantizer):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
         saved = state_dict.get(f"{prefix}table")
-        if saved is not None:  # the table has as many rows as `fit` gave it
+        if saved is not None:  # `fit` decided on the number of codes
             self.table = self.table.new_zeros(saved.shape)
             self.codebook_size = len(saved) or self.codebook_size
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -63,13 +63,13 @@ class TableQuantizer(Quantizer):
 
 @torch.no_grad()
 def first_codes(z: Tensor, codebook_size: int) -> Tensor:
-    """Codes to start from: k-means over the first batch of all ranks, the same codes on each. z [N, D] -> [K, D]."""
+    """Initial codes: k-means over the first batch of all ranks, the same on every rank. z [N, D] -> [K, D]."""
     tokens = gather_rows(z)[: INIT_TOKENS_PER_CODE * codebook_size]
-    # sent around although every rank computes it: sums on a GPU need not come out in the same order
+    # broadcast although every rank computes it, because sums on a GPU have no fixed order
     return from_first_rank(kmeans(tokens, codebook_size, max_iterations=INIT_ITERATIONS).centroids.to(z))
 
 
-def check_table(codebook_size: int, dim: int) -> None:
-    """Raises ValueError on sizes that make no table."""
+def check_codebook_shape(codebook_size: int, dim: int) -> None:
+    """Raises ValueError unless both are above 0."""
     if codebook_size < 1 or dim < 1:
         raise ValueError(f"quantizer.codebook_size is {codebook_size} and dim {dim}; both must be above 0")

@@ -1,4 +1,4 @@
-"""Shared code of quantizers that contain several quantizers of one method, their base: residual and product."""
+"""Shared code of residual and product, which contain several quantizers of one method, their base."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -11,7 +11,7 @@ from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer
 
 
 class CompoundQuantizer(Quantizer):
-    """Holds them in `layers`. A subclass sets `in_dim` and `dim`, and says what each of them gets."""
+    """The quantizers are in `layers`. A subclass sets `in_dim` and `dim`, and decides what each layer quantizes."""
 
     layers: Sequence[Quantizer]
 
@@ -20,8 +20,9 @@ class CompoundQuantizer(Quantizer):
         self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.num_quantizers = sum(layer.num_quantizers for layer in layers)
         self.index_levels = layers[0].index_levels
+        self.fits_any_size = layers[0].fits_any_size  # type: ignore[misc]
         self.per_token_losses = layers[0].per_token_losses  # type: ignore[misc]
-        # losses are means over the layers; what a paper sums over tokens, it would sum over the tokens of all layers
+        # losses are means over the layers, but a sum over tokens in a paper would be over the tokens of all layers
         sums = {name: len(layers) for name in self.per_token_losses}
         weights = {name: sums.get(name, 1) * weight for name, weight in layers[0].default_loss_weights.items()}
         self.default_loss_weights = weights  # type: ignore[misc]
@@ -30,7 +31,7 @@ class CompoundQuantizer(Quantizer):
 
     @property
     def codebook_size(self) -> int:  # type: ignore[override]
-        return self.layers[0].codebook_size  # which `fit` or a loaded table may change
+        return self.layers[0].codebook_size  # `fit` or loading a codebook can change it
 
     @property
     def target_size(self) -> int:
@@ -40,28 +41,28 @@ class CompoundQuantizer(Quantizer):
         self.layers[0].check_size(codebook_size)
 
     def lr_scales(self) -> dict[str, float]:
-        scales = [(f"layers.{q}", layer.lr_scales()) for q, layer in enumerate(self.layers)]
-        return {f"{prefix}.{name}": scale for prefix, found in scales for name, scale in found.items()}
+        layers = enumerate(self.layers)
+        return {f"layers.{q}.{name}": scale for q, layer in layers for name, scale in layer.lr_scales().items()}
 
     def overwritten_rows(self) -> dict[str, Tensor]:
-        rows = [(f"layers.{q}", layer.overwritten_rows()) for q, layer in enumerate(self.layers)]
-        return {f"{prefix}.{name}": which for prefix, found in rows for name, which in found.items()}
+        layers = enumerate(self.layers)
+        return {f"layers.{q}.{name}": rows for q, layer in layers for name, rows in layer.overwritten_rows().items()}
 
 
 def check_base(base: dict[str, Any]) -> None:
-    """Raises ValueError where it names no quantizer."""
+    """Raises ValueError if it names no quantizer."""
     if "name" not in base:
-        raise ValueError(f"quantizer.base is {dict(base)}; it must name a quantizer, as {{name: vq_vae}}")
+        raise ValueError(f"quantizer.base is {dict(base)}; it must name a quantizer, for example {{name: vq_vae}}")
 
 
 def base_settings(base: dict[str, Any], codebook_size: int, dim: int) -> dict[str, Any]:
-    """base, with each size that is not 0, that its Config has, and that base does not set itself."""
+    """base plus codebook_size and dim: each one that is not 0, that base's Config has, and that base does not set."""
     known = {field.name for field in fields(QUANTIZERS.get(base["name"]).Config)}
     sizes = {"codebook_size": codebook_size, "dim": dim}
     return {**{key: size for key, size in sizes.items() if size and key in known}, **base}
 
 
-def means(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def means(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of each name over the dicts that contain it."""
-    names = dict.fromkeys(name for values in found for name in values)
-    return {name: torch.stack([values[name] for values in found if name in values]).mean() for name in names}
+    names = dict.fromkeys(name for values in dicts for name in values)
+    return {name: torch.stack([values[name] for values in dicts if name in values]).mean() for name in names}

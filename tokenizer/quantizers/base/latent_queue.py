@@ -1,14 +1,15 @@
-"""FIFO of recent latents that knows how far it is filled, lives in state_dict and can be pickled."""
+"""FIFO queue of recent latents. It is part of state_dict and can be pickled."""
 
 import torch
 from torch import Tensor, nn
 
 
 class LatentQueue(nn.Module):
-    """The last `capacity` latents [capacity, dim]. New ones wait in a side buffer and enter `flush` at a time.
+    """The last `capacity` latents [capacity, dim]. New latents first wait in a buffer; a full buffer of `flush`
+    latents enters the queue at once.
 
-    Between two flushes `samples` does not change, so that an index built over it stays exact; and because the
-    waiting ones are state too, a run that is resumed asks the same queue as one that never stopped.
+    Between two flushes `samples` does not change, so an index over it stays exact. The waiting latents are saved too,
+    so a resumed run has the same queue as one that never stopped.
     """
 
     samples: Tensor
@@ -36,8 +37,8 @@ class LatentQueue(nn.Module):
 
     @torch.no_grad()
     def add(self, latents: Tensor) -> bool:
-        """Appends latents [n, dim]; returns whether `samples` changed. Of more than capacity, the last remain."""
-        if not self.full:  # nothing is built over an unfilled queue: no need to wait
+        """Appends latents [n, dim] and returns whether `samples` changed. Keeps the last `capacity` of them."""
+        if not self.full:  # there is no index over a queue that is not full, so nothing needs to wait
             self._append(latents)
             return len(latents) > 0
         total = int(self.num_waiting) + len(latents)
@@ -51,7 +52,7 @@ class LatentQueue(nn.Module):
 
     def _append(self, latents: Tensor) -> None:
         latents = latents[-self.capacity :]
-        where = (int(self.head) + torch.arange(len(latents), device=latents.device)) % self.capacity
-        self.samples[where] = latents.to(self.samples.dtype)
+        rows = (int(self.head) + torch.arange(len(latents), device=latents.device)) % self.capacity
+        self.samples[rows] = latents.to(self.samples.dtype)
         self.head.fill_((int(self.head) + len(latents)) % self.capacity)
         self.filled.fill_(min(self.capacity, int(self.filled) + len(latents)))

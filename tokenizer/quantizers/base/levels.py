@@ -1,4 +1,4 @@
-"""What the scalar quantizers share: levels, and the index of a vector of levels in int64.
+"""Shared code of the scalar quantizers: levels per dimension, and the index of a vector of levels.
 
 The first dimension is the least significant: index = sum_i level_i * prod_{j<i} levels_j.
 """
@@ -15,14 +15,14 @@ PAPER_LEVELS = {  # arXiv 2309.15505 table 1 and arXiv 2602.17133 appendix A.1
     4096: [7, 5, 5, 5, 5],
     16384: [8, 8, 8, 6, 5],
 }
-MIN_LEVELS, MAX_LEVELS = 3, 16  # FSQ advises at least 5; 3 is taken where nothing else comes near
+MIN_LEVELS, MAX_LEVELS = 3, 16  # FSQ recommends at least 5; 3 is used only if nothing else comes close
 
 
 def levels_for(codebook_size: int) -> list[int]:
-    """Levels per dimension whose product is the paper's for its sizes, else as near to codebook_size as about
-    equal levels come: within 6 % below 60 codes, 4 % below 500, 2 % above.
+    """Levels per dimension: those of the papers for their sizes, otherwise about equal levels whose product is closest
+    to codebook_size: within 6 % below 60 codes, 4 % below 500, 2 % above.
 
-    Of the equally near, the fewest dimensions, then the most even. Raises ValueError below 3.
+    Among equally close products it takes the fewest dimensions, then the most even levels. Raises ValueError below 3.
     """
     if codebook_size in PAPER_LEVELS:
         return PAPER_LEVELS[codebook_size]
@@ -32,17 +32,21 @@ def levels_for(codebook_size: int) -> list[int]:
         return [codebook_size]
     fewest = math.ceil(math.log(codebook_size, MAX_LEVELS))
     most = max(fewest, round(math.log(codebook_size, 5)))
-    found = []
+    candidates = []
     for dim in range(fewest, most + 1):
-        near = round(codebook_size ** (1 / dim))
-        sides = range(max(MIN_LEVELS, near - 2), min(MAX_LEVELS, near + 3) + 1)
-        found += [levels[::-1] for levels in itertools.combinations_with_replacement(sides, dim)]
-    best = min(found, key=lambda levels: (abs(math.prod(levels) - codebook_size), len(levels), levels[0] - levels[-1]))
+        root = round(codebook_size ** (1 / dim))
+        sides = range(max(MIN_LEVELS, root - 2), min(MAX_LEVELS, root + 3) + 1)
+        candidates += [levels[::-1] for levels in itertools.combinations_with_replacement(sides, dim)]
+
+    def rank(levels: tuple[int, ...]) -> tuple[int, int, int]:
+        return abs(math.prod(levels) - codebook_size), len(levels), levels[0] - levels[-1]
+
+    best = min(candidates, key=rank)
     return list(best)
 
 
 def check_levels(levels: list[int]) -> None:
-    """Raises ValueError on a dimension that would hold nothing."""
+    """Raises ValueError if a dimension has fewer than 2 levels."""
     if any(level < 2 for level in levels):
         raise ValueError(f"quantizer.levels is {list(levels)}; each must be 2 or more")
 

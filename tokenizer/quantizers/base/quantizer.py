@@ -1,4 +1,4 @@
-"""The one contract of all quantizers, so that train, codebook and tokenize never ask which method runs.
+"""The interface of all quantizers. Jobs use only this interface and never check which method runs.
 
 Legend: latents z [..., in_dim] channel-last, z_q [..., dim], indices [...] int64, K codebook_size, Q num_quantizers.
 """
@@ -17,7 +17,7 @@ QUANTIZERS: Registry["Quantizer"] = Registry("quantizer", "tokenizer.quantizers"
 
 @dataclass
 class QuantizerOutput:
-    """What a quantizer hands on. `indices` is None where training makes none; losses are named and unweighted."""
+    """losses are unweighted. indices is None if the method chooses no codes during training."""
 
     z_q: Tensor
     indices: Tensor | None = None
@@ -26,37 +26,38 @@ class QuantizerOutput:
 
 
 class Quantizer(nn.Module):
-    """Maps latents to one of `codebook_size` codes and back.
+    """Maps each latent to one of `codebook_size` codes and back.
 
-    A subclass has a dataclass `Config`, and implements the `_` verbs on flat float32 latents. The public
-    verbs flatten, leave autocast and restore the shape, so that no method can compute an index in half precision.
+    A subclass has a dataclass `Config` and implements the `_` methods on flat float32 latents. The public methods
+    flatten, disable autocast and restore the shape, so that no index is computed in half precision.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     default_loss_weights: ClassVar[dict[str, float]] = {}
-    # Losses that the source sums over the T tokens of a picture, beside a squared error summed over its D_x values.
-    # Ours are means of both, so their default weights are multiplied by T / D_x: see `known_losses`.
+    # Losses that the paper sums over the T tokens of a picture, while it sums the squared error over the D_x values.
+    # Ours are means over both, so the default weights are multiplied by T / D_x: see `known_losses`.
     per_token_losses: ClassVar[tuple[str, ...]] = ()
-    training_state: ClassVar[tuple[str, ...]] = ()  # prefixes in state_dict that a frozen tokenizer leaves out
-    fit_settings: ClassVar[tuple[str, ...]] = ()  # of Config, that `fit` alone reads: free to change after training
+    training_state: ClassVar[tuple[str, ...]] = ()  # state_dict prefixes that a frozen tokenizer omits
+    fit_settings: ClassVar[tuple[str, ...]] = ()  # Config fields that only `fit` reads; they can change after training
+    fits_any_size: ClassVar[bool] = False  # whether `fit` can make another number of codes than codebook_size
 
     config: Any
     codebook_size: int
     in_dim: int
     dim: int
     num_quantizers: int = 1  # above 1, indices are [..., num_quantizers], each below codebook_size
-    index_levels: tuple[int, ...] = ()  # where an index is a number of several digits: how many values each has
+    index_levels: tuple[int, ...] = ()  # if an index is a mixed-radix number: the number of values of each digit
 
     @property
     def target_size(self) -> int:
-        """The number of codes that was asked for, which a scalar quantizer can only come near."""
+        """The configured number of codes. A scalar quantizer can only approximate it."""
         return self.codebook_size
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantizes z, as training wants it in train(), deterministically and without any state change in eval().
+        """Quantizes z. In train() as the method trains; in eval() deterministic and without any change of state.
 
-        z [..., in_dim] any float -> QuantizerOutput with z_q [..., dim] float32 and indices [...] int64 or None.
+        z [..., in_dim], any float dtype -> QuantizerOutput with z_q [..., dim] float32, indices [...] int64 or None.
         """
         with torch.autocast(z.device.type, enabled=False):
             flat = self._flatten(z)
@@ -68,14 +69,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Indices of the codes: [..., in_dim] -> [...] int64. Raises CodebookMissing before the codebook is made."""
+        """Indices of the codes: [..., in_dim] -> [...] int64. Raises CodebookMissing if there is no codebook yet."""
         with torch.autocast(z.device.type, enabled=False):
             indices = self._encode(self._flatten(z))
         return indices.reshape(*z.shape[:-1], *indices.shape[1:])
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """What the decoder sees for these indices: [...] int -> [..., dim] float32."""
+        """The codes of these indices, as the decoder sees them: [...] int -> [..., dim] float32."""
         many = self.num_quantizers > 1
         flat = indices.long().reshape(-1, self.num_quantizers) if many else indices.long().reshape(-1)
         with torch.autocast(indices.device.type, enabled=False):
@@ -83,54 +84,54 @@ class Quantizer(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """All codes, as the decoder sees them: [K, dim] float32. Raises CodebookMissing before it is made."""
+        """All codes, as the decoder sees them: [K, dim] float32. Raises CodebookMissing if there is no codebook yet."""
         return self.decode(torch.arange(self.codebook_size, device=self._device()))
 
     @torch.no_grad()
     def code_shares(self, z: Tensor) -> Tensor:
         """How often each code is chosen, as a share of the batch: [..., in_dim] -> [K] float32.
 
-        GM-VQ alone overrides it with the mean of q(c|z), from which its paper computes the perplexity.
+        GM-VQ overrides it with the mean of q(c|z), from which its paper computes the perplexity.
         """
         indices = self.encode(z).flatten()
         return torch.bincount(indices, minlength=self.codebook_size) / max(1, len(indices))
 
     def lr_scales(self) -> dict[str, float]:
-        """Parameters that train faster or slower than the rest: name -> factor of the learning rate."""
+        """Factors of the learning rate for single parameters: name -> factor. All others have 1."""
         return {}
 
     def overwritten_rows(self) -> dict[str, Tensor]:
-        """Rows of parameters that the last training forward set by hand: name -> [rows] int64.
+        """Rows of parameters that the last training forward overwrote: name -> [rows] int64.
 
-        An optimizer's moments of these rows speak of values that are gone: the training loop sets them to 0.
+        The optimizer's moments of these rows belong to the old values, so the trainer resets them to 0.
         """
         return {}
 
     @torch.no_grad()
     def fit(self, latents: Tensor | Latents, codebook_size: int | None = None, seed: int = 0) -> list[float]:
-        """Makes the codebook after training, where a method needs it made.
+        """Makes the codebook after training, for methods that do not learn it during training.
 
-        latents [N, in_dim] float32. Returns the mean squared error after each iteration; [] where the codes were
-        learned or are fixed. Where an earlier fit made as many codes or fewer, those are what it starts from. Raises
-        ValueError where another codebook_size than the trained one is asked for.
+        latents [N, in_dim] float32. Returns the mean squared error of each iteration; [] if the codes were learned or
+        are fixed. Starts from the codes of an earlier fit, if it made no more codes than now requested. Raises
+        ValueError for a codebook_size other than the trained one, unless `fits_any_size`.
         """
         return self._fit(as_latents(latents), codebook_size, seed)
 
     @torch.no_grad()
     def perturbation_ratio(self, latents: Tensor) -> float | None:
-        """Energy of what training did to latents in place of quantizing, over the squared error of the codes.
+        """Energy of the perturbation that replaces quantization during training, over the squared error of the codes.
 
-        latents [N, in_dim]. 1 says that the decoder was trained against what it will meet; below, against less. None
-        where training quantizes, the latents are too few to tell, or (residual, product, token_bridge) it is not known.
+        latents [N, in_dim]. At 1 the decoder was trained with errors as large as those it will see; below 1, with
+        smaller ones. None if training quantizes, for too few latents, and for residual, product and token_bridge.
         """
         return None
 
     def check_size(self, codebook_size: int | None) -> None:
-        """Raises ValueError where `fit` cannot make so many codes."""
-        if codebook_size not in (None, self.codebook_size):
+        """Raises ValueError if `fit` cannot make this number of codes."""
+        if not self.fits_any_size and codebook_size not in (None, self.codebook_size):
             raise ValueError(
-                f"{self.name} has {self.codebook_size} codes since training, not codebook.size={codebook_size}; "
-                "leave codebook.size out, or train with the size you want"
+                f"codebook.size is {codebook_size}, but {self.name} was trained with {self.codebook_size} codes, which "
+                f"cannot change; leave codebook.size out, or train with quantizer.codebook_size={codebook_size}"
             )
 
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
@@ -139,7 +140,9 @@ class Quantizer(nn.Module):
 
     def _flatten(self, z: Tensor) -> Tensor:
         if z.shape[-1] != self.in_dim:
-            raise ValueError(f"{self.name} takes latents of {self.in_dim} channels, got shape {tuple(z.shape)}")
+            raise ValueError(
+                f"{self.name} needs latents of {self.in_dim} channels in the last axis, not shape {tuple(z.shape)}"
+            )
         return z.reshape(-1, self.in_dim).float()
 
     def _device(self) -> torch.device:
@@ -168,7 +171,7 @@ def mean_squared(x: Tensor) -> Tensor:
 
 
 def build_quantizer(settings: dict[str, Any]) -> Quantizer:
-    """A quantizer from {"name": ..., and the fields of its Config}. Raises ValueError or TypeError on others."""
+    """A quantizer from {"name": ..., and fields of its Config}. Raises ValueError or TypeError for anything else."""
     settings = dict(settings)
     cls = QUANTIZERS.get(settings.pop("name"))
     return cls(cls.Config(**settings))  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""What the quantizers share that train on a soft choice among all codes: Gumbel noise, temperatures, sums in chunks.
+"""Shared code of quantizers that train with a soft choice among all codes: Gumbel noise, temperatures, chunked sums.
 
 Legend: z [N, D] latents, codes [K, D], logits and probabilities [N, K].
 """
@@ -14,19 +14,19 @@ from torch.utils.checkpoint import checkpoint
 from tokenizer.clustering.neighbors import argmax_rows
 from tokenizer.distributed import mean_across_ranks
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizers.base.codebook import TableQuantizer
+from tokenizer.quantizers.base.codebook import CodebookQuantizer
 from tokenizer.quantizers.base.quantizer import QuantizerOutput
 
-MAX_SCORES = 2**21  # floats of one [n, K] tensor (8 MB), of which six live at once; larger ones are slower on a CPU
-MAX_KEPT = 2**23  # floats of an [N, K] tensor (32 MB) up to which the chunks are kept for backward: a third faster
-SMALLEST_TEMPERATURE = 1e-3  # below, the choice is as good as hard, and 1 / temperature soon overflows
-SMALLEST_UNIFORM, LARGEST_UNIFORM = 2.0**-25, 1 - 2.0**-24  # torch.rand gives 0, and may round to 1
+MAX_SCORES = 2**21  # floats of one [n, K] tensor (8 MB); six exist at once. Larger ones are slower on a CPU
+MAX_KEPT = 2**23  # floats of an [N, K] tensor (32 MB) up to which chunks are kept for backward, a third faster
+SMALLEST_TEMPERATURE = 1e-3  # below it the choice is practically hard, and 1 / temperature overflows
+SMALLEST_UNIFORM, LARGEST_UNIFORM = 2.0**-25, 1 - 2.0**-24  # torch.rand can return 0, and can round to 1
 
 
-class SoftQuantizer(TableQuantizer):
-    """While it trains, a code is drawn from q(c|z) = softmax(logits) softly; afterwards it is the likeliest one.
+class SoftQuantizer(CodebookQuantizer):
+    """In training, a soft choice of codes by q(c|z) = softmax(logits); afterwards the most likely code.
 
-    A subclass gives `_logits`, `_temperature` and `_soft_forward`, which reads `embedding`, the codes that train.
+    A subclass defines `_logits`, `_temperature` and `_soft_forward`. `embedding` holds the trained codes.
     """
 
     step: Tensor
@@ -40,7 +40,7 @@ class SoftQuantizer(TableQuantizer):
         self.register_buffer("initialised", torch.tensor(False))
 
     def _logits(self, z: Tensor, codes: Tensor) -> Tensor:
-        """log q(c|z) but for a constant per row: [n, in_dim] -> [n, K]."""
+        """log q(c|z), up to a constant per row: [n, in_dim] -> [n, K]."""
         raise AssertionError(f"{type(self).__name__} lacks _logits")
 
     def _temperature(self, step: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class SoftQuantizer(TableQuantizer):
         raise AssertionError(f"{type(self).__name__} lacks _soft_forward")
 
     def _initialise(self, z: Tensor) -> None:
-        """Sets `embedding` by the first batch, where a method does so."""
+        """Initialises `embedding` from the first batch. The default leaves it random."""
 
     def _train_forward(self, z: Tensor) -> QuantizerOutput:
         self._thaw()
@@ -66,12 +66,12 @@ class SoftQuantizer(TableQuantizer):
 
     def _live_codes(self) -> Tensor:
         if not self.initialised:
-            raise CodebookMissing(f"this {self.name} was never trained: its codes mean nothing yet")
+            raise CodebookMissing(f"this {self.name} was never trained: its codes are still random; train it first")
         return self.embedding
 
     @torch.no_grad()
     def _encode(self, z: Tensor) -> Tensor:
-        """The likeliest code. Chunks depend on K alone, so that a latent has the same index in every batch."""
+        """The most likely code. Chunk sizes depend only on K, so a latent has the same index in every batch."""
         codes = self.codes
         return torch.cat([argmax_rows(self._logits(part, codes)) for part in self._split(z)])
 
@@ -87,17 +87,17 @@ def rows_per_chunk(codebook_size: int) -> int:
 
 
 def in_chunks(function: Callable[..., tuple[Tensor, ...]], z: Tensor, codebook_size: int) -> list[Any]:
-    """function over chunks of the rows of z: for each of its results, the tuple of the chunks' results.
+    """Applies function to chunks of rows of z. For each of its results, returns the tuple of the chunks' results.
 
-    Of many rows, backward runs the function again, with the same random numbers, so that no [n, K] tensor outlives its
-    chunk.
+    For many rows, backward recomputes the function with the same random numbers, so that only one chunk's [n, K]
+    tensors are in memory.
     """
     parts = z.split(rows_per_chunk(codebook_size))
     if len(z) * codebook_size <= MAX_KEPT:
-        done = [function(part) for part in parts]
+        results = [function(part) for part in parts]
     else:
-        done = [checkpoint(function, part, use_reentrant=False, preserve_rng_state=True) for part in parts]
-    return list(zip(*done, strict=True))
+        results = [checkpoint(function, part, use_reentrant=False, preserve_rng_state=True) for part in parts]
+    return list(zip(*results, strict=True))
 
 
 # -- the soft choice ------------------------------------------------------------------------------------------------
@@ -109,12 +109,15 @@ def gumbel_softmax(logits: Tensor, temperature: Tensor) -> Tensor:
 
 
 def gumbel_noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise, always finite. From torch.rand: exponential_ takes four times as long on a CPU."""
+    """Standard Gumbel noise, always finite.
+
+    It uses torch.rand, which is four times as fast as exponential_ on a CPU.
+    """
     return to_gumbel_(torch.rand_like(like, requires_grad=False))
 
 
 def to_gumbel_(uniform: Tensor) -> Tensor:
-    """-ln(-ln u), in place. What u is 0 or 1 gives noise of -2.9 and 16.6, the ends of what float32 could draw."""
+    """-ln(-ln u), in place. u = 0 and 1 give -2.9 and 16.6, the ends of the range that float32 can draw."""
     return uniform.clamp_(SMALLEST_UNIFORM, LARGEST_UNIFORM).log_().neg_().log_().neg_()
 
 
@@ -128,14 +131,14 @@ def gaussian_logits(z: Tensor, codes: Tensor, weights: Tensor) -> Tensor:
 
 
 def expected_distance(z: Tensor, p: Tensor, codes: Tensor) -> Tensor:
-    """sum_c p_c |z - c|^2 without any distance: |z|^2 - 2 z.(pM) + p.|M|^2. z [N, D], p [N, K] -> [N]."""
+    """sum_c p_c |z - c|^2 without an [N, K] distance matrix: |z|^2 - 2 z.(pM) + p.|M|^2. z [N, D], p [N, K] -> [N]."""
     z, codes = _centered(z, codes)
     distance = z.square().sum(dim=1) - 2 * (z * (p @ codes)).sum(dim=1) + p @ codes.square().sum(dim=1)
-    return distance.clamp(min=0)  # rounding
+    return distance.clamp(min=0)  # rounding can make it negative
 
 
 def _centered(z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moved so that codes have mean 0: products of large numbers would lose the digits of a distance."""
+    """Shifts both so that the codes have mean 0: products of large numbers would lose precision."""
     center = codes.detach().mean(dim=0)
     return z - center, codes - center
 
@@ -146,23 +149,23 @@ def entropy(p: Tensor) -> Tensor:
 
 
 def mean_over_all_rows(total: Tensor, count: int) -> Tensor:
-    """The mean over all ranks' rows, with gradient, from each rank's sum [K] over its own `count` rows."""
+    """The mean over the rows of all ranks, with gradient, from this rank's sum [K] over `count` rows."""
     both = mean_across_ranks(torch.cat([total, total.new_full((1,), count)]))
-    return both[:-1] / both[-1].clamp(min=1e-6)  # 0 where no rank has any row
+    return both[:-1] / both[-1].clamp(min=1e-6)  # 0 if no rank has any rows
 
 
 # -- temperatures: pure functions of the step -----------------------------------------------------------------------
 
 
 def exponential_temperature(step: Tensor, start: float, end: float, anneal_steps: int) -> Tensor:
-    """start at step 0, falling exponentially to end at anneal_steps, and there it stays."""
+    """Falls exponentially from start at step 0 to end at anneal_steps, then stays there."""
     return (start * (-math.log(start / end) / anneal_steps * step).exp()).clamp(min=end)
 
 
 def cosine_temperature(step: Tensor, start: float, end: float, anneal_steps: int) -> Tensor:
-    """start at step 0, falling along a quarter of a cosine to end at anneal_steps, and there it stays.
+    """Falls along a quarter of a cosine from start at step 0 to end at anneal_steps, then stays there.
 
-    Source: `cos_anneal` of karpathy/deep-vector-quantization. It falls slowly at first and fastest at the end.
+    Source: `cos_anneal` of karpathy/deep-vector-quantization. It falls slowly at the start and fastest at the end.
     """
     progress = (step / anneal_steps).clamp(max=1)
     return end + (start - end) * (math.pi / 2 * progress).cos()
@@ -174,11 +177,11 @@ def decaying_temperature(step: Tensor, start: float, decay: float) -> Tensor:
 
 
 def check_annealing(start: float, end: float, anneal_steps: int) -> None:
-    """Raises ValueError on temperatures that do not fall, or fall to nothing."""
+    """Raises ValueError if temperature_start is below temperature_end, or temperature_end too small."""
     if not SMALLEST_TEMPERATURE <= end <= start < math.inf:
         raise ValueError(
             f"quantizer.temperature_start is {start} and temperature_end {end}; "
-            f"allowed is start >= end >= {SMALLEST_TEMPERATURE}"
+            f"they must satisfy start >= end >= {SMALLEST_TEMPERATURE}"
         )
     if anneal_steps < 1:
         raise ValueError(f"quantizer.anneal_steps is {anneal_steps}; it must be 1 or more")

@@ -1,7 +1,8 @@
-"""A discriminator of patches, and its part in the training of an autoencoder of pictures.
+"""The adversarial loss of image autoencoders, and the patch discriminator that it trains against.
 
-pix2pix's net (arXiv 1611.07004) as VQGAN trains with it (arXiv 2012.09841): it says for each patch of a picture whether
-it is real, and the autoencoder learns to be taken for real. x and x_hat are [B, 3, H, W] in 0..1.
+The net is pix2pix's (arXiv 1611.07004), trained as in VQGAN (arXiv 2012.09841): it predicts for each patch of a picture
+whether it is real, and the autoencoder learns to make reconstructions that pass as real. x and x_hat are
+[B, 3, H, W] in 0..1.
 """
 
 import itertools
@@ -15,15 +16,16 @@ from torch.func import functional_call
 
 from tokenizer.distributed import mean_across_ranks
 
-MAX_BALANCE = 1e4  # taming-transformers' clamp
+MAX_ADAPTIVE_WEIGHT = 1e4  # the limit that taming-transformers uses
 
 
 @dataclass
 class DiscriminatorConfig:
-    """weight: pull of the adversarial loss on a reconstruction, over that of all other losses; 0 for no discriminator.
+    """weight: gradient of the adversarial loss at the reconstruction, relative to that of all other losses; 0 turns
+    the discriminator off.
 
-    start_step: updates that the autoencoder makes alone first. channels: of the first convolution. layers: how often
-    the sides are halved. lr: constant.
+    start_step: training steps without the discriminator at the start. channels: of the first convolution. layers: how
+    many times the picture's sides are halved. lr: constant.
     """
 
     weight: float = 0.0
@@ -42,15 +44,15 @@ class DiscriminatorConfig:
 
     @property
     def smallest_side(self) -> int:
-        """In pixels, of a picture for which there is at least one logit."""
+        """Side in pixels of the smallest picture that gets at least one logit."""
         return 3 * 2**self.layers
 
 
 class PatchDiscriminator(nn.Module):
-    """x -> logits [B, 1, h, w], one for each patch (70 x 70 pixels with 3 layers), above 0 where it looks real.
+    """x -> logits [B, 1, h, w], one per patch (70 x 70 pixels with 3 layers); above 0 means that it looks real.
 
-    Differs: group norm instead of batch norm. A picture's logits then depend on no other picture, so that real and
-    rebuilt ones go through in one batch, ranks need not share statistics, and pieces of a batch give its gradient.
+    Differs: group norm instead of batch norm, so a picture's logits depend on no other picture. Originals and
+    reconstructions can share a batch, ranks need not share statistics, and gradient accumulation is exact.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -67,38 +69,41 @@ class PatchDiscriminator(nn.Module):
         return self.layers(2 * x - 1)
 
 
-class Adversary:
-    """A discriminator, its optimizer, and the losses between it and an autoencoder.
+class GanLoss:
+    """The discriminator, its optimizer, and the losses of both sides.
 
-    Every rank has the same weights, from the same seed and gradients that are averaged over ranks.
+    All ranks have the same discriminator: they start from one seed and average the gradients.
     """
 
     def __init__(self, config: DiscriminatorConfig, device: torch.device, seed: int, autocast: bool):
         self.config, self.device, self.autocast = config, device, autocast
-        with torch.random.fork_rng(devices=[]):  # else training would draw other noise than without a discriminator
+        with torch.random.fork_rng(devices=[]):  # so that training draws the same noise as without a discriminator
             torch.default_generator.manual_seed(seed)
             self.net = PatchDiscriminator(config).to(device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, betas=(0.5, 0.9))
 
-    def loss_of(self, x_hat: Tensor) -> Tensor:
-        """What the autoencoder lowers to be taken for real. Its gradient goes to x_hat, not to the discriminator."""
+    def generator_loss(self, x_hat: Tensor) -> Tensor:
+        """The autoencoder's loss: minus the mean logit of its reconstructions. No gradient for the discriminator."""
         frozen = {name: parameter.detach() for name, parameter in self.net.named_parameters()}
         with self._precision():
             logits = functional_call(self.net, frozen, (x_hat,))
         return -logits.float().mean()
 
     def add_gradients(self, x: Tensor, x_hat: Tensor, share: float) -> dict[str, Tensor]:
-        """Adds those of share times the discriminator's own loss. Returns it and the mean logits, times share too."""
+        """Adds the gradients of share times the discriminator's loss.
+
+        Returns that loss and the mean logits, also multiplied by share.
+        """
         with self._precision():
             logits = self.net(torch.cat([x, x_hat.detach()]))
         real, fake = logits.float().chunk(2)
         loss = hinge_loss(real, fake)
         (share * loss).backward()
-        told = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
-        return {name: share * value.detach() for name, value in told.items()}
+        values = {"discriminator": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        return {name: share * value.detach() for name, value in values.items()}
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Averages the gradients over the ranks, then clips them. Returns their norm before."""
+        """Averages the gradients over the ranks, then clips them. Returns their norm before clipping."""
         for parameter in self.net.parameters():
             assert parameter.grad is not None
             parameter.grad = mean_across_ranks(parameter.grad.contiguous())
@@ -116,18 +121,23 @@ class Adversary:
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's, of logits; 0 once real ones are above 1 and fake ones below -1. Source: arXiv 1705.02894."""
+    """The discriminator's loss from its logits: 0 when real ones are above 1 and fake ones below -1.
+
+    arXiv 1705.02894.
+    """
     return (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
 
 
-def balance(loss: Tensor, adversarial: Tensor, x_hat: Tensor) -> Tensor:
-    """The factor that gives the adversarial loss as large a gradient at x_hat as loss has. No gradient of its own.
+def adaptive_weight(loss: Tensor, adversarial: Tensor, x_hat: Tensor) -> Tensor:
+    """The factor that makes the adversarial loss's gradient at x_hat as large as that of loss. It has no gradient.
 
-    arXiv 2012.09841, equation 7. Differs: at the decoder's output, as EnCodec's balancer (arXiv 2210.13438, section
-    3.4), instead of the weights of its last layer: every net has an output.
+    Source: arXiv 2012.09841, eq. 7. Differs: measured at the decoder's output, as EnCodec's balancer does
+    (arXiv 2210.13438, section 3.4), instead of at the weights of the last layer, because every net has an output.
     """
-    push, pull = (torch.autograd.grad(one, x_hat, retain_graph=True)[0].norm() for one in (loss, adversarial))
-    return (push / pull.clamp(min=1e-12)).clamp(max=MAX_BALANCE)
+    norm, adversarial_norm = (
+        torch.autograd.grad(one, x_hat, retain_graph=True)[0].norm() for one in (loss, adversarial)
+    )
+    return (norm / adversarial_norm.clamp(min=1e-12)).clamp(max=MAX_ADAPTIVE_WEIGHT)
 
 
 def _conv4(width_in: int, width_out: int, stride: int) -> nn.Conv2d:

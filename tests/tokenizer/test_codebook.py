@@ -1,17 +1,22 @@
-"""Tables that are frozen by `fit`: from then on, nothing but training moves a bit of them."""
+"""Codebooks that `fit` freezes: afterwards only training changes them."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tokenizer.errors import CodebookMissing
-from tokenizer.quantizers.base.codebook import INIT_TOKENS_PER_CODE, TableQuantizer, check_table, first_codes
+from tokenizer.quantizers.base.codebook import (
+    INIT_TOKENS_PER_CODE,
+    CodebookQuantizer,
+    check_codebook_shape,
+    first_codes,
+)
 from tokenizer.quantizers.base.quantizer import QuantizerOutput
 from tokenizer.quantizers.vq_vae import VQVAEConfig
 
 
-class Projected(TableQuantizer):
-    """The codes are computed: one learned factor times fixed numbers."""
+class Projected(CodebookQuantizer):
+    """Computed codes: one learned factor times fixed numbers."""
 
     name = "projected"
 
@@ -28,7 +33,7 @@ class Projected(TableQuantizer):
         return QuantizerOutput(self._live_codes()[self._encode(z)])
 
 
-class Empty(TableQuantizer):
+class Empty(CodebookQuantizer):
     name = "empty"
 
 
@@ -51,7 +56,7 @@ def test_before_fit_the_codes_follow_the_parameters():
     assert torch.equal(quantizer.codebook, 2 * quantizer.numbers)
 
 
-def test_after_fit_they_do_not():
+def test_after_fit_the_codes_are_frozen():
     quantizer = fitted()
     expected, indices = quantizer.codebook, quantizer.encode(normals(200, 3, seed=1))
     quantizer.factor.data.fill_(2.0)
@@ -59,14 +64,14 @@ def test_after_fit_they_do_not():
     assert torch.equal(quantizer.encode(normals(200, 3, seed=1)), indices)
 
 
-def test_fit_again_freezes_what_is_live_now():
+def test_a_second_fit_freezes_the_current_codes():
     quantizer = fitted()
     quantizer.factor.data.fill_(2.0)
     quantizer.fit(normals(5, 3))
     assert torch.equal(quantizer.codebook, 2 * quantizer.numbers)
 
 
-def test_a_training_step_leaves_the_frozen_table_behind():
+def test_a_training_step_discards_the_frozen_codebook():
     quantizer = fitted()
     quantizer.factor.data.fill_(2.0)
     assert torch.equal(quantizer.eval()(normals(5, 3)).z_q, quantizer.table[quantizer.encode(normals(5, 3))])
@@ -75,13 +80,13 @@ def test_a_training_step_leaves_the_frozen_table_behind():
     assert torch.equal(quantizer.codebook, 2 * quantizer.numbers)
 
 
-def test_the_table_has_no_gradient_and_no_memory_in_common_with_the_parameters():
+def test_the_frozen_codebook_has_no_gradient_and_shares_no_memory_with_the_parameters():
     quantizer = fitted()
     assert not quantizer.table.requires_grad
     assert quantizer.table.data_ptr() != quantizer.numbers.data_ptr()
 
 
-def test_without_codes_every_verb_says_that_the_codebook_is_missing():
+def test_without_codes_every_method_says_that_the_codebook_is_missing():
     quantizer = Empty(16, 3)
     for ask in (lambda: quantizer.encode(normals(5, 3)), lambda: quantizer.decode(torch.tensor([0])),
                 lambda: quantizer.codebook, lambda: quantizer.fit(normals(5, 3)),
@@ -93,7 +98,7 @@ def test_without_codes_every_verb_says_that_the_codebook_is_missing():
 # -- state ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_table_of_another_size_brings_its_size_along():
+def test_loading_a_codebook_of_another_size_sets_the_codebook_size():
     saved, loaded = Projected(codebook_size=16), Empty(8, 3)
     saved.fit(normals(5, 3))
     loaded.load_state_dict({"table": saved.state_dict()["table"]})
@@ -101,14 +106,14 @@ def test_a_table_of_another_size_brings_its_size_along():
     assert torch.equal(loaded.codebook, saved.codebook)
 
 
-def test_a_state_without_a_table_unfreezes():
+def test_loading_a_state_without_a_codebook_unfreezes():
     quantizer = fitted()
     quantizer.load_state_dict(Projected().state_dict())
     assert len(quantizer.table) == 0
     assert quantizer.codebook_size == 16
 
 
-def test_a_state_finds_its_place_inside_another_module():
+def test_a_nested_state_loads():
     outer, other = nn.ModuleDict({"a": fitted()}), nn.ModuleDict({"a": Projected()})
     other.load_state_dict(outer.state_dict())
     assert torch.equal(other["a"].table, outer["a"].table)
@@ -124,18 +129,18 @@ def test_first_codes_are_the_same_each_time_and_draw_no_global_random_number():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_first_codes_read_no_more_tokens_than_they_need():
+def test_first_codes_use_only_the_first_latents_of_a_large_batch():
     z = normals(INIT_TOKENS_PER_CODE * 4, 3)
     assert torch.equal(first_codes(torch.cat([z, 100 + z]), 4), first_codes(z, 4))
 
 
-def test_first_codes_need_no_gradient_of_the_latents():
+def test_first_codes_have_no_gradient():
     assert not first_codes(normals(50, 3).requires_grad_(), 4).requires_grad
 
 
 @pytest.mark.parametrize(("codebook_size", "dim"), [(0, 4), (4, 0), (-1, 4)])
-def test_a_table_of_no_size_is_refused(codebook_size, dim):
+def test_a_codebook_without_codes_or_dims_is_refused(codebook_size, dim):
     with pytest.raises(ValueError, match=f"codebook_size is {codebook_size} and dim {dim}; both must be above 0"):
-        check_table(codebook_size, dim)
+        check_codebook_shape(codebook_size, dim)
     with pytest.raises(ValueError, match="both must be above 0"):
         VQVAEConfig(codebook_size=codebook_size, dim=dim)
