@@ -19,8 +19,8 @@ from benchmarks.measure import Table, ratio_text
 from benchmarks.tokenize import ROOT, Run, Timed, TimedWorker, make_tokenizer, run_of, settings_of
 from jobs.actors import cluster
 from jobs.actors.pool import Named, map_shards
+from jobs.artifacts import token_layout
 from jobs.config import TokensConfig, WorkersConfig, load_config
-from jobs.tokenize_corpus import layout_of
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Output
@@ -87,7 +87,7 @@ def report(runs: dict[str, list[Run]]) -> Table:
 
 
 def timed_run(side: Map, options: TokensConfig, shards: list[Shard], work: Path) -> Run:
-    layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), options)
+    layout = token_layout(Tokenizer.from_pretrained(work / "tokenizer"), options)
     output = Output.create(tempfile.mkdtemp(dir=work, prefix="out-"), layout, Manifest(shards), {})
     settings = settings_of(work, output, options)
     worker = TimedWorker if side is map_shards else OldTimedWorker

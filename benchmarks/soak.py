@@ -16,8 +16,8 @@ from benchmarks.measure import Table
 from benchmarks.tokenize import ROOT, TimedWorker, make_tokenizer, settings_of
 from jobs.actors import cluster
 from jobs.actors.pool import map_shards
+from jobs.artifacts import token_layout
 from jobs.config import WorkersConfig, load_config
-from jobs.tokenize_corpus import layout_of
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
@@ -55,7 +55,7 @@ def run() -> Table:
         make_tokenizer(config, work / "tokenizer")
         write_shards(work / "shards")
         inputs = find_shards(f"{work}/shards/*.tar")
-        layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), config.tokens)
+        layout = token_layout(Tokenizer.from_pretrained(work / "tokenizer"), config.tokens)
         output = Output.create(str(work / "out"), layout, inputs, {})
         settings = settings_of(work, output, config.tokens)
         memory, start = Memory(), time.monotonic()

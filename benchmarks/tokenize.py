@@ -27,10 +27,10 @@ from torch.nn.functional import pad
 from benchmarks.measure import Table, ratio_text, timed
 from jobs.actors import cluster
 from jobs.actors.pool import ShardWorker, map_shards
-from jobs.artifacts import load_tokenizer
+from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
-from jobs.shards import Item, decoded_batches
-from jobs.tokenize_corpus import Committed, TokenizeWorker, layout_of
+from jobs.shards import DecodedSample, ShardReader
+from jobs.tokenize_corpus import Committed, TokenizeWorker
 from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Output
 from tokenizer.autoencoder import Autoencoder
@@ -220,8 +220,8 @@ class BareWorker(ShardWorker):
             factor = self.tokenizer.autoencoder.factor
             self.batches[shard.name] = [modality.batch(batch, factor).x for batch in arrays]
 
-    def _read(self, shard: Shard, options: TokensConfig) -> Iterator[list[Item]]:
-        return decoded_batches(shard.url, self.tokenizer, options, [])
+    def _read(self, shard: Shard, options: TokensConfig) -> Iterator[list[DecodedSample]]:
+        return ShardReader(shard, self.tokenizer.modality, options).batches()
 
     @torch.inference_mode()
     def process(self, shard: Shard) -> Timed:
@@ -234,7 +234,7 @@ class BareWorker(ShardWorker):
 
 
 def ray_run(options: TokensConfig, workers: WorkersConfig, shards: list[Shard], work: Path) -> tuple[Run, Output]:
-    layout = layout_of(Tokenizer.from_pretrained(work / "tokenizer"), options)
+    layout = token_layout(Tokenizer.from_pretrained(work / "tokenizer"), options)
     output = Output.create(tempfile.mkdtemp(dir=work, prefix="ray-"), layout, Manifest(shards), {})
     return _timed_run(TimedWorker, settings_of(work, output, options), workers, shards), output
 

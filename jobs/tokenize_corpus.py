@@ -1,26 +1,26 @@
-"""Shards to token shards: `tokenizer`, `data.shards`, `output`.
+"""Tokenizes shards: `tokenizer`, `data.shards`, `output`.
 
-todo = shards without a manifest entry -> an actor per device reads a shard, decodes in threads, buckets by shape,
-encodes, writes tokens and quarantine, and commits -> one small row of counts comes back.
+Each shard without a commit goes to an actor, one per device. The actor reads the shard, decodes in threads, encodes
+batches of one shape, writes tokens and quarantine, and commits. Only a small row of counts comes back.
 """
 
 import contextlib
-import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from jobs.actors.run import FIX_AND_RERUN, EncodeWorker, ShardResult, print_failures, run_shards
-from jobs.artifacts import load_tokenizer, tokenizer_url
-from jobs.config import Config, ConfigError, TokensConfig
+from jobs.artifacts import load_tokenizer, token_layout, tokenizer_url
+from jobs.config import Config, ConfigError, TokensConfig, WorkersConfig
 from jobs.latents.cache import open_cache, tokenize_cached
 from jobs.shards import EncodedShard, encode_shard
 from pipeline import storage
-from pipeline.corpus.shards import Manifest, Shard, find_shards
-from pipeline.tokens import Commit, Layout, Output
+from pipeline.corpus.shards import Shard, find_shards
+from pipeline.tokens import Commit, Output
 from tokenizer.encoder import LatentEncoder
-from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
+from tokenizer.tokenizer import Tokenizer
 
 
 def run(config: Config) -> int:
@@ -28,93 +28,94 @@ def run(config: Config) -> int:
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
     inputs = find_shards(config.data.shards)
-    _refuse_uploaded(inputs)
-    try:
-        layout = layout_of(tokenizer, config.tokens)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    _refuse_uploaded(inputs.shards)
+    layout = token_layout(tokenizer, config.tokens)
     if config.tokens.latents:
         config.tokens.latents = open_cache(config.tokens.latents, tokenizer, inputs.shards, config.tokens).url
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(storage.normalise(config.output))
     output = Output.create(config.output, layout, inputs, config.to_dict())
-    done = output.committed_names()
-    todo = [shard for shard in inputs.shards if shard.name not in done]
-    print(f"tokenize: {len(inputs.shards)} shards, {len(inputs.shards) - len(todo)} done before, {len(todo)} to do")
-    failures = tokenize_shards(todo, url, output, config) if todo else []
+    load = partial(load_tokenizer, url)
+    failures = encode_missing("tokenize", inputs.shards, output, load, config.tokens, config.workers)
     return _outcome(output, inputs.shards, failures, config)
 
 
-def _refuse_uploaded(inputs: Manifest) -> None:
-    """A shard's URL is its name in the output, and Ray's copies of a working directory have new ones each time."""
-    for shard in inputs.shards:
+def _refuse_uploaded(shards: list[Shard]) -> None:
+    """A shard is identified by its URL, and Ray copies a working directory to a new path each time."""
+    for shard in shards:
         if "/working_dir_files/_ray_pkg_" in shard.url:
             raise ConfigError(
-                f"data.shards: {shard.url} is Ray's copy of a working directory; give the whole path or URL"
+                f"data.shards: {shard.url} is Ray's copy of a working directory; give an absolute path or a URL"
             )
 
 
-def tokenize_shards(todo: list[Shard], url: str, output: Output, config: Config) -> list[str]:
-    """Runs the workers; returns what failed."""
-    settings = {"load": partial(load_tokenizer, url), "output_url": output.url, "options": config.tokens}
-    worker: type[TokenizeWorker] = TokenizeWorker
-    if config.tokens.latents:
-        worker, settings = CachedTokenizeWorker, settings | {"cache_url": config.tokens.latents}
-    results = run_shards("tokenize", todo, worker, settings, config.workers)
+def encode_missing(
+    command: str,
+    shards: list[Shard],
+    output: Output,
+    load: Callable[[str], LatentEncoder],
+    options: TokensConfig,
+    workers: WorkersConfig,
+) -> list[str]:
+    """Encodes and commits the shards that the output lacks. Starts Ray if there are any. Returns the failures.
+
+    load: from a device to the encoder: a tokenizer, or for latents an encoder without a codebook.
+    """
+    done = output.committed_names()
+    todo = [shard for shard in shards if shard.name not in done]
+    print(f"{command}: {len(shards)} shards, {len(shards) - len(todo)} done before, {len(todo)} to do")
+    if not todo:
+        return []
+    settings = {"load": load, "output_url": output.url, "options": options}
+    results = run_shards(command, todo, TokenizeWorker, settings, workers)
     return [result.failure for result in results if result.failure]
 
 
 def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
     print_failures("tokenize", failures)
-    done = {history.first.name: history for history in output.histories()}
-    mine = [done[shard.name] for shard in shards if shard.name in done]
-    rows, bad = sum(one.num_rows for one in mine), sum(one.num_quarantined for one in mine)
-    print(f"tokenize: {rows} samples in {len(mine)} of {len(shards)} shards, {bad} quarantined, at {output.url}")
-    if len(mine) < len(shards):
-        print(f"tokenize: incomplete: {len(shards) - len(mine)} shards failed; {FIX_AND_RERUN}")
+    histories = {history.first.name: history for history in output.histories()}
+    done = [histories[shard.name] for shard in shards if shard.name in histories]
+    rows, quarantined = sum(one.num_rows for one in done), sum(one.num_quarantined for one in done)
+    print(
+        f"tokenize: {rows} samples in {len(done)} of {len(shards)} shards, {quarantined} quarantined, at {output.url}"
+    )
+    if len(done) < len(shards):
+        print(f"tokenize: incomplete: {len(shards) - len(done)} shards failed; {FIX_AND_RERUN}")
         return 3
-    if bad > config.tokens.max_bad_fraction * max(1, rows + bad):
-        print(f"tokenize: done, but {bad} quarantined exceed tokens.max_bad_fraction={config.tokens.max_bad_fraction}")
+    allowed = config.tokens.max_bad_fraction
+    if quarantined > allowed * max(1, rows + quarantined):
+        print(f"tokenize: done, but {quarantined} quarantined samples exceed tokens.max_bad_fraction={allowed}")
         return 4
     print("tokenize: done")
     return 0
 
 
-def layout_of(tokenizer: Tokenizer, options: TokensConfig) -> Layout:
-    """What stands in the footer of every shard that this tokenizer writes."""
-    return Layout(
-        tokenizer_id=tokenizer.id,
-        codebook_id=tokenizer.codebook_id,
-        codebook_size=tokenizer.codebook_size,
-        modality=tokenizer.modality.name,
-        index_order=INDEX_ORDER,
-        preprocessing=json.dumps(tokenizer.preprocessing, sort_keys=True),
-        encoding=options.encoding,
-        passthrough=tuple(options.passthrough),
-    )
-
-
 @dataclass
 class Committed(ShardResult):
-    """What the commit of a shard has."""
+    """What the commit of a shard counts."""
 
     num_rows: int = 0
     num_quarantined: int = 0
     num_tokens: int = 0
+
+    @classmethod
+    def of(cls, shard: Shard, commit: Commit) -> "Committed":
+        return cls(shard, None, commit.num_rows, commit.num_quarantined, commit.num_tokens)
 
     def counts(self) -> dict[str, float]:
         return {"samples": self.num_rows, "tokens": self.num_tokens, "quarantined": self.num_quarantined}
 
 
 class TokenizeWorker(EncodeWorker[LatentEncoder]):
-    """Takes shards from bytes to commit. With an encoder that has no codebook, the rows hold latents."""
+    """Takes a shard from bytes to its commit. With an encoder that has no codebook, the rows hold latents."""
 
-    in_flight = 2  # one is read, decoded and written while the other's batches are on the device
+    in_flight = 2  # one shard is read, decoded and written while the other's batches are on the device
     result = Committed
 
     def __init__(self, output_url: str, **rest: Any):
         super().__init__(**rest)
         self.output = Output.open(output_url)
+        self.cache = Output.open(self.options.latents) if self.options.latents else None
 
     def process(self, shard: Shard) -> ShardResult:
         return self._noted(super().process(shard))
@@ -124,40 +125,31 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
 
     def finished(self, shard: Shard) -> ShardResult | None:
         history = self.output.history(shard.name)
-        return None if history is None else _committed(shard, history.first)
+        return None if history is None else Committed.of(shard, history.first)
 
     def work(self, shard: Shard) -> ShardResult:
-        found = self.encode(shard)
+        encoded = self._encode(shard)
         with self.ticking(shard):
-            entry = self.output.commit(
-                shard, found.rows, found.quarantined, found.seconds, now=time.time(), num_samples=found.num_samples
+            commit = self.output.commit(
+                shard,
+                encoded.rows,
+                encoded.quarantined,
+                encoded.seconds,
+                now=time.time(),
+                num_samples=encoded.num_samples,
             )
-        return _committed(shard, entry)
+        return Committed.of(shard, commit)
 
-    def encode(self, shard: Shard) -> EncodedShard:
-        return encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
+    def _encode(self, shard: Shard) -> EncodedShard:
+        tick = partial(self.tick, shard)
+        if self.cache is None:
+            return encode_shard(shard, self.encoder, self.options, self.device_lock, tick)
+        assert isinstance(self.encoder, Tokenizer)
+        return tokenize_cached(shard, self.cache, self.encoder, self.options, self.device_lock, tick)
 
     def _noted(self, result: ShardResult) -> ShardResult:
-        """A failure is noted in the output, for `status`. If that fails, too, the driver still prints it."""
+        """Notes a failure in the output, for `status`. If that fails too, the driver still prints it."""
         if result.failure:
             with self.ticking(result.shard), contextlib.suppress(OSError):
                 self.output.note_failure(result.shard, result.failure, now=time.time())
         return result
-
-
-class CachedTokenizeWorker(TokenizeWorker):
-    """Makes tokens from a cache of latents instead of the samples."""
-
-    encoder: Tokenizer
-
-    def __init__(self, cache_url: str, **rest: Any):
-        super().__init__(**rest)
-        self.cache = Output.open(cache_url)
-
-    def encode(self, shard: Shard) -> EncodedShard:
-        tick = partial(self.tick, shard)
-        return tokenize_cached(shard, self.cache, self.encoder, self.options, self.device_lock, tick)
-
-
-def _committed(shard: Shard, entry: Commit) -> Committed:
-    return Committed(shard, None, entry.num_rows, entry.num_quarantined, entry.num_tokens)

@@ -16,10 +16,10 @@ import torch
 
 import psutil  # isort: skip
 from jobs.actors.run import EncodeWorker
-from jobs.artifacts import load_tokenizer
+from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import TokensConfig
 from jobs.shards import encode_shard
-from jobs.tokenize_corpus import TokenizeWorker, layout_of
+from jobs.tokenize_corpus import TokenizeWorker
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture
@@ -63,7 +63,7 @@ def rows_of(output: str | Path) -> pa.Table:
 def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
     """The rows that these shards should give, made in this process by one `encode_shard` after the other."""
     tokenizer = Tokenizer.from_pretrained(tokenizer_url)
-    layout = layout_of(tokenizer, TokensConfig())
+    layout = token_layout(tokenizer, TokensConfig())
     tables = []
     for shard in find_shards(shards).shards:
         rows = encode_shard(shard, tokenizer, TokensConfig()).rows
@@ -77,7 +77,7 @@ def tokenize_without_ray(
     """What the job does, in this process: each shard that is not committed yet goes through the job's own worker."""
     options = options or TokensConfig()
     inputs = find_shards(shards)
-    layout = layout_of(Tokenizer.from_pretrained(tokenizer_url), options)
+    layout = token_layout(Tokenizer.from_pretrained(tokenizer_url), options)
     output = Output.create(str(output_url), layout, inputs, config={})
     worker = here(TokenizeWorker, tokenizer_url, output_url=output.url, options=options)
     done = output.committed_names()

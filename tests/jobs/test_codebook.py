@@ -118,7 +118,7 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
             os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         capsys.readouterr()
         assert main(["codebook", file, "codebook.size=16"]) == 0
-        assert "has the latents of 5 of 5 shards" in capsys.readouterr().out
+        assert "5 shards, 5 done before, 0 to do" in capsys.readouterr().out
         from_cache = [
             f"tokens.latents={place}/again/latents",
             f"output={place}/from-cache",
@@ -164,7 +164,7 @@ def test_latents_that_lie_with_workers_give_what_they_give_in_memory(place: Path
         codebooks.append(fitted.codebook)
     assert torch.equal(*codebooks)
     alone = build_quantizer(quantizer).eval()
-    alone.fit(Drawn(latents.drawn))
+    alone.fit(SampledInMemory(latents.drawn))
     torch.testing.assert_close(codebooks[0], alone.codebook, rtol=1e-4, atol=1e-5)
 
 
@@ -189,7 +189,7 @@ def killed_while_summing() -> Iterator[None]:
     assert killed
 
 
-class Drawn(InMemory):
+class SampledInMemory(InMemory):
     """All latents, in the order in which the sample came, of which a sample are the first."""
 
     def sample(self, count: int, seed: int) -> Part:
@@ -211,7 +211,7 @@ def test_a_codebook_that_was_made_otherwise_is_not_passed_off(place: Path, capsy
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_broken_shard_is_told_and_a_whole_corpus_is_not_made_of_a_part(place: Path, capsys):
+def test_a_broken_shard_is_reported_and_codebook_full_needs_all_shards(place: Path, capsys):
     broken = place / "broken"
     broken.mkdir()
     for tar in (place / "in").glob("*.tar"):
@@ -220,7 +220,7 @@ def test_a_broken_shard_is_told_and_a_whole_corpus_is_not_made_of_a_part(place: 
     file = config(place, "with-broken", data={"shards": f"{broken}/*.tar"})
     assert main(["codebook", file, "codebook.full=true"]) == 3
     assert not (place / "with-broken/tokenizers").exists()
-    assert "incomplete: 1 shards failed; fix them" in capsys.readouterr().out
+    assert "incomplete: 1 shards failed; fix the cause" in capsys.readouterr().out
     assert main(["codebook", file]) == 3
     assert report_of(place, "with-broken")["made_by"]["num_failed_shards"] == 1
 

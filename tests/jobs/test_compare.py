@@ -75,7 +75,7 @@ def test_a_width_that_the_comparison_gives_a_method_wins(tmp_path):
     assert planned(tmp_path, methods)[0].trial.model["quantizer"]["dim"] == 5
 
 
-def test_defaults_that_follow_the_width_are_made_anew(tmp_path):
+def test_defaults_that_depend_on_the_width_follow_it(tmp_path):
     """latents_per_code is 16 per dimension: 48 at 3 dims, not the 64 of the default width."""
     methods = {"VP-VAE": {"quantizer": {"name": "vp_vae"}}}
     assert planned(tmp_path, methods)[0].trial.model["quantizer"]["latents_per_code"] == 48
@@ -108,7 +108,7 @@ def test_whatever_decides_on_a_result_is_in_its_name(tmp_path):
         ({"quantizer": {"name": "fsq"}, "train": {"loss_weights": {"codebook": 1}}}, "codebook: there is no such loss"),
     ],
 )
-def test_a_mistake_in_a_method_is_told_before_ray_starts(tmp_path, capsys, method, told):
+def test_a_mistake_in_a_method_is_reported_before_ray_starts(tmp_path, capsys, method, told):
     assert main(["compare", config(tmp_path, {**METHODS, "bad": method})]) == 2
     assert re.search(told, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
@@ -221,7 +221,7 @@ def test_the_same_command_again_runs_only_what_is_missing(done, capsys):
     written = [path.stat().st_mtime_ns for path in trials]
     trials[1].unlink()
     assert main(["compare", config(done)]) == 0
-    assert "4 trials, 3 of them done already" in capsys.readouterr().out
+    assert "4 trials, 3 of them done before" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for i, path in enumerate(trials) if i != 1] == written[:1] + written[2:]
     again = json.loads(trials[1].read_text())
     assert again["numbers"]["mse"] == before[1]["numbers"]["mse"]

@@ -64,7 +64,7 @@ def test_shards_and_workers_add_up_to_the_distance_over_all_samples(ray_cluster,
     assert f"{NAME} {numbers[NAME]:.4g}" in said
 
 
-def test_a_missing_file_of_weights_is_told_in_one_line_before_ray_starts(tmp_path, tokenizer, capsys):
+def test_a_missing_file_of_weights_is_one_line_before_ray_starts(tmp_path, tokenizer, capsys):
     write_corpus(tmp_path, [1])
     settings = ["metrics.frechet=inception", "metrics.frechet_weights=nowhere.pth"]
     assert main(arguments(tmp_path, tokenizer, *settings)) == 2

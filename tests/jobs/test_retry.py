@@ -72,7 +72,7 @@ def test_recovered_samples_are_the_rows_that_they_would_have_been(
 
 def test_each_retry_takes_up_what_the_one_before_left(output: Output, tokenizer: str, low_limit: pytest.MonkeyPatch):
     low_limit.undo()
-    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1, num_still_bad=1)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1, num_quarantined=1)
     assert in_quarantine(output) == [4]
     low_limit.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1)
@@ -93,7 +93,7 @@ def test_readers_see_recovered_rows(output: Output, tokenizer: str, low_limit: p
 
 def test_where_nothing_was_mended_nothing_is_written(output: Output, tokenizer: str):
     before = files(output)
-    assert retry(output, tokenizer) == Recovered(shard(output), num_still_bad=2)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_quarantined=2)
     assert files(output) == before
 
 
