@@ -29,8 +29,8 @@ from jobs.actors import cluster
 from jobs.actors.pool import ShardWorker, map_shards
 from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
+from jobs.encode import Committed, TokenizeWorker
 from jobs.shards import DecodedSample, ShardReader
-from jobs.tokenize_corpus import Committed, TokenizeWorker
 from pipeline.corpus.shards import Manifest, Shard, find_shards
 from pipeline.tokens import Output
 from tokenizer.autoencoder import Autoencoder

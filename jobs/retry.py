@@ -15,9 +15,9 @@ from typing import Any
 from jobs.actors.run import FIX_AND_RERUN, EncodeWorker, ShardResult, print_failures, run_shards
 from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config
+from jobs.encode import encode_missing
 from jobs.shards import EncodedShard, encode_shard
 from jobs.status import open_output
-from jobs.tokenize_corpus import encode_missing
 from pipeline import storage
 from pipeline.corpus.shards import Shard, look_up
 from pipeline.errors import ShardError
@@ -46,7 +46,7 @@ def run(config: Config) -> int:
     if failed:
         inputs = look_up(failed)  # a repaired shard has another size than the one that failed
         output.take_inputs(inputs)
-        failures += encode_missing("retry", inputs.shards, output, load, config.tokens, config.workers)
+        failures += encode_missing("retry", inputs.shards, output, load, config)
     return _outcome(output, failures, config)
 
 

@@ -10,8 +10,8 @@ from jobs.actors import cluster
 from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
 from jobs.artifacts import latent_layout, load_encoder
 from jobs.config import Config, ConfigError, TokensConfig
+from jobs.encode import encode_missing
 from jobs.shards import encode_shard
-from jobs.tokenize_corpus import encode_missing
 from pipeline import storage
 from pipeline.corpus.shards import Manifest, Shard
 from pipeline.reservoir import Reservoir
@@ -103,7 +103,8 @@ def fill_cache(run_url: str, inputs: Manifest, config: Config) -> Output:
         storage.check_create_only(url)
     cache = Output.create(url, latent_layout(encoder, options), inputs, config.to_dict())
     print(f"codebook: caching latents in {cache.url}")
-    print_failures("codebook", encode_missing("codebook", inputs.shards, cache, load, options, config.workers))
+    failures = encode_missing("codebook", inputs.shards, cache, load, replace(config, tokens=options))
+    print_failures("codebook", failures)
     return cache
 
 

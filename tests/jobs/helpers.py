@@ -18,8 +18,8 @@ import psutil  # isort: skip
 from jobs.actors.run import EncodeWorker
 from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import TokensConfig
+from jobs.encode import TokenizeWorker
 from jobs.shards import encode_shard
-from jobs.tokenize_corpus import TokenizeWorker
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture
