@@ -1,4 +1,4 @@
-"""The audit: rows made again are the same rows, and one wrong token is found."""
+"""The audit reproduces the rows, and finds a single wrong token."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from tests.jobs.helpers import here, jpegs, save_tiny_tokenizer, tokenize_withou
 
 @pytest.fixture(params=["list", "packed"])
 def output(request: pytest.FixtureRequest, tokenizer: str, tmp_path: Path) -> Output:
-    """Two shards, the second with pictures of two sizes."""
+    """Two shards; the second has images of two sizes."""
     (tmp_path / "a.tar").write_bytes(tar_bytes(jpegs(3)))
     (tmp_path / "b.tar").write_bytes(tar_bytes([*jpegs(4, 80, 64), ("small.jpg", jpegs(1, 24, 24)[0][1])]))
     options = TokensConfig(encoding=request.param)
@@ -34,7 +34,7 @@ def shard(output: Output, index: int = 0) -> Shard:
 
 
 def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] = (0, 2)) -> Compared:
-    """What a worker of the job finds in these rows of a shard."""
+    """Runs the job's worker on these rows of a shard."""
     drawn = {shard(output, index).name: list(rows)}
     found = here(AuditWorker, tokenizer, output_url=output.url, drawn=drawn).process(shard(output, index))
     assert isinstance(found, Compared)
@@ -42,7 +42,7 @@ def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] 
 
 
 def forge(output: Output, row: int, change: int = 1) -> None:
-    """Adds to the first token of a row of the first shard, with an entry whose checksum is right."""
+    """Changes the first token of a row of the first shard, and corrects the checksum in the entry."""
     name = shard(output).name
     path, entry = Path(output.tokens_url(name)), Path(output.url) / "manifest" / f"{name}.json"
     table = pq.read_table(path)
@@ -144,7 +144,7 @@ def test_a_seed_always_draws_the_same():
     assert draw(ENTRIES, 4, seed=3) == draw(ENTRIES, 4, seed=3) != draw(ENTRIES, 4, seed=4)
 
 
-def test_of_nothing_nothing_is_drawn():
+def test_an_empty_output_gives_no_rows():
     assert draw([], 4, seed=0) == {}
 
 
@@ -153,7 +153,7 @@ def test_of_nothing_nothing_is_drawn():
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_command_passes_what_is_sound_and_names_what_is_not(
+def test_the_command_passes_equal_rows_and_names_different_ones(
     output: Output, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ):
     command = ["audit", f"output={output.url}", f"tokenizer={tokenizer}"]

