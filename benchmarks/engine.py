@@ -19,8 +19,8 @@ from benchmarks.measure import Table, ratio_text
 from benchmarks.tokenize import ROOT, Run, Timed, TimedWorker, make_tokenizer, run_of, settings_of
 from jobs.actors import cluster
 from jobs.actors.pool import Named, map_shards
+from jobs.artifacts import token_layout
 from jobs.config import TokensConfig, WorkersConfig, load_config
-from jobs.tokenize_corpus import token_layout
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard, ShardList, find_shards
 from pipeline.tokens import Output

@@ -16,8 +16,8 @@ from benchmarks.measure import Table
 from benchmarks.tokenize import ROOT, TimedWorker, make_tokenizer, settings_of
 from jobs.actors import cluster
 from jobs.actors.pool import map_shards
+from jobs.artifacts import token_layout
 from jobs.config import WorkersConfig, load_config
-from jobs.tokenize_corpus import token_layout
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output

@@ -27,10 +27,10 @@ from torch.nn.functional import pad
 from benchmarks.measure import Table, ratio_text, timed
 from jobs.actors import cluster
 from jobs.actors.pool import ShardWorker, map_shards
-from jobs.artifacts import load_tokenizer
+from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
-from jobs.shards import Item, decoded_batches
-from jobs.tokenize_corpus import Committed, TokenizeWorker, token_layout
+from jobs.encode import Committed, TokenizeWorker
+from jobs.shards import DecodedSample, ShardReader
 from pipeline.corpus.shards import Shard, ShardList, find_shards
 from pipeline.tokens import Output
 from tokenizer.autoencoder import Autoencoder
@@ -220,8 +220,8 @@ class BareWorker(ShardWorker):
             factor = self.tokenizer.autoencoder.factor
             self.batches[shard.name] = [modality.batch(batch, factor).x for batch in arrays]
 
-    def _read(self, shard: Shard, options: TokensConfig) -> Iterator[list[Item]]:
-        return decoded_batches(shard.url, self.tokenizer, options, [])
+    def _read(self, shard: Shard, options: TokensConfig) -> Iterator[list[DecodedSample]]:
+        return ShardReader(shard, self.tokenizer.modality, options).batches()
 
     @torch.inference_mode()
     def process(self, shard: Shard) -> Timed:

@@ -22,8 +22,9 @@ from torch.nn.functional import l1_loss
 
 from benchmarks.measure import Table, interleaved, ratio_text
 from jobs.config import load_config
-from jobs.reports.training import Profile, TrainReport
-from jobs.training.data import Batch, TrainingData
+from jobs.reports.training import TrainReport
+from jobs.stopwatch import Stopwatch
+from jobs.training.data import TrainBatch, TrainingData
 from pipeline.corpus.shards import find_shards
 from pipeline.errors import ShardError
 from tokenizer.autoencoder import Autoencoder
@@ -87,7 +88,7 @@ class Round:
 
 
 class Loop(Protocol):
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: TrainBatch) -> Tensor:
         """Trains on the batch. Returns the loss."""
         ...
 
@@ -146,7 +147,7 @@ class BareLoop:
 
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: TrainBatch) -> Tensor:
         x = batch.x.to(DEVICE, non_blocking=True, memory_format=torch.channels_last)
         self.optimizer.zero_grad()
         out = self.model(x)
@@ -166,10 +167,10 @@ class OurLoop:
         self.trainer, self.data, self.report = trainer, data, report
         self.num_steps = 0
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: TrainBatch) -> Tensor:
         result = self.trainer.update(batch.x, self.num_steps)
         self.num_steps += 1
-        self.data.taken(batch)
+        self.data.trained_on(batch)
         if self.num_steps % STEPS == 0:
             self.report.log({"step": self.num_steps, **self.trainer.numbers(result)})
         return result.loss
@@ -183,7 +184,7 @@ def stream(data: TrainingData) -> contextlib.closing:
     return contextlib.closing(data.batches(pinned=DEVICE.type == "cuda"))
 
 
-def fill_queue(trainer: Trainer, batches: list[Batch]) -> None:
+def fill_queue(trainer: Trainer, batches: list[TrainBatch]) -> None:
     """Trains until every step perturbs."""
     quantizer = trainer.autoencoder.quantizer
     assert isinstance(quantizer, VPVAE)
@@ -193,7 +194,7 @@ def fill_queue(trainer: Trainer, batches: list[Batch]) -> None:
         trainer.update(batch.x, step)
 
 
-def prove_equal(loops: list[Loop], batches: list[Batch]) -> float:
+def prove_equal(loops: list[Loop], batches: list[TrainBatch]) -> float:
     """Raises AssertionError unless all have the first's losses to 1e-5. Returns the largest relative difference."""
     found = []
     for loop in loops:
@@ -205,7 +206,7 @@ def prove_equal(loops: list[Loop], batches: list[Batch]) -> float:
     return difference
 
 
-def run_rounds(loops: dict[str, Loop], data: TrainingData, in_memory: list[Batch]) -> dict[str, list[Round]]:
+def run_rounds(loops: dict[str, Loop], data: TrainingData, in_memory: list[TrainBatch]) -> dict[str, list[Round]]:
     """Each loop once a round, every round starting with another one."""
     names = list(loops)
     found: dict[str, list[Round]] = {name: [] for name in names}
@@ -220,7 +221,7 @@ def run_rounds(loops: dict[str, Loop], data: TrainingData, in_memory: list[Batch
     return found
 
 
-def run_round(loop: Loop, batches: Iterator[Batch]) -> Round:
+def run_round(loop: Loop, batches: Iterator[TrainBatch]) -> Round:
     start, waited = time.perf_counter(), 0.0
     for _ in range(STEPS):
         asked = time.perf_counter()
@@ -251,10 +252,10 @@ def _measure_perturbation(table: Table) -> None:
     stages: list[dict[str, float]] = []
 
     def net() -> None:
-        profile = Profile(DEVICE)
-        trainer.lap = profile.lap
+        watch = Stopwatch(torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None)
+        trainer.lap = watch.lap
         trainer.update(x, 0)
-        stages.append(profile.seconds)
+        stages.append(watch.seconds)
 
     num_latents = F8_BATCH * (F8_SEGMENT // autoencoder.factor) ** 2
     perturbers = {f"VP-VAE K={size} D={dim}": Perturber(size, dim, num_latents) for size, dim in F8_QUANTIZERS}

@@ -1,7 +1,7 @@
 """Tokenizes a random sample of committed rows again and compares: `output`, `tokenizer`, `audit.rows`, `audit.seed`.
 
-Reads the input shards that hold them, each once, and writes nothing. Every token must be the same; exit code 3 if one
-is not, or if a sample cannot be read and tokenized any more. `tokenizer`: the run's only one if empty.
+Reads each input shard of the sample once, and writes nothing. Exits with code 3 if any token differs, or if a sample
+can no longer be read or tokenized. `tokenizer`: by default the only one of the run.
 """
 
 import io
@@ -23,12 +23,10 @@ from pipeline.tokens.commit import shard_name
 from pipeline.tokens.schema import tokens_as_lists
 from tokenizer.tokenizer import Tokenizer
 
-Drawn = dict[str, list[int]]  # name of an entry: which of its rows
-
 
 @dataclass
 class Compared(ShardResult):
-    """differing: sentences that begin with the key. failure: why the shard could not be compared."""
+    """differing: a sentence for each row that differs, beginning with its key."""
 
     num_rows: int = 0
     num_tokens: int = 0
@@ -54,62 +52,61 @@ def run(config: Config) -> int:
     return _outcome(results, output)
 
 
-def draw(entries: list[Commit], count: int, seed: int) -> Drawn:
-    """`count` rows of the entries, or all if there are fewer, each as likely as any other."""
+def draw(entries: list[Commit], count: int, seed: int) -> dict[str, list[int]]:
+    """A uniform sample of `count` rows (all if there are fewer): name of an entry -> numbers of its rows."""
     starts = np.cumsum([0] + [entry.num_rows for entry in entries])
     total = int(starts[-1])
     chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
-    drawn: Drawn = {}
+    drawn: dict[str, list[int]] = {}
     for row, which in zip(chosen.tolist(), (np.searchsorted(starts, chosen, side="right") - 1).tolist(), strict=True):
         drawn.setdefault(entries[which].name, []).append(row - int(starts[which]))
     return drawn
 
 
-def _outcome(parts: list[Compared], output: Output) -> int:
-    failures = [part.failure for part in parts if part.failure]
-    differing = sorted(row for part in parts for row in part.differing)
+def _outcome(results: list[Compared], output: Output) -> int:
+    failures = [result.failure for result in results if result.failure]
+    differing = sorted(row for result in results for row in result.differing)
     for failure in failures[:SHOWN]:
         print(f"audit: not compared: {failure.splitlines()[0]}")
     for row in differing[:SHOWN]:
         print(f"audit: differs: {row}")
-    rows, tokens = sum(part.num_rows for part in parts), sum(part.num_tokens for part in parts)
-    wrong = sum(part.num_tokens_differing for part in parts)
-    print(
-        f"audit: {rows - len(differing)} of {rows} rows exactly as in {output.url}; {wrong} of {tokens} tokens differ"
-    )
+    rows, tokens = sum(result.num_rows for result in results), sum(result.num_tokens for result in results)
+    wrong = sum(result.num_tokens_differing for result in results)
+    same = rows - len(differing)
+    print(f"audit: {same} of {rows} rows are the same as in {output.url}; {wrong} of {tokens} tokens differ")
     if failures or differing:
         print(f"audit: FAILED: {len(differing)} rows differ, {len(failures)} shards could not be compared")
         return 3
-    print(f"audit: tokenizer {output.layout.tokenizer_id} gives every drawn row again" if rows else "audit: no rows")
+    print(f"audit: tokenizer {output.layout.tokenizer_id} reproduces every row" if rows else "audit: no rows")
     return 0
 
 
 class AuditWorker(EncodeWorker[Tokenizer]):
-    """Holds the tokenizer, and encodes the drawn rows of one shard after the other again."""
+    """Encodes the drawn rows of a shard again and compares them."""
 
     result = Compared
 
-    def __init__(self, output_url: str, drawn: Drawn, **rest: Any):
+    def __init__(self, output_url: str, drawn: dict[str, list[int]], **rest: Any):
         super().__init__(**rest)
         self.output, self.drawn = Output.open(output_url), drawn
 
     def work(self, shard: Shard) -> ShardResult:
         stored = self._stored(shard)
-        found = encode_shard(
+        encoded = encode_shard(
             shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard), only=stored
         )
-        again = {row.source_index: row for row in found.rows}
-        reasons = {sample.source_index: f"{sample.stage}: {sample.message}" for sample in found.quarantined}
+        again = {row.source_index: row for row in encoded.rows}
+        reasons = {sample.source_index: f"{sample.stage}: {sample.message}" for sample in encoded.quarantined}
         compared = Compared(shard, num_rows=len(stored))
         for index, row in stored.items():
             compared.num_tokens += row.tokens.size
             compared.num_tokens_differing += _num_differing(row.tokens, again.get(index))
-            if what := _difference(row, again.get(index), reasons.get(index, "the shard ends before it")):
-                compared.differing.append(f"{row.key} (sample {index} of {shard.url}): {what}")
+            if difference := _difference(row, again.get(index), reasons.get(index, "the shard ends before it")):
+                compared.differing.append(f"{row.key} (sample {index} of {shard.url}): {difference}")
         return compared
 
     def _stored(self, shard: Shard) -> dict[int, TokenRow]:
-        """The drawn rows of a shard by source_index, as they were committed."""
+        """The drawn rows of a shard as committed, by source_index."""
         stored: dict[int, TokenRow] = {}
         for name in (name for name in self.drawn if shard_name(name) == shard.name):
             data = io.BytesIO(self.output.read_tokens(name))
@@ -127,12 +124,12 @@ def _num_differing(tokens: np.ndarray, row: TokenRow | None) -> int:
 
 
 def _difference(stored: TokenRow, again: TokenRow | None, reason: str) -> str | None:
-    """What is not the same, in words; None if all is."""
+    """The difference in words; None if there is none. reason: why the sample gave no row now."""
     if again is None:
-        return f"cannot be tokenized any more ({reason})"
+        return f"can no longer be tokenized ({reason})"
     if again.key != stored.key:
-        return f"the shard has {again.key!r} in its place"
+        return f"the shard now has {again.key!r} there"
     if again.tokens.shape != stored.tokens.shape:
-        return f"shape {again.tokens.shape}, committed {stored.tokens.shape}"
+        return f"shape is now {again.tokens.shape}, committed {stored.tokens.shape}"
     wrong = _num_differing(stored.tokens, again)
-    return f"{wrong} of {stored.tokens.size} tokens" if wrong else None
+    return f"{wrong} of {stored.tokens.size} tokens differ" if wrong else None

@@ -1,8 +1,9 @@
-"""Several methods and sizes under one recipe: `run`, `data.shards`, `model`, `train`, `metrics`, `compare`.
+"""Compares methods and sizes under one recipe: `run`, `data.shards`, `model`, `train`, `metrics`, `compare`.
 
-Trials run as Ray tasks, as many at a time as there is room for. RUN/trials holds one file for each that is done, so
-that the same command goes on where it was stopped. RUN/reports/compare.md, .json, .csv and .png hold the table with
-mean and spread over the seeds, quality and usage against K, and the same pictures through every method.
+Trials run as Ray tasks, as many at a time as fit on the cluster. RUN/trials holds a file for each finished trial, so
+rerun the same command after an interruption; it runs only the missing trials. RUN/reports/compare.md, .json, .csv and
+.png hold a table with mean and standard deviation over the seeds, plots of quality and usage against K, and
+reconstructions of the same images by every method.
 """
 
 import base64
@@ -21,8 +22,9 @@ import numpy as np
 from jobs.actors import cluster
 from jobs.config import Config, ConfigError, checked, with_method
 from jobs.reports.comparison import write_report
-from jobs.reports.progress import clock
-from jobs.shards import Item, decode_sample
+from jobs.reports.progress import Progress
+from jobs.shards import DecodedSample, decode_sample
+from jobs.training.channel import open_channel
 from jobs.training.checks import check
 from pipeline import storage
 from pipeline.corpus.batches import map_in_threads
@@ -35,12 +37,10 @@ from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.training.recipe import Recipe
 from tokenizer.training.trial import Trial
 
-TELL_EVERY_S = 15.0
-
 
 @dataclass
 class Planned:
-    """A trial and its place. name tells method, size, seed, and a hash of all that decides on the result."""
+    """A trial and the URL of its result. The name holds method, size, seed, and a hash of all other settings."""
 
     label: str
     size: int
@@ -64,10 +64,11 @@ def run(config: Config) -> int:
     with checked("metrics"):
         modality.metrics(config.metrics)
     todo = [one for one in planned if not storage.exists(one.url)]
-    print(f"compare: {len(planned)} trials, {len(planned) - len(todo)} of them done already", flush=True)
+    print(f"compare: {len(planned)} trials, {len(planned) - len(todo)} of them done before", flush=True)
     failed: dict[str, str] = {}
     if todo:
-        failed = _run_trials(todo, {name: _load(m, modality, config) for name, m in corpora.items()}, config)
+        arrays = {name: _load(manifest, modality, config) for name, manifest in corpora.items()}
+        failed = _run_trials(todo, arrays, config)
     originals = _load(heldout, modality, config, config.compare.pictures) if config.compare.pictures else []
     write_report(url, results_of(planned), [modality.view(array) for array in originals], config)
     for name, reason in failed.items():
@@ -76,26 +77,26 @@ def run(config: Config) -> int:
 
 
 def plan(config: Config, url: str, corpus: str) -> list[Planned]:
-    """Every method at every size and seed. Raises ConfigError that names the method whose settings are wrong."""
+    """A trial for every method, size and seed. corpus: identifies the samples. Raises ConfigError naming the method."""
     planned = []
     for label, method in config.compare.methods.items():
         for size in config.compare.sizes:
             for seed in config.compare.seeds:
                 try:
-                    mine = _configure(config, method, size, seed)
-                    check(mine)
+                    own = _configure(config, method, size, seed)
+                    check(own)
                 except ConfigError as error:
                     raise ConfigError(f"compare.methods.{label} at {size} codes: {error}") from error
-                planned.append(_plan_one(mine, label, size, seed, url, corpus))
+                planned.append(_plan_one(own, label, size, seed, url, corpus))
     return planned
 
 
 def _configure(config: Config, method: Any, size: int, seed: int) -> Config:
-    """The configuration that `train` would be given for this method, size and seed."""
+    """The configuration with which `train` would train this method, size and seed."""
     method = {"file": method} if isinstance(method, str) else dict(method or {})
     unknown = set(method) - {"file", "quantizer", "train"}
     if unknown:
-        raise ConfigError(f"unknown key {sorted(unknown)[0]}; known are: file, quantizer, train")
+        raise ConfigError(f"unknown key {sorted(unknown)[0]}; choose from: file, quantizer, train")
     own = {"train": {**(method.get("train") or {}), "seed": seed}, "quantizer": method.get("quantizer") or {}}
     first = with_method(config, method.get("file", ""), own)
     known = {field.name for field in dataclasses.fields(QUANTIZERS.get(first.quantizer["name"]).Config)}
@@ -126,17 +127,17 @@ def _plan_one(config: Config, label: str, size: int, seed: int, url: str, corpus
 
 
 def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 0) -> Any:
-    """The samples as arrays in the order of the shards; one array [N, ...] if they have one shape."""
+    """The samples in the order of the shards: one array [N, ...] if they have one shape, else a list of arrays."""
     limit = min(limit or config.compare.max_samples, config.compare.max_samples)
     arrays: list[np.ndarray] = []
-    num_bad = 0
+    num_skipped = 0
     for shard in manifest.shards:
         try:
-            for item in map_in_threads(lambda s: decode_sample(s, modality), read_samples(shard.url), 2):
-                if not isinstance(item, Item):
-                    num_bad += 1
+            for outcome in map_in_threads(lambda sample: decode_sample(sample, modality), read_samples(shard.url), 2):
+                if not isinstance(outcome, DecodedSample):
+                    num_skipped += 1
                 elif len(arrays) < limit:
-                    arrays.append(item.decoded.array)
+                    arrays.append(outcome.decoded.array)
                 if len(arrays) == limit:
                     break
         except ShardError as error:
@@ -145,8 +146,8 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
             break
     if not arrays:
         raise ConfigError("the corpus gave no samples: every shard failed or is empty; see the messages above")
-    if num_bad:
-        print(f"compare: left out {num_bad} bad samples")
+    if num_skipped:
+        print(f"compare: skipped {num_skipped} samples that cannot be decoded")
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays
 
 
@@ -154,32 +155,39 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
 
 
 def _run_trials(todo: list[Planned], arrays: dict[str, Any], config: Config) -> dict[str, str]:
-    """Runs them and returns what went wrong, by name. Each writes its own result, so that a lost driver loses none."""
+    """Runs the trials. Returns the errors by trial. Each task writes its own result, so a lost driver loses none."""
     import ray
-    from ray.util.queue import Queue
 
     cluster.start()
-    news = Queue(actor_options={"num_cpus": 0})
-    shared = {name: ray.put(part) for name, part in arrays.items()}
+    channel = open_channel()
+    shared = {name: ray.put(corpus) for name, corpus in arrays.items()}
     cpus, gpus = config.workers.cpus or 1, config.workers.gpus
     task: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_trial_task)
-    running = {task.remote(one, shared, cpus, gpus, news): one for one in todo}
+    tasks = {task.remote(one, shared, cpus, gpus, channel): one for one in todo}
     failed: dict[str, str] = {}
-    board = _Board(len(todo))
-    while running:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=1.0)
-        board.hear(news)
+    running: dict[str, str] = {}  # name of a trial -> how far it is
+    progress = Progress("compare", len(todo), "trials")
+    while tasks:
+        done, _ = ray.wait(list(tasks), num_returns=1, timeout=1.0)
+        for row in ray.get(channel.receive_all.remote()):
+            running[row["name"]] = f"{row['name']} {row['step']}/{row['steps']} loss {row['loss']:.4g}"
         for reference in done:
-            one = running.pop(reference)
+            one = tasks.pop(reference)
             try:
-                board.finish(one, ray.get(reference))
+                line = ray.get(reference)
             except ray.exceptions.RayError as error:
                 failed[one.name] = str(error).strip().splitlines()[-1]
-                board.finish(one, f"failed: {failed[one.name]}")
+                line = f"failed: {failed[one.name]}"
+            running.pop(one.name, None)
+            progress.done += 1
+            progress.say(f"{progress.done}/{len(todo)} {one.label} K={one.size} seed={one.seed}  {line}")
+        waiting = "waiting for CPUs or GPUs (workers.cpus, workers.gpus)" if tasks else ""
+        progress.show("; ".join(running.values()) or waiting)
+    progress.close()
     return failed
 
 
-def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: float, news: Any) -> str:
+def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: float, channel: Any) -> str:
     """Runs one trial in a Ray worker, writes its result, and returns a line about it."""
     import ray
     import torch
@@ -187,8 +195,8 @@ def _trial_task(one: Planned, shared: dict[str, Any], cpus: float, gpu: float, n
     torch.set_num_threads(max(1, int(cpus)))  # Ray would leave one thread per process
 
     def report(row: dict[str, float]) -> None:
-        # not news.put, which waits: Ray gives the CPU of a task that waits to another one
-        news.actor.put_nowait.remote({"name": one.name, "steps": one.trial.recipe.steps, **row})
+        # without ray.get: while a task waits, Ray gives its CPU to another one
+        channel.send.remote({"name": one.name, "steps": one.trial.recipe.steps, **row})
 
     arrays = dict(zip(shared, ray.get(list(shared.values())), strict=True))  # in shared memory, not copied
     return run_planned(one, arrays, cluster.device_for(gpu), cpus=cpus, report=report)
@@ -209,24 +217,29 @@ def run_planned(
     """
     from tokenizer.training.trial import run_trial
 
-    others = {name.removeprefix("others."): part for name, part in arrays.items() if name.startswith("others.")}
+    others = {name.removeprefix("others."): corpus for name, corpus in arrays.items() if name.startswith("others.")}
     started = time.time()
     result: dict[str, Any] = {"label": one.label, "size": one.size, "seed": one.seed}
     result |= {"settings": dataclasses.asdict(one.trial), "machine": _machine(device, cpus)}
     try:
         train, heldout = arrays["train"], arrays["heldout"]
-        found = run_trial(one.trial, train, heldout, others=others, device=device, report=report, resident=resident)
-        examples = [base64.b64encode(png).decode() for png in found.examples]
-        result |= {"numbers": found.numbers, "others": found.others, "history": found.history, "examples": examples}
-        line = "  ".join(f"{name} {found.numbers[name]:.4g}" for name in (*found.numbers["quality"], "cvu"))
+        outcome = run_trial(one.trial, train, heldout, others=others, device=device, report=report, resident=resident)
+        examples = [base64.b64encode(png).decode() for png in outcome.examples]
+        result |= {
+            "numbers": outcome.numbers,
+            "others": outcome.others,
+            "history": outcome.history,
+            "examples": examples,
+        }
+        line = "  ".join(f"{name} {outcome.numbers[name]:.4g}" for name in (*outcome.numbers["quality"], "cvu"))
     except (FloatingPointError, BadSample) as error:  # a method that diverges under the common recipe is a result
         result |= {"diverged": str(error)}
         line = f"diverged: {error}"
     result |= {"finished": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "took_s": time.time() - started}
     try:
         storage.write_once(one.url, (json.dumps(result) + "\n").encode())
-    except FileExistsError:  # a driver that was thought lost has done it too
-        return "was there already"
+    except FileExistsError:  # an earlier driver, thought to be lost, was still running it
+        return "already exists"
     return line
 
 
@@ -239,41 +252,7 @@ def _machine(device: str, cpus: float) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-class _Board:
-    """Which trial is how far, told now and then."""
-
-    def __init__(self, total: int):
-        self.total, self.done = total, 0
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.started = self.last = time.monotonic()
-
-    def hear(self, news: Any) -> None:
-        for row in news.get_nowait_batch(news.qsize()):
-            self.rows[row["name"]] = row
-        if time.monotonic() - self.last < TELL_EVERY_S:
-            return
-        self.last = time.monotonic()
-        if not self.rows:
-            print(
-                f"compare: {self.done}/{self.total} done, waiting for CPUs or GPUs (workers.cpus, workers.gpus)",
-                flush=True,
-            )
-            return
-        told = [f"{name} {row['step']}/{row['steps']} loss {row['loss']:.4g}" for name, row in self.rows.items()]
-        print(f"compare: {self.done}/{self.total} done, running {'; '.join(told)}", flush=True)
-
-    def finish(self, one: Planned, line: str) -> None:
-        self.rows.pop(one.name, None)
-        self.done += 1
-        elapsed = time.monotonic() - self.started
-        left = clock(elapsed / self.done * (self.total - self.done))
-        print(
-            f"compare: {self.done}/{self.total} {one.label} K={one.size} seed={one.seed}  {line}  {left} left",
-            flush=True,
-        )
-
-
 def results_of(planned: list[Planned]) -> list[dict[str, Any]]:
     """The results that exist, in the order of the plan."""
-    there = [(one, json.loads(storage.read(one.url))) for one in planned if storage.exists(one.url)]
-    return [{**result, "label": one.label} for one, result in there]
+    existing = [(one, json.loads(storage.read(one.url))) for one in planned if storage.exists(one.url)]
+    return [{**result, "label": one.label} for one, result in existing]

@@ -1,6 +1,7 @@
-"""Quality and codebook usage on held-out shards: `tokenizer`, `data.shards`. With a picture report.
+"""Quality and codebook usage on held-out shards: `tokenizer`, `data.shards`, `metrics`, `limit`.
 
-Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstructions) and .png (a sheet of them).
+Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstructions) and .png (a sheet of `limit`
+pairs).
 """
 
 import json
@@ -15,7 +16,7 @@ from jobs.artifacts import load_tokenizer, tokenizer_url
 from jobs.config import Config, ConfigError, checked
 from jobs.reports.html import Example, page, picture, side_by_side, table
 from jobs.reports.plots import latents_png, sheet_png, usage_png
-from jobs.shards import Item, decoded_batches, one_by_one_if_bad
+from jobs.shards import DecodedSample, ShardReader, apply_or_quarantine
 from pipeline import storage
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.errors import ShardError
@@ -26,19 +27,7 @@ from tokenizer.quantizers.base.quantizer import Quantizer
 from tokenizer.tokenizer import Tokenizer
 
 PLOTTED_LATENTS = 4000
-
-
-@dataclass
-class Evaluated(ShardResult):
-    """What one shard adds to the report; evaluation is None where its workers died."""
-
-    evaluation: Evaluation | None = None
-    examples: list[Example] = field(default_factory=list)
-    latents: list[np.ndarray] = field(default_factory=list)
-    num_bad: int = 0
-
-    def counts(self) -> dict[str, float]:
-        return {"samples": len(self.evaluation.sizes) if self.evaluation else 0, "bad_samples": self.num_bad}
+USAGE = ("cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation")
 
 
 def run(config: Config) -> int:
@@ -52,83 +41,102 @@ def run(config: Config) -> int:
         "load": partial(load_tokenizer, url),
         "options": config.tokens,
         "metrics": config.metrics,
-        "pictures": -(-config.limit // len(shards)),
+        "num_examples": -(-config.limit // len(shards)),
     }
-    parts: dict[str, Evaluated] = {}
+    by_url: dict[str, Evaluated] = {}
     whole = Evaluation.empty(tokenizer)
-    for part in run_shards("evaluate", shards, EvaluateWorker, settings, config.workers):
-        parts[part.shard.url] = part
-        if part.evaluation is not None:
-            whole.take_sums(part.evaluation)  # 67 MB a shard, so they must not pile up here
-    ordered = [parts[shard.url] for shard in shards]  # so that the report does not depend on who was first
-    _merge(whole, ordered)
-    num_bad = sum(part.num_bad for part in ordered)
-    numbers = {"tokenizer_id": tokenizer.id, "num_bad": num_bad, **whole.summary(tokenizer)}
-    _write(url, config, numbers, whole, ordered, tokenizer.autoencoder.quantizer)
-    failures = [part.failure for part in ordered if part.failure]
+    for result in run_shards("evaluate", shards, EvaluateWorker, settings, config.workers):
+        by_url[result.shard.url] = result
+        if result.evaluation is not None:
+            whole.take_sums(result.evaluation)  # 67 MB per shard: they must not accumulate here
+    results = [by_url[shard.url] for shard in shards]  # so that the report does not depend on the workers' timing
+    for result in results:
+        if result.evaluation is not None:
+            whole.merge(result.evaluation)
+    failures = [result.failure for result in results if result.failure]
     print_failures("evaluate", failures)
+    if not whole.sizes:
+        raise ConfigError("no sample could be evaluated: every shard failed or is empty; see the messages above")
+    numbers = {"tokenizer_id": tokenizer.id, "num_bad": sum(result.num_quarantined for result in results)}
+    numbers |= whole.summary(tokenizer)
+    report = _write(url, config, numbers, whole, results, tokenizer.autoencoder.quantizer)
+    shown = [key for key in ("num_samples", *whole.quality, *USAGE, "bits_per_pixel", "kbps") if key in numbers]
+    line = [f"{key} {numbers[key]:{'' if isinstance(numbers[key], int) else '.4g'}}" for key in shown]
+    print(f"evaluate: {'  '.join(line)}")
+    for name in whole.sums:
+        print(f"evaluate: {about(name, numbers)}")
+    print(f"evaluate: report at {report}.html, pictures at {report}.png")
     return 3 if failures else 0
 
 
+@dataclass
+class Evaluated(ShardResult):
+    """What one shard adds to the report. evaluation: None if its workers died."""
+
+    evaluation: Evaluation | None = None
+    examples: list[Example] = field(default_factory=list)
+    latents: list[np.ndarray] = field(default_factory=list)  # [N, in_dim], a few for the plot
+    num_quarantined: int = 0
+
+    def counts(self) -> dict[str, float]:
+        return {
+            "samples": len(self.evaluation.sizes) if self.evaluation else 0,
+            "quarantined": self.num_quarantined,
+        }
+
+
 class EvaluateWorker(EncodeWorker[Tokenizer]):
-    """Holds the tokenizer; encodes, decodes and compares."""
+    """Encodes and decodes the samples of a shard, and compares."""
 
     result = Evaluated
 
-    def __init__(self, metrics: dict[str, Any], pictures: int, **rest: Any):
+    def __init__(self, metrics: dict[str, Any], num_examples: int, **rest: Any):
         super().__init__(**rest)
         self.quality = self.encoder.modality.metrics(metrics).to(self.device)
-        self.pictures = pictures
+        self.num_examples = num_examples
 
     def work(self, shard: Shard) -> ShardResult:
-        part = Evaluated(shard, evaluation=Evaluation.empty(self.encoder))
-        quarantined: list[Quarantined] = []
+        result = Evaluated(shard, evaluation=Evaluation.empty(self.encoder))
+        reader = ShardReader(shard, self.encoder.modality, self.options)
         try:
-            for batch in decoded_batches(shard.url, self.encoder, self.options, quarantined):
-                self._add(batch, part, quarantined)
+            for batch in reader.batches():
+                self._add(batch, result, reader.quarantined)
                 self.tick(shard)
-        except ShardError as error:  # what came before the break counts
-            part.failure = str(error)
-        part.num_bad = len(quarantined)
-        return part
+        except ShardError as error:  # the samples before the error count
+            result.failure = str(error)
+        result.num_quarantined = len(reader.quarantined)
+        return result
 
-    def _add(self, batch: list[Item], part: Evaluated, bad: list[Quarantined]) -> None:
-        evaluation, tokenizer = part.evaluation, self.encoder
+    def _add(self, batch: list[DecodedSample], result: Evaluated, quarantined: list[Quarantined]) -> None:
+        evaluation, tokenizer = result.evaluation, self.encoder
         assert evaluation is not None
 
-        def rebuild(items: list[Item]) -> list[np.ndarray]:
-            return evaluation.add(tokenizer, [item.decoded for item in items], self.quality)
+        def reconstruct(samples: list[DecodedSample]) -> list[np.ndarray]:
+            return evaluation.add(tokenizer, [one.decoded for one in samples], self.quality)
 
-        pairs = one_by_one_if_bad(batch, rebuild, bad)
-        if pairs and sum(map(len, part.latents)) < PLOTTED_LATENTS:
-            latents = tokenizer.latents([item.decoded.array for item, _ in pairs])
-            part.latents += [z.flatten(0, -2).cpu().numpy() for z in latents]
-        for item, rebuilt in pairs[: self.pictures - len(part.examples)]:
-            pair = (item.decoded.array, rebuilt)
+        pairs = apply_or_quarantine(reconstruct, batch, quarantined)
+        if pairs and sum(map(len, result.latents)) < PLOTTED_LATENTS:
+            latents = tokenizer.latents([one.decoded.array for one, _ in pairs])
+            result.latents += [z.flatten(0, -2).cpu().numpy() for z in latents]
+        for one, reconstruction in pairs[: self.num_examples - len(result.examples)]:
+            pair = (one.decoded.array, reconstruction)
             views = tuple(map(tokenizer.modality.view, pair))
             files = tuple(map(tokenizer.modality.to_bytes, pair))
-            part.examples.append(Example(item.sample.key, tokenizer.modality.mime, views, files))
-
-
-def _merge(whole: Evaluation, parts: list[Evaluated]) -> None:
-    for part in parts:
-        if part.evaluation is not None:
-            whole.merge(part.evaluation)
-    if not whole.sizes:
-        raise ConfigError("no sample could be evaluated: every shard failed or is empty")
+            result.examples.append(Example(one.sample.key, tokenizer.modality.mime, views, files))
 
 
 def _write(
-    url: str, config: Config, numbers: dict[str, Any], whole: Evaluation, parts: list[Evaluated], quantizer: Quantizer
-) -> None:
+    url: str, config: Config, numbers: dict[str, Any], whole: Evaluation, results: list[Evaluated], quantizer: Quantizer
+) -> str:
+    """Writes the report. Returns its URL without the extension."""
     name = url.rsplit("/", 1)[1]
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
-    examples = [example for part in parts for example in part.examples][: config.limit]
-    z = np.concatenate([rows for part in parts for rows in part.latents])[:PLOTTED_LATENTS, : quantizer.dim]
+    examples = [example for result in results for example in result.examples][: config.limit]
+    z = np.concatenate([rows for result in results for rows in result.latents])[:PLOTTED_LATENTS, : quantizer.dim]
     codebook = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
     sections = [
         table(numbers),
-        "<h2>Original and reconstruction</h2>",
+        "<h2>Originals and reconstructions</h2>",
         *map(side_by_side, examples),
         "<h2>Codes</h2>",
         picture(usage_png(whole.counts.sum(axis=0))),
@@ -138,10 +146,4 @@ def _write(
     storage.replace(f"{base}.html", page(f"Evaluation of {name}", sections))
     if examples:
         storage.replace(f"{base}.png", sheet_png([example.views for example in examples]))
-    used = ("cvu", "cvu_target", "perplexity", "perplexity_per_batch", "utilisation")
-    shown = ("num_samples", *whole.quality, *used, "bits_per_pixel", "kbps")
-    told = [f"{key} {numbers[key]:{'' if isinstance(numbers[key], int) else '.4g'}}" for key in shown if key in numbers]
-    print(f"evaluate: {'  '.join(told)}")
-    for name in whole.sums:
-        print(f"evaluate: {about(name, numbers)}")
-    print(f"evaluate: report at {base}.html, pictures at {base}.png")
+    return base

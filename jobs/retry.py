@@ -1,20 +1,21 @@
-"""Takes up quarantined samples and failed shards again, after what was wrong with them was mended: `output`.
+"""Processes quarantined samples and failed shards again, once you have fixed the cause: `output`, `tokenizer`.
 
-A decoder was installed, a bug fixed, a shard uploaded once more, memory added. `tokenizer`: the one that wrote the
-output; the run's only one if empty. What is recovered of a shard that is committed already is added to it, under the
-names of its files and +1 (+2 the next time); what is still bad stays in quarantine. Nothing that is committed changes,
-and if nothing can be recovered, nothing is written. Two retries at a time do no harm: one of them wins each shard.
+For example, you installed a decoder, fixed a bug, uploaded a shard again, or added memory. `tokenizer`: the one that
+wrote the output; by default the only one of the run. The samples recovered from a committed shard are added in files
+named after it with +1 (+2 the next time); samples that still fail stay in quarantine. Committed files never change, and
+if nothing is recovered, nothing is written. Two retries may run at the same time: only one of them commits each shard.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from jobs import tokenize_corpus
 from jobs.actors.run import FIX_AND_RERUN, EncodeWorker, ShardResult, print_failures, run_shards
 from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config
+from jobs.encode import encode_missing
 from jobs.shards import EncodedShard, encode_shard
 from jobs.status import open_output
 from pipeline import storage
@@ -30,40 +31,35 @@ def run(config: Config) -> int:
     url = writer_url(output, config)
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(output.url)
-    # rows that come later must look like those that are there, whatever this command was told
+    # new rows must look like the committed ones, and come from the shards: a cache of latents has the old failures
     layout = output.layout
-    # ... and from the shards, since in a cache of latents they are as they were
     options = replace(config.tokens, encoding=layout.encoding, passthrough=list(layout.passthrough), latents="")
     config = replace(config, tokens=options)
     shards = output.committed_shards()
     done = {shard.first.name for shard in shards}
-    bad = [shard.first.source_shard for shard in shards if shard.num_quarantined]
+    incomplete = [shard.first.source_shard for shard in shards if shard.num_quarantined]
     failed = [note["source_shard"] for note in output.failures() if note["name"] not in done]
-    num_bad = sum(shard.num_quarantined for shard in shards)
-    print(f"retry: {num_bad} quarantined samples in {len(bad)} shards, and {len(failed)} failed shards")
-    failures = [*_recover(bad, url, output, config), *_redo(failed, url, output, config)]
+    num_quarantined = sum(shard.num_quarantined for shard in shards)
+    print(f"retry: {num_quarantined} quarantined samples in {len(incomplete)} shards, and {len(failed)} failed shards")
+    load = partial(load_tokenizer, url)
+    failures = _retry_samples(incomplete, load, output, config)
+    if failed:
+        inputs = look_up(failed)  # a repaired shard has another size than the one that failed
+        output.add_inputs(inputs)
+        failures += encode_missing("retry", inputs.shards, output, load, config)
     return _outcome(output, failures, config)
 
 
-def _redo(urls: list[str], url: str, output: Output, config: Config) -> list[str]:
-    """Failed shards, of which nothing is committed, once more from the start; returns what failed."""
-    if not urls:
-        return []
-    inputs = look_up(urls)  # a shard that was mended has another size than the one that failed
-    output.add_inputs(inputs)
-    return tokenize_corpus.tokenize_shards(inputs.shards, url, output, config)
-
-
-def _recover(urls: list[str], url: str, output: Output, config: Config) -> list[str]:
-    """The quarantined samples of committed shards; returns what failed."""
+def _retry_samples(urls: list[str], load: Callable[[str], Tokenizer], output: Output, config: Config) -> list[str]:
+    """Encodes the quarantined samples of committed shards. Returns the failures."""
     if not urls:
         return []
     shards = look_up(urls).shards
     output.refuse_replaced(shards)
-    settings = {"load": partial(load_tokenizer, url), "output_url": output.url, "options": config.tokens}
+    settings = {"load": load, "output_url": output.url, "options": config.tokens}
     results = list(run_shards("retry", shards, RetryWorker, settings, config.workers))
     if lost := sum(not result.won for result in results):
-        print(f"retry: another retry processed {lost} shards at the same time; its result stands")
+        print(f"retry: another retry committed {lost} shards first; its result stands")
     print(f"retry: recovered {sum(result.num_rows for result in results)} samples")
     return [result.failure for result in results if result.failure]
 
@@ -71,16 +67,17 @@ def _recover(urls: list[str], url: str, output: Output, config: Config) -> list[
 def _outcome(output: Output, failures: list[str], config: Config) -> int:
     print_failures("retry", failures)
     shards = output.committed_shards()
-    rows, bad = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
-    print(f"retry: {rows} samples in {len(shards)} shards, {bad} quarantined, at {output.url}")
+    rows, quarantined = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
+    print(f"retry: {rows} samples in {len(shards)} shards, {quarantined} quarantined, at {output.url}")
     if failures:
         print(f"retry: incomplete: {len(failures)} shards failed; {FIX_AND_RERUN}")
         return 3
     if untried := {shard.name for shard in output.inputs()} - {shard.first.name for shard in shards}:
-        print(f"retry: incomplete: {len(untried)} shards are not done yet; run the same `tokenmill tokenize` again")
+        print(f"retry: incomplete: {len(untried)} shards are not tokenized yet; rerun the same `tokenmill tokenize`")
         return 3
-    if bad > config.tokens.max_bad_fraction * max(1, rows + bad):
-        print(f"retry: done, but {bad} quarantined exceed tokens.max_bad_fraction={config.tokens.max_bad_fraction}")
+    allowed = config.tokens.max_bad_fraction
+    if quarantined > allowed * max(1, rows + quarantined):
+        print(f"retry: done, but {quarantined} quarantined samples exceed tokens.max_bad_fraction={allowed}")
         return 4
     print("retry: done")
     return 0
@@ -88,18 +85,18 @@ def _outcome(output: Output, failures: list[str], config: Config) -> int:
 
 @dataclass
 class Recovered(ShardResult):
-    """won: whether this retry's result is the one that stands, if it has any."""
+    """won: False if another retry committed its result for this shard first."""
 
     num_rows: int = 0
-    num_still_bad: int = 0
+    num_quarantined: int = 0
     won: bool = True
 
     def counts(self) -> dict[str, float]:
-        return {"recovered": self.num_rows, "still_bad": self.num_still_bad}
+        return {"recovered": self.num_rows, "still quarantined": self.num_quarantined}
 
 
 class RetryWorker(EncodeWorker[Tokenizer]):
-    """Holds the tokenizer and encodes the quarantined samples of one shard after the other."""
+    """Encodes the quarantined samples of committed shards."""
 
     result = Recovered
 
@@ -112,23 +109,23 @@ class RetryWorker(EncodeWorker[Tokenizer]):
         assert history is not None, f"{shard.name} was committed when this command began"
         before = {sample.source_index: sample.key for sample in self.output.quarantined(history.last)}
         tick = partial(self.tick, shard)
-        found = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, only=before)
-        self._refuse_replaced(shard, history, before, found)
+        encoded = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, only=before)
+        self._refuse_replaced(shard, history, before, encoded)
         with self.ticking(shard):
-            entry = commit_retry(
-                self.output, shard, history, found.rows, found.quarantined, found.seconds, now=time.time()
+            commit = commit_retry(
+                self.output, shard, history, encoded.rows, encoded.quarantined, encoded.seconds, now=time.time()
             )
-        if entry is None:
-            return Recovered(shard, num_still_bad=len(found.quarantined), won=not found.rows)
-        return Recovered(shard, None, entry.num_rows, entry.num_quarantined)
+        if commit is None:
+            return Recovered(shard, num_quarantined=len(encoded.quarantined), won=not encoded.rows)
+        return Recovered(shard, None, commit.num_rows, commit.num_quarantined)
 
     def _refuse_replaced(
-        self, shard: Shard, history: CommittedShard, before: dict[int, str], found: EncodedShard
+        self, shard: Shard, history: CommittedShard, before: dict[int, str], encoded: EncodedShard
     ) -> None:
-        places: list[TokenRow | Quarantined] = [*found.rows, *found.quarantined]
-        again = {sample.source_index: sample.key for sample in places}
-        if again != before or found.num_samples != history.first.num_samples:
+        retried: list[TokenRow | Quarantined] = [*encoded.rows, *encoded.quarantined]
+        now = {sample.source_index: sample.key for sample in retried}
+        if now != before or encoded.num_samples != history.first.num_samples:
             raise ShardError(
                 f"{shard.url} does not hold the samples that {self.output.url} has of it: it was replaced. "
-                "Put the old one back, or choose another output"
+                "Restore the old shard, or choose another output"
             )

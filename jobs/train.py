@@ -1,15 +1,14 @@
-"""Ray Train: shards to a trained autoencoder: `run`, `data.shards`, `model`, `quantizer`, `train`, `workers`.
+"""Trains an autoencoder on shards with Ray Train: `run`, `data.shards`, `model`, `quantizer`, `train`, `workers`.
 
-Writes RUN/config.yaml, RUN/checkpoints, RUN/model and RUN/reports (train.html, train.jsonl, tensorboard/). The same
-command after a crash goes on from the last checkpoint. SIGTERM (which `ray job stop` sends) saves one first; exit 3.
+Writes RUN/config.yaml, RUN/checkpoints, RUN/model and RUN/reports (train.html, train.jsonl, tensorboard/). Rerun the
+same command after a crash: it resumes from the last checkpoint. On SIGTERM, which `ray job stop` sends, training saves
+a checkpoint and stops with exit code 3.
 """
 
 import contextlib
 import json
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +18,11 @@ from omegaconf import OmegaConf
 
 from jobs.actors import cluster
 from jobs.config import Config, ConfigError, TrainConfig
-from jobs.reports.progress import LOG_EVERY_S, clock
-from jobs.training.channel import open_mailbox
+from jobs.reports.progress import Progress
+from jobs.training.channel import open_channel
+from jobs.training.checkpoint import LANES_FILE
 from jobs.training.checks import check, loss_weights
-from jobs.training.loop import LANES_FILE, train_worker
+from jobs.training.loop import train_worker
 from pipeline import storage
 from pipeline.corpus.shards import find_shards
 from pipeline.corpus.streams import Lanes
@@ -49,7 +49,7 @@ def run(config: Config) -> int:
     _claim(url, config)
     _check_lanes(url, config)
     if storage.exists(storage.join(url, "model", "model.safetensors")):
-        print(f"train: {url}/model is there already; choose another `run` to train anew")
+        print(f"train: {url}/model already exists; choose another `run` to train again")
         return 0
     config.train.losses = _absolute(config.train.losses)
     _remove_orphans(url)
@@ -58,13 +58,14 @@ def run(config: Config) -> int:
     if stopped is not None:
         print(f"train: stopped: {stopped}")
         return 3
-    print(f"train: done, {_line(_last_row(url), config.train.steps)}")
+    last = json.loads(storage.read(storage.join(url, "reports", "train.jsonl")).splitlines()[-1])
+    print(f"train: done, step {last['step']}/{config.train.steps}  {_described(last)}")
     print(f"train: model at {url}/model, curves and pictures at {url}/reports/train.html")
     return 0
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
-    """Files by their whole path: Ray Train's workers run in another folder than the driver."""
+    """The settings with absolute paths of files: Ray Train's workers run in another folder than the driver."""
     return {
         key: str(Path(value).resolve()) if isinstance(value, str) and Path(value).is_file() else value
         for key, value in settings.items()
@@ -72,38 +73,38 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _claim(url: str, config: Config) -> None:
-    """Writes RUN/config.yaml, or checks that it says what we are asked to train."""
-    mine = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
-    mine["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
-    text = OmegaConf.to_yaml(OmegaConf.create(mine))
+    """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not."""
+    given = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
+    given["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
+    text = OmegaConf.to_yaml(OmegaConf.create(given))
     place = storage.join(url, "config.yaml")
     try:
         storage.write_once(place, text.encode())
         return
     except FileExistsError:
-        there = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
-    assert isinstance(there, dict)
-    defaults = _flat(_defaults_of(there))  # for keys that did not exist yet when the run began
-    before, now = {**defaults, **_flat(there)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
+        stored = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
+    assert isinstance(stored, dict)
+    defaults = _flat(_defaults_of(stored))  # for keys that were added after the run began
+    before, now = {**defaults, **_flat(stored)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
     unknown = [key for key in now if key.startswith("train.loss_weights.") and key not in before]
     if unknown:
         weights = ", ".join(f"{key} {now[key]:.4g}" for key in unknown)
-        print(f"train: {url} was begun by an earlier version, which did not note its default loss weights;")
-        print(f"train: it continues with {weights}; set them to keep the former ones")
+        print(f"train: {url} was started by an earlier version, which did not record its default loss weights;")
+        print(f"train: it continues with {weights}; set these keys to keep the earlier weights")
         before |= {key: now[key] for key in unknown}
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
     if differing:
         key = differing[0]
         raise ConfigError(
-            f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or leave it at that"
+            f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or restore the value"
         )
 
 
-def _defaults_of(there: dict[Any, Any]) -> dict[str, Any]:
-    """Default values of the run's net, quantizer and modality, and of `train`."""
-    net, quantizer = NETS.get(there["model"]["net"]["name"]), QUANTIZERS.get(there["quantizer"]["name"])
-    modality = MODALITIES.get(there["model"]["modality"])
+def _defaults_of(stored: dict[Any, Any]) -> dict[str, Any]:
+    """The defaults of the stored configuration's net, quantizer and modality, and of `train`."""
+    net, quantizer = NETS.get(stored["model"]["net"]["name"]), QUANTIZERS.get(stored["quantizer"]["name"])
+    modality = MODALITIES.get(stored["model"]["modality"])
     return {
         "data": {"preprocess": asdict(modality.Config())},
         "model": {"net": asdict(net.Config())},
@@ -113,7 +114,7 @@ def _defaults_of(there: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _check_lanes(url: str, config: Config) -> None:
-    """Raises ConfigError if there are more workers than lanes, which a run keeps from its first step on."""
+    """Raises ConfigError if there are more workers than lanes. The number of lanes of a run is fixed."""
     for found in storage.glob(storage.join(url, "checkpoints", "*", LANES_FILE))[-1:]:
         try:
             Lanes(**json.loads(storage.read(found.url))).check_enough_for(config.workers.count or 1)
@@ -122,15 +123,15 @@ def _check_lanes(url: str, config: Config) -> None:
 
 
 def _remove_orphans(url: str) -> None:
-    """Checkpoints that Ray Train had taken no note of when it was killed: no run goes on from them, or removes them."""
+    """Deletes checkpoints that Ray Train had not recorded when it was killed. It would neither use nor delete them."""
     place = storage.join(url, "checkpoints")
     folders = [folder for folder in storage.list_folders(place) if _name(folder).startswith("checkpoint_")]
     try:
-        noted = storage.read(storage.join(place, "checkpoint_manager_snapshot.json")).decode()
+        recorded = storage.read(storage.join(place, "checkpoint_manager_snapshot.json")).decode()
     except FileNotFoundError:
         return
-    orphans = [folder for folder in folders if _name(folder) not in noted]
-    if len(orphans) == len(folders):  # another Ray may take notes elsewhere
+    orphans = [folder for folder in folders if _name(folder) not in recorded]
+    if len(orphans) == len(folders):  # another version of Ray may keep its records elsewhere
         return
     for folder in orphans:
         fs, path = storage.locate(folder)
@@ -148,16 +149,16 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _fit(url: str, settings: dict[str, Any], config: Config) -> str | None:
-    """Returns why training ended before its last step, None if it did not."""
+    """Trains. Returns why training stopped before its last step, or None."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    mailbox = open_mailbox()
+    channel = open_channel()
     workers, ranks = config.workers, config.workers.count or 1
     resources = {"CPU": cluster.cpus_per_rank(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={**settings, "run": url, "mailbox": mailbox},
+        train_loop_config={**settings, "run": url, "channel": channel},
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu=bool(workers.gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name="checkpoints",
@@ -166,24 +167,24 @@ def _fit(url: str, settings: dict[str, Any], config: Config) -> str | None:
             **_storage(url),
         ),
     )
-    with Listener(mailbox, config.train.steps) as listener, _stopping_at_sigterm(mailbox):
+    with Listener(channel, config.train.steps) as listener, _stopping_at_sigterm(channel):
         trainer.fit()
     return listener.stopped
 
 
 @contextlib.contextmanager
-def _stopping_at_sigterm(mailbox: Any) -> Iterator[None]:
-    """Inside, SIGTERM asks the ranks to save a checkpoint and end; a second one has the effect that the first had."""
+def _stopping_at_sigterm(channel: Any) -> Iterator[None]:
+    """Inside, the first SIGTERM asks the ranks to save a checkpoint and stop; a second one acts as it did before."""
 
-    def ask(signum: int, frame: Any) -> None:
+    def request_stop(signum: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, before)
-        print("train: SIGTERM: saves a checkpoint after this step, then stops", flush=True)
-        mailbox.ask_to_stop.remote()
+        print("train: SIGTERM: saving a checkpoint after this step, then stopping", flush=True)
+        channel.request_stop.remote()
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may set what signals do
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
         yield
         return
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, request_stop)
     try:
         yield
     finally:
@@ -191,7 +192,7 @@ def _stopping_at_sigterm(mailbox: Any) -> Iterator[None]:
 
 
 def _storage(url: str) -> dict[str, Any]:
-    """Where Ray Train keeps checkpoints: as a path, and for all but local ones the file system to use."""
+    """Where Ray Train keeps checkpoints: a path, and the file system if it is not local."""
     fs, path = storage.locate(url)
     if storage.is_local(fs):
         return {"storage_path": path}
@@ -201,52 +202,38 @@ def _storage(url: str) -> dict[str, Any]:
 
 
 class Listener:
-    """Prints what rank 0 tells, in a thread of its own. stopped: why training ended early, None if it did not."""
+    """Shows the messages of rank 0, in a thread of its own. stopped: why training stopped early, or None."""
 
-    def __init__(self, mailbox: Any, steps: int):
-        self.mailbox, self.steps = mailbox, steps
+    def __init__(self, channel: Any, steps: int):
+        self.channel, self.progress = channel, Progress("train", steps, "steps")
         self.stopped: str | None = None
         self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._live = sys.stdout.isatty()
-        self._printed = 0.0
 
     def __enter__(self) -> "Listener":
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.mailbox.tell.remote(None)
+        self.channel.send.remote(None)
         self._thread.join(timeout=10)
 
     def _listen(self) -> None:
         import ray
 
-        while (news := ray.get(self.mailbox.hear.remote())) is not None:
-            if "stopped" in news:
-                self.stopped = news["stopped"]
-            elif "said" in news:
-                print(f"\ntrain: {news['said']}" if self._live else f"train: {news['said']}", flush=True)
+        while (message := ray.get(self.channel.receive.remote())) is not None:
+            if "stopped" in message:
+                self.stopped = message["stopped"]
+            elif "message" in message:
+                self.progress.say(message["message"])
             else:
-                self._print(news)
-        if self._live:
-            print()
-
-    def _print(self, row: dict[str, Any]) -> None:
-        """One live line on a terminal, a line now and then in a log file."""
-        line = f"train: {_line(row, self.steps)}"
-        if self._live:
-            print(f"\r\033[K{line}", end="", flush=True)
-        elif time.monotonic() - self._printed > LOG_EVERY_S:
-            self._printed = time.monotonic()
-            print(line, flush=True)
+                row = message["row"]
+                self.progress.done = row["step"]
+                left_s = (self.progress.total - row["step"]) * row["seconds_per_step"]
+                self.progress.show(_described(row), left_s)
+        self.progress.close()
 
 
-def _line(row: dict[str, Any], steps: int) -> str:
-    left = (steps - row["step"]) * row["seconds_per_step"]
-    told = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
-    bad = f"  {row['bad_samples']} bad samples" if row["bad_samples"] else ""
-    return f"step {row['step']}/{steps}  {told}  {row['samples_per_s']:.0f} samples/s{bad}  {clock(left)} left"
-
-
-def _last_row(url: str) -> dict[str, Any]:
-    return json.loads(storage.read(storage.join(url, "reports", "train.jsonl")).splitlines()[-1])
+def _described(row: dict[str, Any]) -> str:
+    numbers = "  ".join(f"{name} {row[name]:.4g}" for name in SHOWN if name in row)
+    skipped = f"  {row['bad_samples']} skipped" if row["bad_samples"] else ""
+    return f"{numbers}  {row['samples_per_s']:.0f} samples/s{skipped}"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from jobs.config import Config, ConfigError, load_config
-from jobs.shards import Item, decode_sample
+from jobs.shards import DecodedSample, decode_sample
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import find_shards
 from tokenizer.autoencoder import Autoencoder
@@ -115,7 +115,7 @@ def samples(shards: Any, modality: Modality) -> list[np.ndarray]:
     for shard in find_shards(shards).shards:
         for sample in read_samples(shard.url):
             item = decode_sample(sample, modality)
-            if not isinstance(item, Item):
+            if not isinstance(item, DecodedSample):
                 raise ConfigError(f"{shard.url}: sample {sample.key} cannot be read: {item}")
             arrays.append(item.decoded.array)
     return arrays

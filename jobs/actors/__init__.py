@@ -1,1 +1,1 @@
-"""Ray Data actors: a pool of workers over shards, what such commands share, a tokenizer for your pipeline."""
+"""Ray Data actors: a pool of workers over shards, the code all such commands share, and an actor for your pipeline."""

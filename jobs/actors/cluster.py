@@ -1,4 +1,4 @@
-"""Ray, started quietly on a laptop or joined on a cluster, and what there is room for on it."""
+"""Starts Ray on a laptop or joins a cluster, and says how many workers fit on it."""
 
 import logging
 import os
@@ -11,22 +11,22 @@ from pipeline import storage
 
 
 def start() -> None:
-    """Joins the cluster that RAY_ADDRESS names (as `ray job submit` sets it), else starts a local one."""
+    """Joins the cluster in RAY_ADDRESS, which `ray job submit` sets, or starts a local one."""
     import ray
 
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
-        # otherwise it would depend on whether a token file happens to lie in the home directory
+        # otherwise it would depend on whether there is a token file in the home directory
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        # there is no dashboard, for which Ray Train's cleaner would look for 12 s at the end of each training
+        # without a dashboard, Ray Train's cleanup would look for one for 12 s at the end of each training
         os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it reports each actor of Ray Data as an error
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     handler = signal.getsignal(signal.SIGTERM)
-    # what workers print is Ray's own chatter: results, progress and errors come back as values and exceptions
+    # workers print only messages of Ray itself: results, progress and errors come back as values and exceptions
     ray.init(
         address=address,
         logging_level=logging.ERROR,
@@ -35,11 +35,11 @@ def start() -> None:
         runtime_env=_runtime_env(),
     )
     if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
+        signal.signal(signal.SIGTERM, handler)  # Ray has replaced it by its own
 
 
 def _runtime_env() -> dict[str, dict[str, str]] | None:
-    """Hands the options of storage, which the command has configured, to workers on other machines."""
+    """Passes the storage options of this command to workers on other machines."""
     given = {name: value for name, value in os.environ.items() if name.startswith("FSSPEC_")}
     if os.environ.get(storage.CREATE_ONLY, storage.SERVER) != storage.SERVER:
         given[storage.CREATE_ONLY] = os.environ[storage.CREATE_ONLY]
@@ -47,7 +47,7 @@ def _runtime_env() -> dict[str, dict[str, str]] | None:
 
 
 def cpus_per_rank(workers: WorkersConfig) -> float:
-    """Of a training rank: as configured, else as many as let all ranks find room on the nodes (at least 1)."""
+    """CPUs of a training rank: as configured, or the most with which all ranks fit on the nodes (at least 1)."""
     import ray
 
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -55,12 +55,12 @@ def cpus_per_rank(workers: WorkersConfig) -> float:
 
 
 def even_share(nodes: list[int], ranks: int) -> int:
-    """The most CPUs, at least 1, that each of the ranks can have on nodes with so many; a rank lies on one node."""
+    """The most CPUs, at least 1, that each rank can have. nodes: the CPUs of each node. A rank runs on one node."""
     return max((cpus for cpus in range(1, max(nodes) + 1) if sum(n // cpus for n in nodes) >= ranks), default=1)
 
 
 def room(workers: WorkersConfig) -> int:
-    """How many actors the cluster has CPUs and GPUs for now, at least 1."""
+    """How many actors fit on the cluster's CPUs and GPUs, at least 1."""
     import ray
 
     resources = ray.cluster_resources()
@@ -71,13 +71,13 @@ def room(workers: WorkersConfig) -> int:
 
 
 def described(workers: WorkersConfig) -> str:
-    """What one worker needs, with the keys that say so."""
+    """The CPUs and GPUs that one worker needs, and the keys that set them."""
     gpus = f" and {workers.gpus:g} GPU (workers.gpus)" if workers.gpus else ""
     return f"{workers.cpus or 1:g} CPU (workers.cpus){gpus}"
 
 
 def have() -> str:
-    """What the cluster has, and what of it is free."""
+    """The CPUs and GPUs of the cluster, in all and free."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -87,7 +87,7 @@ def have() -> str:
 
 
 def on_this_node() -> Any:
-    """Places an actor on the caller's node, so that it lives as long as the caller."""
+    """A scheduling strategy that places an actor on the caller's node, so that it lives as long as the caller."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -95,7 +95,7 @@ def on_this_node() -> Any:
 
 
 def device_for(num_gpus: float) -> str:
-    """cuda or cpu, as asked for: a GPU that torch cannot use must not pass for a slow job."""
+    """cuda or cpu. Raises RuntimeError if torch cannot use the assigned GPU: otherwise the job would just be slow."""
     import torch
 
     if num_gpus and not torch.cuda.is_available():

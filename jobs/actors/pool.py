@@ -1,8 +1,8 @@
-"""A pool of Ray Data actors that a list of shards goes through.
+"""A pool of Ray Data actors that processes a list of shards.
 
-Only descriptors and small results pass through Ray Data. It deals out the shards, lets the pool grow with the cluster,
-and starts the work of a dead actor again. Two things it cannot do, and they are done here: it cannot tell a hung actor
-from a slow one, and it would give a shard that kills its actors to the next actor forever.
+Only descriptors and small results pass through Ray Data. It assigns the shards, grows the pool with the cluster, and
+retries the work of an actor that died. This module adds two things: it detects actors that hang, and it gives up on a
+shard that keeps killing its actors, which Ray Data would retry forever.
 """
 
 import collections
@@ -20,12 +20,12 @@ from typing import Any, ClassVar, Protocol
 from jobs.actors.cluster import described, device_for, have, on_this_node, room
 from jobs.config import WorkersConfig
 
-MAX_TRIES = 3  # of a shard whose worker dies or hangs
-MAX_BLOCKS = 10_000  # Ray Data takes a minute to start with 100,000; above this, a block holds several shards
+MAX_TRIES = 3  # for a shard whose worker dies or hangs
+MAX_BLOCKS = 10_000  # Ray Data needs a minute to start with 100,000; with more shards than this, a block holds several
 SAY_EVERY_S = 30.0
 TICK_S = 5.0  # while waiting for the device or for storage
 
-# Kills the process that started it after so many seconds in which nothing was written to it. Ends with that process.
+# Kills the process that started it if nothing is written to it for this many seconds. Ends with that process.
 WATCHDOG = """
 import os, select, signal, sys
 while select.select([0], [], [], float(sys.argv[2]))[0]:
@@ -36,17 +36,17 @@ os.kill(int(sys.argv[1]), signal.SIGKILL)
 
 
 class Named(Protocol):
-    """A shard, or another unit of work. Its name is unique."""
+    """A shard or another unit of work. Names are unique."""
 
     @property
     def name(self) -> str: ...
 
 
 class ShardWorker:
-    """What an actor runs. Subclasses hold a model and call `tick` as their work on a shard progresses.
+    """The work of an actor. Subclasses hold a model and call `tick` as a shard progresses.
 
-    in_flight: how many shards one worker has at a time, each in a thread of its own. The threads take turns at the
-    device by `device_lock`, so one shard is read and written while another is encoded.
+    in_flight: how many shards a worker processes at a time, each in its own thread. The threads share the device
+    through `device_lock`, so one shard is read and written while another is encoded.
     """
 
     in_flight: ClassVar[int] = 1
@@ -67,19 +67,19 @@ class ShardWorker:
         raise NotImplementedError
 
     def finished(self, shard: Any) -> Any:
-        """The result of a shard that `process` finished, but whose result was lost with its worker.
+        """The result of a shard that `process` finished, if the result was lost with its worker.
 
-        None if it is unknown: then the shard is processed again.
+        None if it is unknown; the shard is then processed again.
         """
         return None
 
     def tick(self, shard: Named) -> None:
-        """Shows progress on this shard. Without a tick for workers.stall_timeout_s the worker is killed."""
+        """Reports progress on this shard. A worker without a tick for workers.stall_timeout_s is killed."""
         self.ticked[shard.name] = time.monotonic()
 
     @contextlib.contextmanager
     def ticking(self, shard: Named) -> Iterator[None]:
-        """Inside, time counts as progress: storage has time limits of its own."""
+        """Inside, elapsed time counts as progress. For calls that have time limits of their own, such as storage."""
         done = threading.Event()
 
         def tick() -> None:
@@ -103,11 +103,11 @@ def map_shards(
     *,
     job: str = "tokenmill",
 ) -> Iterator[Any]:
-    """Yields `worker(**settings).process(shard)` for each shard, in the order in which they are done.
+    """Yields `worker(**settings).process(shard)` for each shard, in the order in which the shards finish.
 
-    A shard whose worker dies or hangs is processed again by another one; after MAX_TRIES the result is
-    its `failed(shard, reason)`. A worker that is lost with its node does not count as a try. job: the name in Ray's
-    dashboard and metrics. Raises what `process` and `worker.__init__` raise.
+    If a worker dies or hangs, another one retries its shard; after MAX_TRIES the result is `failed(shard, reason)`. A
+    worker that is lost with its node does not count as a try. job: the name in Ray's dashboard and metrics. Raises what
+    `process` and `worker.__init__` raise.
     """
     import ray.data
     from ray import cloudpickle
@@ -144,7 +144,7 @@ def map_shards(
     over = threading.Event()
     threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over), daemon=True).start()
     try:
-        # none fetched ahead: a result would wait for the next one
+        # no prefetch: it would hold a result back until the next one arrives
         for batch in results.iter_batches(prefetch_batches=0, batch_size=None, batch_format="numpy"):
             yield from map(cloudpickle.loads, batch["result"])
     finally:
@@ -153,8 +153,8 @@ def map_shards(
 
 
 def configure(context: Any) -> None:
-    """Ray Data's settings for this dataset alone; a user's own datasets in this process keep theirs."""
-    context.enable_progress_bars = context.print_on_execution_start = False  # the command has its own
+    """Sets Ray Data's options for this dataset only; the user's own datasets in this process keep theirs."""
+    context.enable_progress_bars = context.print_on_execution_start = False  # the command shows its own
     context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = -1  # a cluster may be slow to start, and a shard may take hours
     context.max_consecutive_actor_init_deaths = MAX_TRIES - 1
@@ -186,16 +186,16 @@ def _watch_ledger(job: str, workers: WorkersConfig, ledger: Any, over: threading
 
 
 class _Ledger:
-    """Which shards were begun where and did not end. Ray Data begins one again only if its actor died."""
+    """Which shards began on which node and have not ended. Ray Data retries a shard only if its actor died."""
 
     def __init__(self) -> None:
-        self.last_s = time.monotonic()  # of a shard that began or ended
+        self.last_s = time.monotonic()  # when a shard last began or ended
         self.begun: dict[str, list[str]] = collections.defaultdict(list)  # name -> nodes of the tries that did not end
         self.stalls: collections.Counter[str] = collections.Counter()
         self.ended: set[str] = set()
 
     def look_up(self, name: str) -> tuple[int, int, bool]:
-        """Workers that died with this shard (not those that died with their node), stalls among them, did it end."""
+        """Workers that died with this shard (lost nodes do not count), how many of those stalled, did the shard end."""
         import ray
 
         if name not in self.begun:
@@ -204,7 +204,7 @@ class _Ledger:
         return sum(node in alive for node in self.begun[name]), self.stalls[name], name in self.ended
 
     def idle_s(self) -> float:
-        """For how long no worker has had a shard."""
+        """How long no worker has had a shard."""
         import ray
 
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -221,7 +221,7 @@ class _Ledger:
         self.ended.add(name)
 
     def stall(self, stalled: list[str], others: list[str]) -> None:
-        """A worker is about to be killed for its stalled shards; the others that it has are not to blame."""
+        """A worker is about to be killed for its stalled shards. Its other shards are not blamed."""
         self.stalls.update(stalled)
         for name in others:
             if self.begun.get(name):
@@ -229,7 +229,7 @@ class _Ledger:
 
 
 class _Actor:
-    """What Ray Data calls: one `ShardWorker`, its watchdog, and the rule about shards that killed a worker before."""
+    """The class that Ray Data calls: a `ShardWorker`, its watchdog, and the limit on tries."""
 
     def __init__(self, worker: type[ShardWorker], settings: dict[str, Any], ledger: Any, stall_timeout_s: float):
         import ray
@@ -243,8 +243,8 @@ class _Actor:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        """Ends this process if a shard stalls. The watchdog does so where this thread cannot run: the process is
-        stopped, or a call into C keeps Python's lock."""
+        """Kills this process if a shard stalls. The watchdog does it if this thread cannot run: when the process is
+        stopped, or a call into C holds Python's lock."""
         import ray
 
         assert self.watchdog.stdin is not None
@@ -253,7 +253,7 @@ class _Actor:
             stalled = [name for name in in_hand if self.worker.ticked[name] < limit]
             if stalled:
                 others = [name for name in in_hand if name not in stalled]
-                with contextlib.suppress(ray.exceptions.RayError):  # then the others are blamed, too, and tried alone
+                with contextlib.suppress(ray.exceptions.RayError):  # then the others are blamed too, and retried alone
                     ray.get(self.ledger.stall.remote(stalled, others), timeout=self.limit)
                 os.kill(os.getpid(), signal.SIGKILL)
             os.write(self.watchdog.stdin.fileno(), b".")
@@ -284,7 +284,7 @@ class _Actor:
 
     @contextlib.contextmanager
     def _place(self, alone: bool) -> Iterator[None]:
-        """A shard that may have killed a worker has the next one to itself, so that no other shard is blamed."""
+        """A shard that may have killed a worker is retried alone, so that no other shard is blamed."""
         places = self.worker.in_flight if alone else 1
         with self.turn:
             for _ in range(places):

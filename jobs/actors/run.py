@@ -1,4 +1,4 @@
-"""What all commands over shards share: run a worker over them, show progress, report what failed."""
+"""The code that all commands over shards share: run a worker over the shards, show progress, report failures."""
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,27 +13,27 @@ from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError
 from tokenizer.encoder import LatentEncoder
 
-E = TypeVar("E", bound=LatentEncoder)  # Tokenizer where there must be a codebook
+E = TypeVar("E", bound=LatentEncoder)  # Tokenizer, if the worker needs a codebook
 SHOWN = 10
-FIX_AND_RERUN = "fix them and rerun the same command"
+FIX_AND_RERUN = "fix the cause and rerun the same command"
 
 
 @dataclass
 class ShardResult:
-    """What comes back from a worker. failure: why the shard could not be processed, else None."""
+    """The result of a shard. failure: why it could not be processed, or None."""
 
     shard: Shard
     failure: str | None = None
 
     def counts(self) -> dict[str, float]:
-        """What the progress line adds up, by name."""
+        """Amounts by name, which the progress line adds up."""
         return {}
 
 
 class EncodeWorker(ShardWorker, Generic[E]):
-    """Holds an encoder and processes shards with it. A shard that fails must not end a job of days.
+    """Holds an encoder and processes shards with it. A failed shard gives a result, and the job continues.
 
-    load: from a device to the encoder. Subclasses give `work` and the class of its result.
+    load: from a device to the encoder. Subclasses define `work`, and `result`, the class that it returns.
     """
 
     result: ClassVar[type[ShardResult]] = ShardResult
@@ -65,7 +65,7 @@ def run_shards(
     settings: dict[str, Any],
     workers: WorkersConfig,
 ) -> Iterator[Any]:
-    """Yields the worker's result of each shard as it is done, beside a line of progress. See map_shards."""
+    """Yields the worker's result of each shard as it finishes, and shows progress. See map_shards."""
     cluster.start()
     if not shards:
         return
@@ -77,7 +77,7 @@ def run_shards(
 
 
 def print_failures(command: str, failures: Sequence[str]) -> None:
-    """The first lines of the first failures, and how many more there are."""
+    """Prints the first line of the first failures, and how many more there are."""
     for failure in failures[:SHOWN]:
         print(f"{command}: failed shard: {failure.splitlines()[0]}")
     if len(failures) > SHOWN:

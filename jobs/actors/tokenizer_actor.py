@@ -1,4 +1,4 @@
-"""The frozen tokenizer as a stage of a user's own Ray Data pipeline: a column of encoded files to columns of tokens."""
+"""A tokenizer as a stage of your own Ray Data pipeline: from a column of encoded files to columns of tokens."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from ray.data.extensions import ArrowPythonObjectType
 from jobs.actors.cluster import device_for
 from jobs.artifacts import load_tokenizer
 from jobs.config import ConfigError
-from jobs.shards import Item, decode_sample, rows_of
+from jobs.shards import DecodedSample, decode_sample, encode_batch
 from pipeline import storage
 from pipeline.corpus.batches import in_buckets, map_in_threads
 from pipeline.corpus.samples import Sample
@@ -27,14 +27,14 @@ class TokenizerActor:
     Returns an Arrow table: the batch with these columns added.
         tokens        list of unsigned integers, the flat token grid, in the dtype of token shards
         shape         list of int32, the shape of the token grid
-        height, width (pictures) or sample_rate, num_samples (sound): int32, the size of the original
+        height, width (images) or sample_rate, num_samples (audio): int32, the size of the original
         tokenizer_id  string, in every row
         error         string, why this row has no tokens; null if it has them
     A bad file does not fail the batch: tokens, shape and size are null in its row, and error gives the reason.
 
     tokenizer: folder or URL; every node must see it. column: holds the bytes of whole files, such as JPEGs.
     extension: only formats without a signature (g722) need it; all others are recognised by their content.
-    batch_budget: megapixels of pictures or seconds of sound encoded at once; 0 is the modality's default.
+    batch_budget: megapixels of images or seconds of audio encoded at once; 0 is the modality's default.
     The nets run on a GPU if Ray assigned one (`num_gpus`). As many threads as assigned CPUs (`num_cpus`) decode files.
 
     Prefer `batch_format="pyarrow"`: Ray's default, NumPy, may change the types of the other columns.
@@ -64,11 +64,11 @@ class TokenizerActor:
         return table
 
     def _cells(self, table: pa.Table) -> list[Any]:
-        """The column as Python objects: bytes, or None and the like where a row has no file."""
+        """The column as Python objects: bytes, or None or NaN where a row has no file."""
         if self.column not in table.column_names:
             raise ValueError(f"column is {self.column!r}; choose one of: {', '.join(table.column_names)}")
         cells = table[self.column]
-        if isinstance(cells.type, ArrowPythonObjectType):  # bytes beside NaN, as read_webdataset gives them
+        if isinstance(cells.type, ArrowPythonObjectType):  # bytes mixed with NaN, as read_webdataset returns them
             return cells.to_pylist()
         if cells.is_null(nan_is_null=True).to_numpy().all():  # NumPy batches have NaN for null
             return [None] * len(cells)
@@ -80,25 +80,25 @@ class TokenizerActor:
         return cells.to_pylist()
 
     def _tokenize(self, cells: list[Any]) -> tuple[dict[int, TokenRow], dict[int, str]]:
-        """A token row or an error for each cell, by its place in the batch. Takes the same path as `tokenize`."""
+        """A token row or an error for each cell, by its position in the batch. Uses the same code as `tokenize`."""
         member = f"file.{self.extension}"
         samples = [Sample(i, str(i), {member: cell}) for i, cell in enumerate(cells) if isinstance(cell, bytes)]
         rows: list[TokenRow] = []
-        bad: list[Quarantined] = []
+        quarantined: list[Quarantined] = []
 
-        def decoded() -> Iterator[Item]:
+        def decoded() -> Iterator[DecodedSample]:
             for outcome in map_in_threads(lambda sample: decode_sample(sample, self.modality), samples, self.threads):
                 if isinstance(outcome, Quarantined):
-                    bad.append(outcome)
+                    quarantined.append(outcome)
                 else:
                     yield outcome
 
-        for items in in_buckets(decoded(), lambda item: item.decoded.array, self.modality.bucket, self.budget):
-            rows += rows_of(items, self.tokenizer, (), bad)
+        for batch in in_buckets(decoded(), lambda one: one.decoded.array, self.modality.bucket, self.budget):
+            rows += encode_batch(batch, self.tokenizer, (), quarantined)
         errors = {
             i: f"column {self.column!r} has no bytes here" for i, c in enumerate(cells) if not isinstance(c, bytes)
         }
-        errors |= {one.source_index: one.message for one in bad}
+        errors |= {one.source_index: one.message for one in quarantined}
         return {row.source_index: row for row in rows}, errors
 
     def _columns(self, rows: dict[int, TokenRow], errors: dict[int, str], num_rows: int) -> dict[str, pa.Array]:
@@ -117,20 +117,20 @@ class TokenizerActor:
 
 
 def _assigned_resources() -> dict[str, float]:
-    """What Ray assigned to this actor; nothing where the class is used without Ray."""
+    """The resources that Ray assigned to this actor; empty if the class is used without Ray."""
     if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
         return {}
     return ray.get_runtime_context().get_assigned_resources()
 
 
 def _load(url: str, device: str) -> Tokenizer:
-    """Raises ConfigError that names the tokenizers in this folder or beside it."""
+    """Loads the tokenizer. Raises ConfigError, which names the tokenizers in this folder or beside it."""
     url = storage.normalise(url)
     try:
         return load_tokenizer(url, device)
     except ConfigError as error:
         nearby = [*storage.list_folders(url), *storage.list_folders(url.rsplit("/", 1)[0])]
-        found = [folder for folder in nearby if storage.exists(storage.join(folder, "tokenizer.json"))]
-        if not found:
+        tokenizers = [folder for folder in nearby if storage.exists(storage.join(folder, "tokenizer.json"))]
+        if not tokenizers:
             raise
-        raise ConfigError(f"{url} is no tokenizer; choose one of: {', '.join(found)}") from error
+        raise ConfigError(f"{url} is not a tokenizer; choose one of: {', '.join(tokenizers)}") from error

@@ -1,1 +1,1 @@
-"""The latents of a corpus: drawn or cached by one pass over it, and k-means over all of them."""
+"""The latents of a corpus: a sample or a cache of all, made in one pass, and the view of them that k-means needs."""

@@ -1,7 +1,7 @@
-"""All latents of a cache in Ray's object store, as the k-means of a codebook needs them.
+"""All latents of a cache in Ray's object store, for k-means.
 
 A Ray Data dataset of groups of shards is read once and materialised: its blocks stay on the nodes that read them, and
-spill to disk if memory is short. Each iteration of k-means maps a function over them; only sums come to the driver.
+spill to disk if memory is short. Each iteration of k-means maps a function over them; only sums reach the driver.
 """
 
 import contextlib
@@ -24,36 +24,36 @@ from tokenizer.clustering.latents import LatentBatch
 
 T = TypeVar("T")
 Function = Callable[[LatentBatch], LatentBatch]
-# At most. As many sums come to the driver in an iteration, and as many workers can share the work. The result of a sum
-# of floats depends on it, and with it the codebook's id.
-GROUPS = 128
+# The most groups: so many workers can share an iteration, and so many sums reach the driver. Float sums, and therefore
+# the codebook's id, depend on it.
+MAX_GROUPS = 128
 
 
 @dataclass
-class Group:
-    """Neighbouring shards of a cache. Their latents are added up one after the other, always in this order."""
+class ShardGroup:
+    """Neighbouring shards of a cache. Their latents are always added up in this order."""
 
     number: int
     entries: list[Commit]
-    parts: list[LatentBatch] = field(default_factory=list)  # one an entry, once they are read
+    parts: list[LatentBatch] = field(default_factory=list)  # one per entry, once they are read
 
 
 @dataclass
-class Result:
-    """What a function gives for a group."""
+class GroupResult:
+    """The value of a function for a group."""
 
     number: int
     value: Any
 
 
 class CachedLatents:
-    """All latents of a cache, in groups. See tokenizer.latent_parts.Latents."""
+    """All latents of a cache, in groups of shards. Implements tokenizer.clustering.latents.Latents."""
 
     def __init__(
         self, groups: Any, count: int, drawn: torch.Tensor, workers: WorkersConfig, functions: tuple[Function, ...] = ()
     ):
         self.groups, self.count, self.drawn, self.workers = groups, count, drawn, workers
-        self.functions = functions  # that the groups went through, and the drawn sample did not
+        self.functions = functions  # already applied to the groups, but not yet to the drawn sample
 
     @classmethod
     def of(
@@ -64,9 +64,9 @@ class CachedLatents:
         capacity: int,
         seed: int,
         workers: WorkersConfig,
-        num_groups: int = GROUPS,
+        num_groups: int = MAX_GROUPS,
     ) -> "CachedLatents | None":
-        """Those of these shards; None if there are none. capacity: of the sample that comes to the driver."""
+        """The latents of these entries; None if there are none. capacity: size of the sample that the driver draws."""
         import ray.data
 
         entries = sorted(entries, key=lambda entry: entry.source_shard)
@@ -75,7 +75,7 @@ class CachedLatents:
             return None
         size = math.ceil(len(entries) / num_groups)
         starts = range(0, len(entries), size)
-        rows = [{"value": Group(number, entries[start : start + size])} for number, start in enumerate(starts)]
+        rows = [{"value": ShardGroup(number, entries[start : start + size])} for number, start in enumerate(starts)]
         source = ray.data.from_items(rows, override_num_blocks=len(rows))
         configure(source.context)
         with _explained():
@@ -88,11 +88,11 @@ class CachedLatents:
         return self.count
 
     def sample(self, count: int, seed: int) -> LatentBatch:
-        """Of the sample that was drawn at first, whose rows are in random order; there are no others."""
-        return reduce(lambda so_far, function: function(so_far), self.functions, LatentBatch(self.drawn[:count]))
+        """The first rows of the sample that `of` drew, which are in random order. At most its capacity."""
+        return reduce(lambda part, function: function(part), self.functions, LatentBatch(self.drawn[:count]))
 
     def total(self, function: Callable[[LatentBatch], T]) -> T:
-        """The sums of the groups are added in the groups' order, each as soon as those before it have come."""
+        """Adds the sums of the groups in the groups' order, each as soon as the sums before it have arrived."""
         early: dict[int, Any] = {}
         total: Any = None
         num_added = 0
@@ -112,7 +112,7 @@ class CachedLatents:
         return CachedLatents(groups, self.count, self.drawn, self.workers, (*self.functions, function))
 
     def _draw(self, capacity: int, seed: int) -> torch.Tensor:
-        share = capacity / self.count  # and five deviations more, so that hardly ever too few come back
+        share = capacity / self.count  # plus five standard deviations, so that too few rows are rare
         for below in (share + 5 * math.sqrt(share / self.count), 1.0):
             drawn = Reservoir(capacity, seed)
             for result in self._each(partial(_draw, capacity, seed, below)):
@@ -122,15 +122,15 @@ class CachedLatents:
         assert drawn.rows is not None
         return torch.from_numpy(drawn.rows)
 
-    def _each(self, function: Callable[[Group], Any]) -> Iterator[Result]:
-        """What the function gives for each group, in the order in which they are done."""
+    def _each(self, function: Callable[[ShardGroup], Any]) -> Iterator[GroupResult]:
+        """The function's value for each group, in the order in which the groups finish."""
         with _explained():
             for row in _map(self.groups, partial(_result, function), self.workers).iter_rows():
                 yield row["value"]
 
 
-def _map(groups: Any, function: Callable[[Group], Any], workers: WorkersConfig) -> Any:
-    """By tasks, whose processes Ray keeps from one iteration to the next, also with a GPU (max_calls)."""
+def _map(groups: Any, function: Callable[[ShardGroup], Any], workers: WorkersConfig) -> Any:
+    """Maps by tasks. Ray keeps their processes from one iteration to the next, with a GPU too (max_calls)."""
     import ray.data
 
     cpus, gpus = workers.cpus or 1, workers.gpus
@@ -142,31 +142,31 @@ def _map(groups: Any, function: Callable[[Group], Any], workers: WorkersConfig) 
     )
 
 
-def _apply(function: Callable[[Group], Any], cpus: float, gpus: float, row: dict[str, Any]) -> dict[str, Any]:
+def _apply(function: Callable[[ShardGroup], Any], cpus: float, gpus: float, row: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(cpus)))  # the last bit of a sum depends on it
     group, device = row["value"], device_for(gpus)
-    return {"value": function(Group(group.number, group.entries, [part.to(device) for part in group.parts]))}
+    return {"value": function(ShardGroup(group.number, group.entries, [part.to(device) for part in group.parts]))}
 
 
-def _read(cache_url: str, dim: int, group: Group) -> Group:
+def _read(cache_url: str, dim: int, group: ShardGroup) -> ShardGroup:
     cache = Output.open(cache_url)
     parts = [LatentBatch(torch.from_numpy(read_latents(cache, entry, dim))) for entry in group.entries]
-    return Group(group.number, group.entries, parts)
+    return ShardGroup(group.number, group.entries, parts)
 
 
-def _change(function: Function, group: Group) -> Group:
-    return Group(group.number, group.entries, [function(part).to("cpu") for part in group.parts])
+def _change(function: Function, group: ShardGroup) -> ShardGroup:
+    return ShardGroup(group.number, group.entries, [function(part).to("cpu") for part in group.parts])
 
 
-def _result(function: Callable[[Group], Any], group: Group) -> Result:
-    return Result(group.number, function(group))
+def _result(function: Callable[[ShardGroup], Any], group: ShardGroup) -> GroupResult:
+    return GroupResult(group.number, function(group))
 
 
-def _total(function: Callable[[LatentBatch], Any], group: Group) -> Any:
+def _total(function: Callable[[LatentBatch], Any], group: ShardGroup) -> Any:
     return reduce(lambda total, value: total + value, map(function, group.parts))
 
 
-def _draw(capacity: int, seed: int, below: float, group: Group) -> Reservoir:
+def _draw(capacity: int, seed: int, below: float, group: ShardGroup) -> Reservoir:
     drawn = Reservoir(capacity, seed, below)
     for entry, part in zip(group.entries, group.parts, strict=True):
         drawn.add(part.latents.cpu().numpy(), entry.source_shard)
@@ -182,6 +182,6 @@ def _explained() -> Iterator[None]:
     except ray.exceptions.RayError as error:
         reason = next(line for line in reversed(str(error).splitlines()) if line.strip()).strip()
         raise StorageError(
-            f"codebook.full: the cached latents could not be read or summed: {reason}. Check that the cache is whole "
-            "and that each worker has enough memory, then rerun the same command"
+            f"codebook.full: the cached latents could not be read or summed: {reason}. Check that the cache is "
+            "complete and that each worker has enough memory, then rerun the same command"
         ) from error

@@ -17,7 +17,7 @@ from pipeline import storage
 from tokenizer.modalities.image.frechet import about
 
 Column = tuple[str, str, Callable[[float], str]]  # name in `numbers`, heading, format of a value
-QUALITY: dict[str, Column] = {  # what is not told better than by its own name and four digits
+QUALITY: dict[str, Column] = {  # all other metrics have their own name as heading, and four digits
     "mse": ("mse", "MSE e-3", lambda value: f"{1000 * value:.3f}"),
     "psnr": ("psnr", "PSNR", "{:.3f}".format),
     "ssim": ("ssim", "SSIM", "{:.4f}".format),
@@ -43,7 +43,7 @@ USAGE: list[Column] = [
 
 
 def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes], config: Config) -> None:
-    """results: the trials' files; originals: the pictures of their `examples`. Prints the table."""
+    """Writes the report and prints the table. results: of the trials. originals: the images of their `examples`."""
     if not results:
         print("compare: no trial has a result yet; no report")
         return
@@ -51,7 +51,7 @@ def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes]
     trials = [{key: value for key, value in one.items() if key not in ("examples", "history")} for one in results]
     tables = {}
     for name in ("", *config.compare.others):
-        shown = [_seen_on(name, one) for one in results] if name else results
+        shown = [_evaluated_on(name, one) for one in results] if name else results
         tables[name or "heldout"] = rows = summarise(shown)
         place = f"{base}-{name}" if name else base
         text = markdown(rows, columns_of(rows))
@@ -67,15 +67,15 @@ def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes]
     print(f"compare: report at {base}.md, .json, .csv; plots at {base}-*.png")
 
 
-def _seen_on(name: str, result: dict[str, Any]) -> dict[str, Any]:
-    """The trial with the numbers of another corpus; what is of the training stays."""
+def _evaluated_on(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """The trial's result, with the numbers of another evaluation corpus in place of the held-out shards'."""
     if "numbers" not in result:
         return result
     return {**result, "numbers": {**result["numbers"], **result["others"][name]}}
 
 
 def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each method and size: the mean over the seeds, and the standard deviation as `<name>_sd`."""
+    """A row per method and size: the mean over the seeds, and the standard deviation as `<name>_sd`."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["label"], result["size"]), []).append(result)
@@ -94,16 +94,16 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[Column]:
-    """Those that any row has a value in; metrics of quality under their own names, in the modality's order."""
-    there = {name for row in rows for name in row}
+    """The columns that have a value in any row. Quality metrics come in the modality's order."""
+    names = {name for row in rows for name in row}
     quality: list[Column] = []
     for name in _quality(rows):
         quality.append(QUALITY.get(name, (name, name, "{:.4f}".format)))
-        if f"{name}_samples" in there:  # a Frechet distance, which nobody can read without it
+        if f"{name}_samples" in names:  # a Frechet distance has no meaning without its number of samples
             quality.append((f"{name}_samples", "of samples", "{:,.0f}".format))
     if all(row.get("num_quantizers", 1) == 1 for row in rows):
-        there -= {"num_quantizers"}
-    return [column for column in [*SIZES, *quality, *USAGE] if column[0] in there]
+        names -= {"num_quantizers"}
+    return [column for column in [*SIZES, *quality, *USAGE] if column[0] in names]
 
 
 def _quality(rows: list[dict[str, Any]]) -> list[str]:
@@ -111,7 +111,7 @@ def _quality(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def markdown(rows: list[dict[str, Any]], columns: list[Column]) -> str:
-    """A row for each method and size; mean +- standard deviation where there are several seeds."""
+    """The table in Markdown: the mean, and ± the standard deviation if there are several seeds."""
     lines = [["method", "K", *[heading for _, heading, _ in columns]]]
     lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
     for row in rows:
@@ -128,24 +128,26 @@ def _cell(row: dict[str, Any], name: str, form: Callable[[float], str]) -> str:
 
 
 def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
-    """What one must know to read the table."""
+    """What a reader of the table has to know: data, recipe, seeds, metrics, machine."""
     recipe = asdict(config.train)
-    told = ", ".join(f"{key} {recipe[key]}" for key in RECIPE_SHOWN)
+    shown = ", ".join(f"{key} {recipe[key]}" for key in RECIPE_SHOWN)
     numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})
     seeds = ", ".join(str(seed) for seed in config.compare.seeds)
     evaluated = config.compare.others[name] if name else config.compare.heldout
     lines = [
         f"Trained on {config.data.shards}, evaluated on {evaluated}: "
         f"{numbers.get('num_samples')} samples, {numbers.get('num_tokens')} tokens.",
-        f"Net {config.model.net}; {told}; seeds {seeds}. One seed gives all methods the same nets to start from, "
-        "samples, order and crops.",
-        *[f"With a recipe of its own: {one}." for one in _own_recipes(results, recipe)],
-        "Mean ± standard deviation over the seeds. CVU is by the actual number of codes, `CVU of K` by that asked for.",
-        f"`perplexity` is that of all tokens together; `per batch` the mean over batches of "
-        f"{numbers.get('tokens_per_batch', 0):.0f} tokens, of hard codes; for GM-VQ of the mean q(c|x), as it has it.",
+        f"Net {config.model.net}; {shown}; seeds {seeds}. With one seed, all methods start from the same weights and "
+        "see the same samples and crops in the same order.",
+        *[f"Has its own recipe: {one}." for one in _own_recipes(results, recipe)],
+        "Mean ± standard deviation over the seeds. CVU is relative to the actual number of codes, `CVU of K` to the "
+        "requested number.",
+        f"`perplexity` is over all tokens; `per batch` is the mean over batches of "
+        f"{numbers.get('tokens_per_batch', 0):.0f} tokens, of hard codes; for GM-VQ, of the mean q(c|x) as in its "
+        "paper.",
         *[f"{about(one, numbers)}." for one in numbers.get("quality", ()) if f"{one}_samples" in numbers],
         f"Metrics: {config.metrics or 'the default ones'}. s/step and tokens/s depend on the machine "
-        "and on what ran beside it: compare within this table only.",
+        "and its load: compare them within this table only.",
         f"Machine: {'; '.join(sorted({one['machine'] for one in results}))}. Last trial finished "
         f"{max(one['finished'] for one in results)}.",
     ]
@@ -154,13 +156,13 @@ def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
 
 def _own_recipes(results: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
     """Methods whose recipe differs from the comparison's, with the settings that differ."""
-    found: dict[str, str] = {}
+    differing: dict[str, str] = {}
     for result in results:
         own = result["settings"]["recipe"]
-        differing = [f"{key} {own[key]}" for key in RECIPE_SHOWN if own[key] != recipe[key]]
-        if differing:
-            found[result["label"]] = f"{result['label']} ({', '.join(differing)})"
-    return list(found.values())
+        changed = [f"{key} {own[key]}" for key in RECIPE_SHOWN if own[key] != recipe[key]]
+        if changed:
+            differing[result["label"]] = f"{result['label']} ({', '.join(changed)})"
+    return list(differing.values())
 
 
 def to_csv(rows: list[dict[str, Any]], names: list[str]) -> str:
@@ -174,18 +176,18 @@ def to_csv(rows: list[dict[str, Any]], names: list[str]) -> str:
 
 
 def plots(rows: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Quality and usage against K, quality against the bits that are spent."""
-    there = {name for row in rows for name in row}
-    quality = [name for name in _quality(rows) if name in there and name != "mse"]
-    found = {"sizes": against_png(rows, "K", "codes asked for", [*quality, "cvu", "perplexity"])}
+    """Quality and usage against K, and quality against the bit rate."""
+    names = {name for row in rows for name in row}
+    quality = [name for name in _quality(rows) if name in names and name != "mse"]
+    panels = {"sizes": against_png(rows, "K", "requested codes", [*quality, "cvu", "perplexity"])}
     for name, label in (("bits_per_pixel", "bits per pixel"), ("kbps", "kbit/s")):
-        if name in there:
-            found["rate"] = against_png(rows, name, label, quality)
-    return found
+        if name in names:
+            panels["rate"] = against_png(rows, name, label, quality)
+    return panels
 
 
 def _gallery(results: list[dict[str, Any]], originals: list[bytes]) -> list[tuple[str, list[bytes]]]:
-    """Rows of pictures: the originals, then each method at its largest size, first seed."""
+    """Rows of images: the originals, then each method at its largest size, first seed."""
     best: dict[str, dict[str, Any]] = {}
     for result in results:
         if "examples" in result and result["size"] > best.get(result["label"], {"size": -1})["size"]:
@@ -193,6 +195,8 @@ def _gallery(results: list[dict[str, Any]], originals: list[bytes]) -> list[tupl
     rows = [("original", originals)]
     for label, result in best.items():
         pictures = [base64.b64decode(png) for png in result["examples"]]
-        told = [f"{name} {result['numbers'][name]:.4g}" for name in result["numbers"]["quality"] if name != "mse"][:1]
-        rows.append((f"{label}\nK={result['size']}  {' '.join(told)}", pictures))
+        quality = [f"{name} {result['numbers'][name]:.4g}" for name in result["numbers"]["quality"] if name != "mse"][
+            :1
+        ]
+        rows.append((f"{label}\nK={result['size']}  {' '.join(quality)}", pictures))
     return rows

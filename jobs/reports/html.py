@@ -1,4 +1,4 @@
-"""Pages that stand alone: tables, pictures and players in one file."""
+"""HTML pages with tables, images and audio players, each in a single file."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Example:
-    """An original and its reconstruction: what they look like (PNGs), and themselves as files of type mime."""
+    """An original and its reconstruction. views: both as PNGs to look at. files: both as media files of type mime."""
 
     key: str
     mime: str
@@ -17,7 +17,7 @@ class Example:
 
 
 def page(title: str, sections: list[str]) -> bytes:
-    """A page that needs no other file."""
+    """A page that needs no other file. sections: HTML."""
     style = (
         "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
         "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:left}figure{display:inline-block;margin:.4em}"
@@ -41,7 +41,7 @@ def picture(png: bytes, caption: str = "") -> str:
 
 
 def side_by_side(example: Example) -> str:
-    """Original left, reconstruction right; with a player below each where that is no picture."""
+    """Original left, reconstruction right; media other than images get a player below."""
     cells = [
         f"<span><img src='{_data_url(view)}'>{_player(example.mime, data)}</span> "
         for view, data in zip(example.views, example.files, strict=True)

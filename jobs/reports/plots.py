@@ -1,4 +1,4 @@
-"""Curves, bars and pictures as PNG."""
+"""Plots and sheets of images, as PNG files."""
 
 import io
 from typing import Any
@@ -14,7 +14,7 @@ UNINTERESTING = ("step", "samples_per_s", "seconds_per_step", "bad_samples")
 
 
 def curves_png(history: list[dict[str, Any]]) -> bytes:
-    """Training curves, one panel for each number that was logged."""
+    """Training curves: one panel per logged number."""
     names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in UNINTERESTING]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
@@ -29,26 +29,26 @@ def curves_png(history: list[dict[str, Any]]) -> bytes:
 
 
 def usage_png(counts: np.ndarray) -> bytes:
-    """How often each code was chosen, from the most to the least frequent."""
+    """The share of tokens of each code, from the most to the least frequent. counts [K]."""
     figure = Figure(figsize=(6, 3), layout="constrained")
     axis = figure.subplots()
     shares = np.sort(counts)[::-1] / max(1, counts.sum())
     axis.fill_between(np.arange(1, len(shares) + 1), shares, step="mid")
-    axis.axhline(1 / len(counts), color="black", linewidth=0.8, linestyle="--", label="all codes alike")
+    axis.axhline(1 / len(counts), color="black", linewidth=0.8, linestyle="--", label="uniform")
     axis.set(xlabel="code, by rank", ylabel="share of tokens", title=f"usage of {len(counts)} codes")
     axis.legend()
     return _png(figure)
 
 
 def latents_png(z: np.ndarray, codebook: np.ndarray | None) -> bytes:
-    """Latents [N, D] and codes [K, D] in the plane of the latents' two largest principal components."""
+    """Latents z [N, D] and codes [K, D], projected onto the latents' first two principal components."""
     figure = Figure(figsize=(5, 5), layout="constrained")
     axis = figure.subplots()
     center = z.mean(axis=0)
     plane = np.linalg.svd(z - center, full_matrices=False)[2][:2].T
-    axis.scatter(*_two(z - center, plane), s=2, alpha=0.3, label="latents", rasterized=True)
+    axis.scatter(*_projected(z - center, plane), s=2, alpha=0.3, label="latents", rasterized=True)
     if codebook is not None and codebook.shape[1] == z.shape[1]:
-        axis.scatter(*_two(codebook - center, plane), s=4, color="red", label="codes", rasterized=True)
+        axis.scatter(*_projected(codebook - center, plane), s=4, color="red", label="codes", rasterized=True)
     axis.set(title="latent space, first two principal components", aspect="equal")
     axis.legend(loc="upper right")
     return _png(figure)
@@ -64,7 +64,7 @@ def line_png(values: list[float], title: str, xlabel: str) -> bytes:
 
 
 def sheet_png(pairs: list[tuple[bytes, ...]], per_row: int = 4) -> bytes:
-    """Originals (left) beside reconstructions (right), several pairs a row. Files are PNGs."""
+    """Originals (left) beside reconstructions (right), `per_row` pairs in a row. pairs: PNG files."""
     rows = -(-len(pairs) // per_row)
     figure = Figure(figsize=(3.6 * per_row, 1.9 * rows), layout="constrained")
     axes = np.ravel(figure.subplots(rows, 2 * per_row))
@@ -76,7 +76,7 @@ def sheet_png(pairs: list[tuple[bytes, ...]], per_row: int = 4) -> bytes:
 
 
 def gallery_png(rows: list[tuple[str, list[bytes]]]) -> bytes:
-    """Rows of the same pictures, each with its label on the left. Files are PNGs."""
+    """A row of images for each label. rows: label and PNG files; all rows show the same images."""
     columns = max(len(pictures) for _, pictures in rows)
     figure = Figure(figsize=(2 + 1.3 * columns, 1.35 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -91,9 +91,9 @@ def gallery_png(rows: list[tuple[str, list[bytes]]]) -> bytes:
 
 
 def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str]) -> bytes:
-    """One panel for each of shown against x, one line per `method`, with bars of one standard deviation.
+    """A panel for each column in `shown`, plotted against x: a line per method, with bars of one standard deviation.
 
-    Where x has one value only, there is nothing to draw a line along: the methods stand below each other.
+    If x has a single value, the methods are listed below each other instead.
     """
     figure = Figure(figsize=(4.2 * len(shown), 3.8), layout="constrained")
     axes = np.ravel(figure.subplots(1, len(shown)))
@@ -101,9 +101,9 @@ def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str
     listed = len({row[x] for row in rows if x in row}) == 1
     for axis, name in zip(axes, shown, strict=True):
         for place, method in enumerate(methods):
-            mine = sorted((row for row in rows if row["method"] == method and name in row), key=lambda row: row[x])
-            spread = np.nan_to_num([row.get(f"{name}_sd", 0.0) for row in mine])
-            xs, ys = [row[x] for row in mine], [row[name] for row in mine]
+            own = sorted((row for row in rows if row["method"] == method and name in row), key=lambda row: row[x])
+            spread = np.nan_to_num([row.get(f"{name}_sd", 0.0) for row in own])
+            xs, ys = [row[x] for row in own], [row[name] for row in own]
             style = {"color": f"C{place % 10}", "marker": "osD^"[place // 10 % 4], "capsize": 2, "markersize": 4}
             if listed:
                 axis.errorbar(ys, [place] * len(ys), xerr=spread, linestyle="none", **style)
@@ -121,7 +121,7 @@ def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str
     return _png(figure)
 
 
-def _two(points: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _projected(points: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     flat = points @ plane
     return flat[:, 0], flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
 

@@ -1,4 +1,4 @@
-"""One live line on a terminal, a line now and then in a log file."""
+"""The progress line that every command shows."""
 
 import sys
 import time
@@ -7,35 +7,50 @@ LOG_EVERY_S = 10.0
 
 
 class Progress:
-    """Counts units done and what else is told, with rates per second and the time left."""
+    """A line that a terminal updates in place; a log file gets it every 10 s. Starts with `done` of `total` units."""
 
-    def __init__(self, name: str, total: int, unit: str):
-        self.name, self.total, self.unit = name, total, unit
-        self.done = 0
+    def __init__(self, command: str, total: int, unit: str, done: int = 0):
+        self.command, self.total, self.unit, self.done = command, total, unit, done
         self.sums: dict[str, float] = {}
-        self.start = self.last = time.monotonic()
-        self.live = sys.stdout.isatty()
+        self._start, self._done_at_start = time.monotonic(), done
+        self._is_terminal = sys.stdout.isatty()
+        self._line = self._printed_line = ""
+        self._printed_at = -LOG_EVERY_S
 
     def advance(self, by: int = 1, **amounts: float) -> None:
+        """Counts units, and further amounts, which the line shows as totals and rates."""
         self.done += by
         for name, amount in amounts.items():
             self.sums[name] = self.sums.get(name, 0) + amount
-        now = time.monotonic()
-        if self.live or now - self.last > LOG_EVERY_S:
-            self.last = now
-            self._print(now)
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        self.show("  ".join(f"{amount:.0f} {name} ({amount / elapsed:.0f}/s)" for name, amount in self.sums.items()))
 
-    def _print(self, now: float) -> None:
-        elapsed = max(now - self.start, 1e-9)
-        left = elapsed / max(self.done, 1) * (self.total - self.done)
-        rates = "  ".join(f"{amount:.0f} {name} ({amount / elapsed:.0f}/s)" for name, amount in self.sums.items())
-        line = f"{self.name}: {self.done}/{self.total} {self.unit}  {rates}  {clock(left)} left"
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+    def show(self, text: str, left_s: float | None = None) -> None:
+        """Puts the text into the line. left_s: the time left, where the caller knows it better than an average."""
+        now = time.monotonic()
+        if left_s is None:
+            s_per_unit = (now - self._start) / max(self.done - self._done_at_start, 1)
+            left_s = s_per_unit * (self.total - self.done)
+        self._line = f"{self.command}: {self.done}/{self.total} {self.unit}  {text}  {clock(left_s)} left"
+        if self._is_terminal or now - self._printed_at >= LOG_EVERY_S:
+            self._print()
+
+    def say(self, message: str) -> None:
+        """Prints a message on a line of its own, above the progress line."""
+        erase = "\r\033[K" if self._is_terminal else ""
+        print(f"{erase}{self.command}: {message}", flush=True)
 
     def close(self) -> None:
-        self._print(time.monotonic())
-        if self.live:
+        """Leaves the last line on the screen or in the log."""
+        if self._line != self._printed_line:
+            self._print()
+        if self._is_terminal and self._line:
             print()
+
+    def _print(self) -> None:
+        print(f"\r\033[K{self._line}" if self._is_terminal else self._line, end="" if self._is_terminal else "\n")
+        sys.stdout.flush()
+        self._printed_line, self._printed_at = self._line, time.monotonic()
 
 
 def clock(seconds: float) -> str:

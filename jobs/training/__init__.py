@@ -1,1 +1,1 @@
-"""Training by Ray Train: what a rank does, its data, and its channel to the driver."""
+"""What one rank of a Ray Train job does, its data, its checkpoints, and its channel to the driver."""

@@ -1,4 +1,4 @@
-"""Between the driver of a training and its rank 0: news one way, the wish to stop the other."""
+"""The channel between a driver and its Ray workers: messages to the driver, and a stop signal to the workers."""
 
 import asyncio
 from typing import Any
@@ -7,40 +7,46 @@ import ray
 
 from jobs.actors.cluster import on_this_node
 
+Message = dict[str, Any]
+
 
 @ray.remote(num_cpus=0)
-class Mailbox:
-    """An actor. Outlives the ranks, which may be restarted: a wish to stop stands until it is met."""
+class Channel:
+    """An actor. It outlives workers that are restarted, so a request to stop reaches the new ones too."""
 
     def __init__(self) -> None:
-        self._news: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        self._to_stop = asyncio.Event()
+        self._messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._stop = asyncio.Event()
 
-    async def tell(self, news: dict[str, Any] | None) -> None:
-        """News for the driver; None is the last."""
-        self._news.put_nowait(news)
+    async def send(self, message: Message | None) -> None:
+        """Queues a message for the driver. None says that no more will come."""
+        self._messages.put_nowait(message)
 
-    async def hear(self) -> dict[str, Any] | None:
-        """The next news, once there are some."""
-        return await self._news.get()
+    async def receive(self) -> Message | None:
+        """The next message. Waits for one."""
+        return await self._messages.get()
 
-    async def ask_to_stop(self) -> None:
-        self._to_stop.set()
+    async def receive_all(self) -> list[Message | None]:
+        """The messages that have arrived since the last call. Does not wait."""
+        return [self._messages.get_nowait() for _ in range(self._messages.qsize())]
 
-    async def until_asked_to_stop(self) -> None:
-        await self._to_stop.wait()
+    async def request_stop(self) -> None:
+        self._stop.set()
+
+    async def wait_for_stop(self) -> None:
+        await self._stop.wait()
 
 
-def open_mailbox() -> Any:
-    """On the node of the caller, so that it lives as long as the driver does, whatever other nodes die."""
-    return Mailbox.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
+def open_channel() -> Any:
+    """A channel on the caller's node, so that it lives as long as the driver, whichever other nodes die."""
+    return Channel.options(scheduling_strategy=on_this_node()).remote()  # type: ignore[attr-defined]
 
 
-class StopWish:
-    """For a rank: whether the driver asked to stop. Costs no call over the network to ask."""
+class StopSignal:
+    """Tells a rank whether the driver requested a stop. Asking needs no network call."""
 
-    def __init__(self, mailbox: Any):
-        self._asked = mailbox.until_asked_to_stop.remote()
+    def __init__(self, channel: Any):
+        self._stop = channel.wait_for_stop.remote()
 
     def __bool__(self) -> bool:
-        return bool(ray.wait([self._asked], timeout=0)[0])
+        return bool(ray.wait([self._stop], timeout=0)[0])

@@ -1,4 +1,4 @@
-"""Checks of a training's configuration before it starts. Imports no Ray."""
+"""Checks of a training configuration before Ray starts. Imports no Ray."""
 
 from dataclasses import asdict
 
@@ -11,25 +11,27 @@ from tokenizer.training.step import build_gan_loss, known_losses
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError where net, quantizer, losses, discriminator or segment do not fit together."""
+    """Raises ConfigError if net, quantizer, losses, discriminator or segment do not fit together."""
     try:
         modality = build_modality(config.model.modality, config.data.preprocess)
         autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
         build_gan_loss(config.train, modality, torch.device("cpu"))
-    except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual's base
+    except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual quantizer's base
         raise ConfigError(str(error)) from error
     known, factor = known_losses(autoencoder, modality), autoencoder.factor
     for name in config.train.loss_weights:
         if name not in known:
-            raise ConfigError(f"train.loss_weights.{name}: there is no such loss; there are: {', '.join(known)}")
+            raise ConfigError(f"train.loss_weights.{name}: there is no such loss; choose from: {', '.join(known)}")
     with checked("train.losses"):
         modality.losses(config.train.losses)
     if config.train.segment % factor:
-        raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
+        raise ConfigError(
+            f"train.segment is {config.train.segment}; it must be a multiple of {factor}, the net's downsampling factor"
+        )
 
 
 def loss_weights(config: Config) -> dict[str, float]:
-    """Those that a training of this configuration has, defaults included."""
+    """The weights that training uses, defaults included."""
     autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
     modality = build_modality(config.model.modality, config.data.preprocess)
     return {**known_losses(autoencoder, modality), **config.train.loss_weights}

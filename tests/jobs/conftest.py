@@ -8,7 +8,7 @@ from tests.jobs.helpers import save_tiny_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As the workers have it: the last bit of a sum depends on the number of threads."""
+    """Like the workers: the last bit of a sum depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -17,5 +17,5 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tiny frozen tokenizer."""
+    """Folder of a tiny tokenizer."""
     return save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizers") / "tiny")

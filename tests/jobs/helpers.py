@@ -1,4 +1,4 @@
-"""A tiny frozen tokenizer, what a token output holds, and drivers that may be killed."""
+"""A tiny tokenizer, the rows of an output, and drivers that tests can kill."""
 
 import contextlib
 import functools
@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray  # noqa: F401  puts the psutil that it carries on the path
+import ray  # noqa: F401  puts its bundled psutil on the path
 import torch
 
 import psutil  # isort: skip
 from jobs.actors.run import EncodeWorker
-from jobs.artifacts import load_tokenizer
+from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import TokensConfig
+from jobs.encode import TokenizeWorker
 from jobs.shards import encode_shard
-from jobs.tokenize_corpus import TokenizeWorker, token_layout
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture
@@ -33,7 +33,7 @@ ROWS = ("key", "source_shard", "source_index", "tokens", "shape", "height", "wid
 
 
 def save_tiny_tokenizer(folder: Path, seed: int = 0, width: int = 8) -> str:
-    """VP-VAE with an untrained net of factor 8 and 64 codes, which k-means put among the latents of some pictures."""
+    """VP-VAE with an untrained net of factor 8 and 64 codes, fitted to the latents of a few images."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = {**TINY_NET, "width": width, "patch_size": 4}
@@ -48,12 +48,12 @@ def save_tiny_tokenizer(folder: Path, seed: int = 0, width: int = 8) -> str:
 
 @functools.cache
 def jpegs(count: int, height: int = 40, width: int = 48) -> list[tuple[str, bytes]]:
-    """Members of `count` samples, each a picture alone."""
+    """Members of `count` samples with one image each."""
     return [(f"{i:04d}.jpg", encoded(picture(height, width, seed=i), "jpeg")) for i in range(count)]
 
 
 def rows_of(output: str | Path) -> pa.Table:
-    """Every committed token row, by shard and place in it."""
+    """Every committed token row, sorted by shard and position."""
     there = Output.open(str(output))
     tables = [pq.read_table(there.tokens_url(entry.name), columns=list(ROWS)) for entry in there.commits()]
     rows = pa.concat_tables(tables).sort_by([("source_shard", "ascending"), ("source_index", "ascending")])
@@ -61,7 +61,7 @@ def rows_of(output: str | Path) -> pa.Table:
 
 
 def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
-    """The rows that these shards should give, made in this process by one `encode_shard` after the other."""
+    """The rows that these shards should give, made in this process with `encode_shard`."""
     tokenizer = Tokenizer.from_pretrained(tokenizer_url)
     layout = token_layout(tokenizer, TokensConfig())
     tables = []
@@ -74,7 +74,7 @@ def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
 def tokenize_without_ray(
     shards: str | list[str], tokenizer_url: str, output_url: str | Path, options: TokensConfig | None = None
 ) -> Output:
-    """What the job does, in this process: each shard that is not committed yet goes through the job's own worker."""
+    """Does the work of the job in this process: the job's own worker processes each shard without a commit."""
     options = options or TokensConfig()
     inputs = find_shards(shards)
     layout = token_layout(Tokenizer.from_pretrained(tokenizer_url), options)
@@ -93,7 +93,7 @@ def here(worker: type[W], tokenizer_url: str, **settings: Any) -> W:
 
 
 def children_named(part: str) -> list[psutil.Process]:
-    """Processes below this one whose name holds that."""
+    """Child processes whose name contains `part`."""
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -114,7 +114,7 @@ def children_titled(start: str) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def driver_in_a_session(arguments: list[str], log: Path = Path(os.devnull)) -> Iterator[subprocess.Popen]:
-    """`tokenmill ...` with a Ray of its own, which prints to the log. Whatever is left of both is killed in the end."""
+    """Runs `tokenmill ...` with its own Ray, and prints to the log. All their processes are killed at the end."""
     alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -134,7 +134,7 @@ def driver_in_a_session(arguments: list[str], log: Path = Path(os.devnull)) -> I
 
 
 def left_in_session(session: int) -> list[psutil.Process]:
-    """Processes that belong to it and still run."""
+    """Processes of the session that still run."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):

@@ -17,7 +17,7 @@ from pipeline.corpus.shards import Shard
 
 
 class Sleeper(ShardWorker):
-    """Without torch, which would refuse the GPUs of these tests: they are names without a device."""
+    """Without torch: it would refuse the GPUs of these tests, which are resources without a device."""
 
     def __init__(self, seconds: float, **resources: Any):
         self.seconds = seconds

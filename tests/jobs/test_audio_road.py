@@ -1,4 +1,4 @@
-"""Sound along the whole road, through Ray: train, codebook, tokenize, verify, evaluate, decode; and bad input."""
+"""All commands on audio, through Ray: train, codebook, tokenize, verify, evaluate, decode; and bad input."""
 
 import io
 import json
@@ -75,7 +75,7 @@ def rows(road: Path) -> dict[str, dict]:
     return {row["key"]: row for row in pq.read_table(output.tokens_url(entry.name)).to_pylist()}
 
 
-def test_every_good_clip_is_a_row_and_every_bad_one_in_quarantine(road):
+def test_every_good_clip_has_a_row_and_every_bad_one_is_quarantined(road):
     [quarantine] = (road / "out/quarantine").iterdir()
     bad = {row["key"]: row for row in pq.read_table(quarantine).to_pylist()}
     assert set(rows(road)) == set(GOOD)
@@ -103,7 +103,7 @@ def test_decode_gives_back_exactly_the_samples(road):
     assert lengths == {"tone": 8000, "8khz": 16_000, "20ms": 320}
 
 
-def test_evaluate_reports_quality_and_lets_one_listen(road, capsys):
+def test_evaluate_reports_quality_and_has_audio_players(road, capsys):
     assert main(["evaluate", str(road / "config.yaml")]) == 0
     [report] = (road / "run/reports").glob("evaluate-*.json")
     numbers = json.loads(report.read_text())

@@ -1,4 +1,4 @@
-"""The audit: rows made again are the same rows, and one wrong token is found."""
+"""The audit reproduces the rows, and finds a single wrong token."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.__main__ import main
-from jobs.audit import AuditWorker, Compared, Drawn, draw
+from jobs.audit import AuditWorker, Compared, draw
 from jobs.config import TokensConfig
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Commit, Output
@@ -22,7 +22,7 @@ from tests.jobs.helpers import here, jpegs, save_tiny_tokenizer, tokenize_withou
 
 @pytest.fixture(params=["list", "packed"])
 def output(request: pytest.FixtureRequest, tokenizer: str, tmp_path: Path) -> Output:
-    """Two shards, the second with pictures of two sizes."""
+    """Two shards; the second has images of two sizes."""
     (tmp_path / "a.tar").write_bytes(tar_bytes(jpegs(3)))
     (tmp_path / "b.tar").write_bytes(tar_bytes([*jpegs(4, 80, 64), ("small.jpg", jpegs(1, 24, 24)[0][1])]))
     options = TokensConfig(encoding=request.param)
@@ -34,7 +34,7 @@ def shard(output: Output, index: int = 0) -> Shard:
 
 
 def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] = (0, 2)) -> Compared:
-    """What a worker of the job finds in these rows of a shard."""
+    """Runs the job's worker on these rows of a shard."""
     drawn = {shard(output, index).name: list(rows)}
     found = here(AuditWorker, tokenizer, output_url=output.url, drawn=drawn).process(shard(output, index))
     assert isinstance(found, Compared)
@@ -42,7 +42,7 @@ def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] 
 
 
 def forge(output: Output, row: int, change: int = 1) -> None:
-    """Adds to the first token of a row of the first shard, with an entry whose checksum is right."""
+    """Changes the first token of a row of the first shard, and corrects the checksum in the entry."""
     name = shard(output).name
     path, entry = Path(output.tokens_url(name)), Path(output.url) / "manifest" / f"{name}.json"
     table = pq.read_table(path)
@@ -63,18 +63,18 @@ def forge(output: Output, row: int, change: int = 1) -> None:
 
 @pytest.mark.parametrize(("index", "rows"), [(0, (0, 2)), (0, (1,)), (1, (0, 1, 2, 3, 4)), (1, (4,))])
 def test_rows_made_again_are_the_same(output: Output, tokenizer: str, index: int, rows: tuple[int, ...]):
-    part = audit(output, tokenizer, index, rows)
-    assert (part.num_rows, part.num_tokens_differing, part.differing, part.failure) == (len(rows), 0, [], None)
-    assert part.num_tokens > 0
+    result = audit(output, tokenizer, index, rows)
+    assert (result.num_rows, result.num_tokens_differing, result.differing, result.failure) == (len(rows), 0, [], None)
+    assert result.num_tokens > 0
 
 
 def test_one_wrong_token_is_found_and_its_key_named(output: Output, tokenizer: str):
     forge(output, row=2)
-    part = audit(output, tokenizer)
-    assert part.num_tokens_differing == 1
-    [told] = part.differing
-    assert told.startswith("0002 (sample 2 of ")
-    assert told.endswith("1 of 30 tokens")
+    result = audit(output, tokenizer)
+    assert result.num_tokens_differing == 1
+    [difference] = result.differing
+    assert difference.startswith("0002 (sample 2 of ")
+    assert difference.endswith("1 of 30 tokens differ")
 
 
 def test_a_row_that_was_not_drawn_is_not_looked_at(output: Output, tokenizer: str):
@@ -85,30 +85,30 @@ def test_a_row_that_was_not_drawn_is_not_looked_at(output: Output, tokenizer: st
 def test_a_sample_that_became_unreadable_differs(output: Output, tokenizer: str):
     broken = [*jpegs(2), ("0002.jpg", b"no picture")]
     Path(shard(output).url).write_bytes(tar_bytes(broken))
-    [told] = audit(output, tokenizer).differing
-    assert "cannot be tokenized any more (decode: no picture" in told
+    [difference] = audit(output, tokenizer).differing
+    assert "can no longer be tokenized (decode: no picture" in difference
 
 
 def test_a_shard_that_lost_its_end_differs(output: Output, tokenizer: str):
     Path(shard(output).url).write_bytes(tar_bytes(jpegs(2)))
-    [told] = audit(output, tokenizer).differing
-    assert "the shard ends before it" in told
+    [difference] = audit(output, tokenizer).differing
+    assert "the shard ends before it" in difference
 
 
 def test_another_sample_in_the_place_differs(output: Output, tokenizer: str):
     Path(shard(output).url).write_bytes(tar_bytes([("new.jpg", jpegs(1)[0][1]), *jpegs(3)[1:]]))
-    [told] = audit(output, tokenizer).differing
-    assert told.startswith("0000")
-    assert "the shard has 'new' in its place" in told
+    [difference] = audit(output, tokenizer).differing
+    assert difference.startswith("0000")
+    assert "the shard now has 'new' there" in difference
 
 
-def test_a_missing_file_is_told_and_nothing_compared(output: Output, tokenizer: str):
+def test_a_missing_file_is_reported_and_nothing_compared(output: Output, tokenizer: str):
     listed = shard(output)
     Path(output.tokens_url(listed.name)).unlink()
-    part = audit(output, tokenizer)
-    assert part.num_rows == 0
-    assert part.failure
-    assert listed.name in part.failure
+    result = audit(output, tokenizer)
+    assert result.num_rows == 0
+    assert result.failure
+    assert listed.name in result.failure
 
 
 # -- the draw -----------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def entry(name: str, num_rows: int) -> Commit:
 ENTRIES = [entry("a", 3), entry("b", 5), entry("b+1", 2)]
 
 
-def pairs(drawn: Drawn) -> list[tuple[str, int]]:
+def pairs(drawn: dict[str, list[int]]) -> list[tuple[str, int]]:
     return [(name, row) for name, rows in drawn.items() for row in rows]
 
 
@@ -144,7 +144,7 @@ def test_a_seed_always_draws_the_same():
     assert draw(ENTRIES, 4, seed=3) == draw(ENTRIES, 4, seed=3) != draw(ENTRIES, 4, seed=4)
 
 
-def test_of_nothing_nothing_is_drawn():
+def test_an_empty_output_gives_no_rows():
     assert draw([], 4, seed=0) == {}
 
 
@@ -153,20 +153,20 @@ def test_of_nothing_nothing_is_drawn():
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_command_passes_what_is_sound_and_names_what_is_not(
+def test_the_command_passes_equal_rows_and_names_different_ones(
     output: Output, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ):
     command = ["audit", f"output={output.url}", f"tokenizer={tokenizer}"]
     before = sorted(path for path in Path(output.url).rglob("*"))
     assert main(command) == 0
-    assert "audit: 8 of 8 rows exactly as in" in capsys.readouterr().out
+    assert "audit: 8 of 8 rows are the same as in" in capsys.readouterr().out
     assert sorted(path for path in Path(output.url).rglob("*")) == before
     forge(output, row=1)
     assert main(["verify", f"output={output.url}", "deep=true"]) == 0  # no other proof could find it
     assert main(command) == 3
     told = capsys.readouterr().out
     assert "audit: differs: 0001 (sample 1 of" in told
-    assert "audit: 7 of 8 rows exactly as in" in told
+    assert "audit: 7 of 8 rows are the same as in" in told
 
 
 def test_another_tokenizer_is_refused(output: Output, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

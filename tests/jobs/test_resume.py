@@ -1,4 +1,4 @@
-"""kill -9 at any moment, then the same command: nothing lost, nothing twice, the rows of an undisturbed run."""
+"""kill -9 at any moment, then rerun: no sample is lost or repeated, and the rows are those of an undisturbed run."""
 
 import signal
 import threading
@@ -26,7 +26,7 @@ NUM_SHARDS, PER_SHARD = 8, 16
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A glob of shards with keys that no other shard has."""
+    """A glob of shards. No two shards share a key."""
     folder = tmp_path_factory.mktemp("corpus")
     for shard in range(NUM_SHARDS):
         members = [(f"{shard:02d}-{name}", data) for name, data in jpegs(PER_SHARD, 128, 160)]
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def command(corpus: str, tokenizer: str, output: Path, *more: str) -> list[str]:
-    # one picture at a time: slow enough for a kill in the midst of it
+    # one image at a time: slow enough to be killed half way
     slow = ["tokens.batch_budget=1e-3", "workers.cpus=1", "workers.count=2"]
     return ["tokenize", f"tokenizer={tokenizer}", f"data.shards={corpus}", f"output={output}", *slow, *more]
 
@@ -129,7 +129,7 @@ def finished(tokenizer: str, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("torn", [True, False])
-def test_an_entry_in_the_making_is_no_second_entry(finished: Path, torn: bool, capsys: pytest.CaptureFixture[str]):
+def test_an_unfinished_entry_is_not_a_second_entry(finished: Path, torn: bool, capsys: pytest.CaptureFixture[str]):
     """A kill after the temporary file was linked to its final name, or while it was being written."""
     entry = sorted((finished / "manifest").iterdir())[0]
     (finished / "manifest" / f"{storage.TEMPORARY}x").write_bytes(b"" if torn else entry.read_bytes())
@@ -138,8 +138,8 @@ def test_an_entry_in_the_making_is_no_second_entry(finished: Path, torn: bool, c
     assert "6 tokenized" in capsys.readouterr().out
 
 
-def test_an_output_without_its_list_of_inputs_is_not_whole(finished: Path):
-    """A kill between dataset.json and inputs/: nothing tells what should be there, so nothing is proven."""
+def test_an_output_without_its_list_of_inputs_is_not_complete(finished: Path):
+    """A kill between dataset.json and inputs/: without the list of shards, nothing can be verified."""
     for file in (finished / "inputs").iterdir():
         file.unlink()
     for file in (finished / "manifest").iterdir():
@@ -147,7 +147,7 @@ def test_an_output_without_its_list_of_inputs_is_not_whole(finished: Path):
     assert main(["verify", f"output={finished}"]) == 3
 
 
-def test_a_torn_token_shard_without_its_entry_is_written_anew(finished: Path, tokenizer: str, tmp_path: Path):
+def test_a_torn_token_shard_without_its_entry_is_written_again(finished: Path, tokenizer: str, tmp_path: Path):
     entry = sorted((finished / "manifest").iterdir())[0]
     tokens = finished / "tokens" / f"{entry.stem}.parquet"
     entry.unlink()

@@ -1,4 +1,4 @@
-"""Retries: what was mended is recovered, each sample still once, and nothing that is committed changes."""
+"""Retries recover samples whose cause was fixed. Each sample is still there once, and no committed file changes."""
 
 from pathlib import Path
 
@@ -15,19 +15,19 @@ from tests.jobs.helpers import here, jpegs, rows_of, rows_without_ray, save_tiny
 
 PIXELS = 40 * 48  # of a small picture
 LARGE = ("large.jpg", encoded(picture(120, 120), "jpeg"))  # more than Pillow opens while its limit is low
-CUT = ("cut.jpg", encoded(picture(40, 48, seed=9), "jpeg")[:-200])  # Pillow opens it only if told to
+CUT = ("cut.jpg", encoded(picture(40, 48, seed=9), "jpeg")[:-200])  # Pillow opens it only with LOAD_TRUNCATED_IMAGES
 
 
 @pytest.fixture
 def low_limit(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A setting of the decoder that keeps it from opening large pictures: undo() mends it."""
+    """Keeps the decoder from opening large images, until undo()."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PIXELS)
     return monkeypatch
 
 
 @pytest.fixture
 def output(low_limit: pytest.MonkeyPatch, tokenizer: str, tmp_path: Path) -> Output:
-    """Two shards of 6 samples: of the first, 1 and 4 are in quarantine, for two reasons."""
+    """Two shards of 6 samples. Samples 1 and 4 of the first are quarantined, for two reasons."""
     good = jpegs(5)
     (tmp_path / "a.tar").write_bytes(tar_bytes([good[0], LARGE, good[1], good[2], CUT, good[3]]))
     (tmp_path / "b.tar").write_bytes(tar_bytes([(f"b{name}", data) for name, data in jpegs(6)]))
@@ -47,7 +47,7 @@ def in_quarantine(output: Output) -> list[int]:
 
 
 def retry(output: Output, tokenizer: str) -> Recovered:
-    """What a worker of the job does with the first shard."""
+    """Runs the job's worker on the first shard."""
     found = here(RetryWorker, tokenizer, output_url=output.url).process(shard(output))
     assert isinstance(found, Recovered)
     return found
@@ -58,7 +58,7 @@ def files(output: Output) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_recovered_samples_are_the_rows_that_they_would_have_been(
+def test_recovered_samples_have_the_rows_of_a_first_success(
     output: Output, tokenizer: str, tmp_path: Path, low_limit: pytest.MonkeyPatch
 ):
     low_limit.undo()
@@ -70,9 +70,9 @@ def test_recovered_samples_are_the_rows_that_they_would_have_been(
     assert verify(output, deep=True).problems == []
 
 
-def test_each_retry_takes_up_what_the_one_before_left(output: Output, tokenizer: str, low_limit: pytest.MonkeyPatch):
+def test_each_retry_processes_what_the_last_one_left(output: Output, tokenizer: str, low_limit: pytest.MonkeyPatch):
     low_limit.undo()
-    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1, num_still_bad=1)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1, num_quarantined=1)
     assert in_quarantine(output) == [4]
     low_limit.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1)
@@ -91,14 +91,14 @@ def test_readers_see_recovered_rows(output: Output, tokenizer: str, low_limit: p
     assert (len(keys), len(set(keys)), "large" in keys) == (11, 11, True)
 
 
-def test_where_nothing_was_mended_nothing_is_written(output: Output, tokenizer: str):
+def test_nothing_is_written_if_no_cause_was_fixed(output: Output, tokenizer: str):
     before = files(output)
-    assert retry(output, tokenizer) == Recovered(shard(output), num_still_bad=2)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_quarantined=2)
     assert files(output) == before
 
 
 def test_a_shard_with_other_samples_in_it_is_refused(output: Output, tokenizer: str, low_limit: pytest.MonkeyPatch):
-    """Replaced between the look at it and the reading of it, on storage that tells no versions."""
+    """Replaced between listing and reading, on storage without versions."""
     low_limit.undo()
     path, before = Path(shard(output).url), files(output)
     path.write_bytes(tar_bytes([*jpegs(5), CUT]))
@@ -108,7 +108,7 @@ def test_a_shard_with_other_samples_in_it_is_refused(output: Output, tokenizer: 
     assert files(output) == before
 
 
-def test_a_replaced_shard_ends_the_command_before_it_begins(
+def test_a_replaced_shard_is_refused_before_ray_starts(
     output: Output, tokenizer: str, capsys: pytest.CaptureFixture[str]
 ):
     Path(shard(output).url).write_bytes(tar_bytes(jpegs(6)))
@@ -133,7 +133,7 @@ def test_the_command_recovers_samples_and_failed_shards_until_only_the_bad_are_l
     output.record_failure(find_shards(str(late)).shards[0], f"{late}: there is no such shard", now=1.0)
     late.write_bytes(tar_bytes([(f"late{name}", data) for name, data in jpegs(3)]))
     low_limit.undo()
-    command = ["retry", f"output={output.url}", f"tokenizer={tokenizer}", "tokens.encoding=packed"]  # not heeded
+    command = ["retry", f"output={output.url}", f"tokenizer={tokenizer}", "tokens.encoding=packed"]  # ignored
     assert main(command) == 4  # 1 of 15 is still bad
     told = capsys.readouterr().out
     assert "2 quarantined samples in 1 shards, and 1 failed shards" in told
@@ -143,7 +143,9 @@ def test_the_command_recovers_samples_and_failed_shards_until_only_the_bad_are_l
     assert rows_of(output.url).equals(rows_without_ray(f"{tmp_path}/*.tar", tokenizer))
 
 
-def test_with_nothing_to_retry_nothing_is_started(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_ray_is_not_started_if_there_is_nothing_to_retry(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "a.tar").write_bytes(tar_bytes(jpegs(2)))
     output = tokenize_without_ray(f"{tmp_path}/a.tar", tokenizer, tmp_path / "out")
     assert main(["retry", f"output={output.url}", f"tokenizer={tokenizer}"]) == 0

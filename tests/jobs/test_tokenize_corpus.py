@@ -1,4 +1,4 @@
-"""Shards to token shards through Ray, with everything in them that can be wrong."""
+"""Shards to token shards through Ray, with every kind of bad input."""
 
 import os
 import struct
@@ -29,7 +29,7 @@ GOOD = jpegs(6)
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that says it is that large, and holds few bytes."""
+    """A PNG whose header claims this size, but which holds few bytes."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]
     packed = [
@@ -83,7 +83,7 @@ def test_packed_tokens_and_passthrough_arrive(tokenizer: str, tmp_path: Path):
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Six shards that end well (two with bad samples, one without any), and seven that cannot be read to their end."""
+    """Six shards that succeed (two with bad samples, one empty), and seven that cannot be read to their end."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     good = tar_bytes(GOOD)
@@ -129,7 +129,7 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-ENDS_WELL = {"good": 0, "keys": 2, "samples": 11, "nothing": 0}  # and what goes to quarantine
+SUCCEEDS = {"good": 0, "keys": 2, "samples": 11, "nothing": 0}  # shard -> quarantined samples
 BREAKS = {
     "badheader": "broken header",
     "cutheader": "header",
@@ -166,10 +166,10 @@ def quarantine_of(output: Path, shard: str) -> dict[str, tuple[str, str]]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_bad_input_is_reported_mended_and_proven(
+def test_bad_input_is_reported_and_repaired_and_verified(
     corpus: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """One long story, since each part of it needs what the part before left behind."""
+    """One long test, since each step needs the files of the step before."""
     output = tmp_path / "out"
     assert main(command(corpus, tokenizer, output)) == 3
     told = capsys.readouterr().out
@@ -177,7 +177,7 @@ def test_bad_input_is_reported_mended_and_proven(
     assert "exit 3" in told.splitlines()[-1]
 
     entries = {Path(entry.source_shard).stem: entry for entry in Output.open(str(output)).commits()}
-    assert {name: entry.num_quarantined for name, entry in entries.items()} == ENDS_WELL
+    assert {name: entry.num_quarantined for name, entry in entries.items()} == SUCCEEDS
     assert {(row["source_shard"].rsplit("/", 1)[1], row["key"]) for row in rows_of(output).to_pylist()} == {
         *(("good.tar", f"{i:04d}") for i in range(6)),
         *(("keys.tar", f"{i:04d}") for i in (0, 1, 3)),
@@ -237,7 +237,7 @@ def test_rows_do_not_depend_on_the_number_of_workers(tokenizer: str, tmp_path: P
 
 @pytest.fixture
 def finished(tokenizer: str, tmp_path: Path) -> list[str]:
-    """A command whose work is done, so that it needs no Ray."""
+    """A command with nothing left to do, so that it needs no Ray."""
     (tmp_path / "a.tar").write_bytes(tar_bytes(GOOD))
     tokenize_without_ray(f"{tmp_path}/a.tar", tokenizer, tmp_path / "out")
     return ["tokenize", f"tokenizer={tokenizer}", f"data.shards={tmp_path}/a.tar", f"output={tmp_path}/out"]

@@ -1,4 +1,4 @@
-"""The whole road on a tiny net, through Ray Train and Ray Data: train, codebook, tokenize, verify, evaluate, decode."""
+"""All commands on a tiny net, through Ray Train and Ray Data: train, codebook, tokenize, verify, evaluate, decode."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run/reports/train.jsonl").read_text().splitlines()]
 
 
-# -- one run, and what every command makes of it ------------------------------------------------------------------
+# -- one run, and every command on it -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +80,21 @@ def test_training_leaves_a_model_a_log_and_curves(trained: Path):
 def test_the_same_training_again_says_that_it_is_done(trained: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert main(["train", str(trained / "config.yaml"), "workers.count=1", "train.log_every=2"]) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
 
 
 @pytest.mark.ray
 def test_more_workers_than_a_run_has_lanes_are_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Before Ray starts: of 2 shards 2 workers made a lane each."""
+    """Before Ray starts. The run has 2 lanes: 2 workers started it, with a shard each."""
     shutil.copytree(trained / "run/checkpoints", tmp_path / "run/checkpoints")
     assert main(["train", config(tmp_path), "workers.count=3"]) == 2
     assert "cut into 2 lanes, too few for 3 workers; set workers.count to 2" in capsys.readouterr().err
 
 
 @pytest.mark.ray
-def test_checkpoints_that_ray_did_not_note_before_it_was_killed_are_removed(trained: Path, tmp_path: Path):
+def test_checkpoints_that_ray_had_not_recorded_when_it_was_killed_are_removed(trained: Path, tmp_path: Path):
     place = tmp_path / "run/checkpoints"
     shutil.copytree(trained / "run/checkpoints", place)
     noted = sorted(place.glob("checkpoint_20*"))
@@ -104,7 +104,7 @@ def test_checkpoints_that_ray_did_not_note_before_it_was_killed_are_removed(trai
 
 
 @pytest.mark.ray
-def test_no_checkpoint_is_removed_where_ray_has_left_no_notes(trained: Path, tmp_path: Path):
+def test_no_checkpoint_is_removed_if_ray_left_no_records(trained: Path, tmp_path: Path):
     place = tmp_path / "run/checkpoints"
     shutil.copytree(trained / "run/checkpoints", place)
     (place / "checkpoint_manager_snapshot.json").write_text("{}")
@@ -140,14 +140,14 @@ def test_each_size_gets_a_tokenizer_and_a_report(frozen: Path):
 
 
 @pytest.mark.ray
-def test_several_tokenizers_want_a_choice(frozen: Path, capsys: pytest.CaptureFixture[str]):
+def test_one_of_several_tokenizers_must_be_chosen(frozen: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["tokenize", str(frozen / "config.yaml"), f"output={frozen}/none"]) == 2
-    assert "choose one by tokenizer=..." in capsys.readouterr().err
+    assert "set tokenizer=... to one of" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
 def frozen_by_one_worker(frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, with codebooks by one worker, beside the files of a codebook that was killed while written."""
+    """The same model, with codebooks made by one worker, and the files of a codebook that was killed while written."""
     folder = tmp_path_factory.mktemp("one-worker")
     shutil.copytree(frozen / "run/model", folder / "run/model")
     (folder / "run/tokenizers/vp_vae-K32").mkdir(parents=True)
@@ -157,12 +157,12 @@ def frozen_by_one_worker(frozen: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.ray
-def test_a_codebook_that_was_killed_half_way_is_made_anew(
+def test_a_codebook_that_was_killed_half_way_is_made_again(
     frozen_by_one_worker: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert Tokenizer.from_pretrained(frozen_by_one_worker / "run/tokenizers/vp_vae-K32").codebook_size == 32
     assert main(["codebook", str(frozen_by_one_worker / "config.yaml"), "codebook.size=[16,32]"]) == 0
-    assert capsys.readouterr().out.count("is there already") == 2
+    assert capsys.readouterr().out.count("already exists") == 2
 
 
 @pytest.mark.ray
@@ -228,8 +228,8 @@ def _psnr_of_decoded(folder: Path) -> list[float]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_method_with_fixed_codes_takes_the_same_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Beside the files of a model that was being written when its run was killed."""
+def test_a_method_with_fixed_codes_uses_the_same_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The run also has the files of a model that was being written when an earlier command was killed."""
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/config.json").write_text("torn")
     file = config(tmp_path, quantizer={"name": "fsq", "levels": [4, 4]}, workers={"count": 1})
@@ -243,13 +243,13 @@ def test_a_method_with_fixed_codes_takes_the_same_road(tmp_path: Path, capsys: p
 
 
 @pytest.mark.ray
-def test_a_killed_training_goes_on_as_if_nothing_had_been(
+def test_a_killed_training_resumes_with_the_same_result(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """Bit by bit: weights, optimizer, random numbers, queue and place in the corpus are all in the checkpoint."""
+    """Bit by bit: weights, optimizer, random numbers, queue and position in the corpus are all in the checkpoint."""
     file = config(tmp_path)
     checkpoints = tmp_path / "run/checkpoints/checkpoint_manager_snapshot.json"
-    # Ray Train takes note of a checkpoint every 2 s: one at each step makes the run long enough for that
+    # Ray Train records checkpoints every 2 s; with one at each step the run is long enough for that
     with driver_in_a_session(["train", file, "train.checkpoint_every=1"]) as driver:
         deadline = time.monotonic() + 120
         while not (checkpoints.exists() and "checkpoint_20" in checkpoints.read_text()):
@@ -261,14 +261,14 @@ def test_a_killed_training_goes_on_as_if_nothing_had_been(
     assert not (tmp_path / "run/model").exists()
     capsys.readouterr()
     assert main(["train", file]) == 0
-    assert "goes on from the checkpoint of step" in capsys.readouterr().out
+    assert "resuming from the checkpoint of step" in capsys.readouterr().out
     assert [row["step"] for row in log(tmp_path)] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in log(tmp_path)] == [row["loss"] for row in log(trained)]
     killed, calm = (load_file(folder / "run/model/model.safetensors") for folder in (tmp_path, trained))
     assert all(killed[name].equal(calm[name]) for name in calm)
 
 
-def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path: Path):
+def test_a_run_that_began_before_a_key_existed_uses_its_default(tmp_path: Path):
     loaded = load_config([config(tmp_path)])
     _claim(str(tmp_path / "run"), loaded)
     file = tmp_path / "run/config.yaml"
@@ -291,7 +291,7 @@ def test_a_run_keeps_the_loss_weights_that_it_began_with(tmp_path: Path):
     _claim(str(tmp_path / "run"), load_config([*gm_vq, "train.loss_weights.prior=0.00033"]))
 
 
-def test_a_run_that_noted_no_default_loss_weights_says_with_which_it_continues(tmp_path: Path, capsys):
+def test_a_run_that_recorded_no_default_loss_weights_says_which_it_uses(tmp_path: Path, capsys):
     loaded = load_config([config(tmp_path)])
     _claim(str(tmp_path / "run"), loaded)
     file = tmp_path / "run/config.yaml"
@@ -302,7 +302,7 @@ def test_a_run_that_noted_no_default_loss_weights_says_with_which_it_continues(t
     assert "train: it continues with train.loss_weights.l1 1, " in capsys.readouterr().out
 
 
-def test_a_run_that_began_before_a_quantizers_setting_existed_goes_on_with_its_default(tmp_path: Path):
+def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(tmp_path: Path):
     sq_vae = [config(tmp_path), "quantizer.name=sq_vae", "quantizer.dim=4"]
     _claim(str(tmp_path / "run"), load_config(sq_vae))
     file = tmp_path / "run/config.yaml"
@@ -321,7 +321,7 @@ def test_a_run_that_began_before_a_quantizers_setting_existed_goes_on_with_its_d
         ("train.collapse_below=-1", "train.collapse_below is -1.0; it must be 0 (off) or more"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(tmp_path: Path, change: str, told: str):
+def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_config([config(tmp_path), change])
 
@@ -337,23 +337,23 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path, change: str, told: 
         ),
     ],
 )
-def test_a_discriminator_that_cannot_be_is_refused_before_ray_starts(tmp_path: Path, changes: list[str], told: str):
+def test_an_invalid_discriminator_is_refused_before_ray_starts(tmp_path: Path, changes: list[str], told: str):
     with pytest.raises(ConfigError, match=re.escape(told)):
         check(load_config([config(tmp_path), "train.discriminator.layers=4", *changes]))
 
 
-def test_the_alarm_rings_after_so_many_steps_and_not_once_the_codebook_recovers():
+def test_the_alarm_reports_a_lasting_collapse_and_not_after_the_codebook_recovers():
     alarm = CollapseAlarm(below=10, steps=20)
-    told = [alarm.hears({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))]
+    told = [alarm.check({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))]
     assert told[:4] == [None] * 4
     assert "perplexity 8 at step 50, below train.collapse_below=10 for 20 steps" in str(told[4])
-    assert alarm.hears({"step": 60, "perplexity": 8}) is None  # it has just rung
-    assert alarm.hears({"step": 70, "soft_perplexity": 8}) is not None
+    assert alarm.check({"step": 60, "perplexity": 8}) is None  # it has just reported
+    assert alarm.check({"step": 70, "soft_perplexity": 8}) is not None
 
 
-def test_an_alarm_that_is_off_never_rings():
+def test_an_alarm_that_is_off_never_reports():
     alarm = CollapseAlarm(below=0, steps=1)
-    assert [alarm.hears({"step": step, "perplexity": 1.0}) for step in (1, 5, 9)] == [None] * 3
+    assert [alarm.check({"step": step, "perplexity": 1.0}) for step in (1, 5, 9)] == [None] * 3
 
 
 def test_weights_named_by_a_relative_path_are_found_by_workers_in_another_folder(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Training that is stopped, killed, moved to another number of workers, or goes wrong: nothing is lost or repeated."""
+"""Training that is stopped, killed, resumed with other workers, or diverges: no sample is lost or repeated."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ SETTINGS = {
     "quantizer": {"name": "vq_vae", "codebook_size": 32, "dim": 4, "replace_after": 3},
     "train": {
         **{"steps": STEPS, "batch_size": BATCH, "segment": 32, "log_every": 1, "checkpoint_every": 1},
-        # all that has a state of its own, so that every test here is about that too
+        # everything that has state, so that every test here covers it
         **{"accumulate": 2, "ema": 0.9},
         "discriminator": {"weight": 0.5, "start_step": 2, "channels": 8, "layers": 1},
     },
@@ -52,7 +52,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def noted_step(folder: Path) -> int:
-    """Of the last checkpoint that Ray Train has taken note of (0 for none): others are lost with the workers."""
+    """Step of the last checkpoint that Ray Train has recorded (0 for none). Others are lost with the workers."""
     snapshot = folder / "run/checkpoints/checkpoint_manager_snapshot.json"
     steps = re.findall(r'"step": *([0-9]+)', snapshot.read_text()) if snapshot.exists() else []
     return max(map(int, steps), default=0)
@@ -63,7 +63,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def samples_taken(folder: Path) -> tuple[int, int]:
-    """The step of the last checkpoint, and the samples that all lanes together had given by then."""
+    """The step of the last checkpoint, and the number of samples taken from all lanes by then."""
     ranks = [torch.load(file, weights_only=True) for file in last_checkpoint(folder).glob("rank-*.pt")]
     state = torch.load(last_checkpoint(folder) / "state.pt", weights_only=True)
     return state["step"], sum(total for rank in ranks for _, _, total in rank["positions"].values())
@@ -98,7 +98,7 @@ def sigterm_myself() -> None:
 
 
 def stopped(command: list[str], folder: Path, act: Callable[[], None], after: int = 0, workers: int = 2) -> int:
-    """Runs it, and acts once a checkpoint past step `after` is noted. Returns the step that it is left at.
+    """Runs the command, and acts once a checkpoint past step `after` is recorded. Returns the step at which it stops.
 
     Every sample must then be accounted for.
     """
@@ -123,7 +123,7 @@ def assert_the_same_training(folder: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def calm(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run that nothing happened to."""
+    """Folder of a run without faults."""
     folder = tmp_path_factory.mktemp("calm")
     assert main(["train", config(folder), "train.checkpoint_every=1000"]) == 0
     return folder
@@ -136,23 +136,23 @@ def calm(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothing(
     calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """One run, since Ray Train takes so long to start: the same command each time."""
+    """One run for all three faults, since Ray Train takes long to start. The command is always the same."""
     for shard in (SAMPLES / "heldout").glob("*.tar"):
         shutil.copy(shard, tmp_path)
     command = ["train", config(tmp_path), f"data.shards={tmp_path}/*.tar", "train.max_failures=1"]
 
     step = stopped(command, tmp_path, sigterm_myself)
     told = capsys.readouterr().out
-    assert f"train: stopped: at step {step}, as was asked for; the same command goes on from there" in told
+    assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in told
     assert "tokenmill train: exit 3: incomplete" in told
 
     # Now a shard cannot be opened any more, which shows in the next epoch, on one rank.
     struck, away = tmp_path / "photos-001.tar", tmp_path / "away"
     before, step = step, stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), after=step)
     told = capsys.readouterr().out
-    assert f"goes on from the checkpoint of step {before}\n" in told
+    assert f"resuming from the checkpoint of step {before}\n" in told
     assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in told
-    assert f"stopped: at step {step}, as storage gave no more samples; the same command goes on from there" in told
+    assert f"stopped: at step {step}, because storage gave no more samples; rerun the same command" in told
     away.replace(struck)
 
     killed: list[str] = []
@@ -163,7 +163,7 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
 
 
 def replace_by_a_loop(file: Path, away: Path) -> None:
-    """So that opening it fails, with "too many levels of symbolic links", for want of a disk that does."""
+    """Makes opening the file fail ("too many levels of symbolic links"), in place of a disk that fails."""
     file.rename(away)
     file.symlink_to(file)
 
@@ -176,8 +176,10 @@ def kill_a_worker(killed: list[str]) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_another_number_of_workers_goes_on_where_the_lanes_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """From 1 worker, which SIGTERM stops, to 2, which a collapse stops, both with a checkpoint, to 1."""
+def test_another_number_of_workers_resumes_at_the_positions_of_the_lanes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """1 worker, stopped by SIGTERM; then 2, stopped by a collapse; then 1. Both stops leave a checkpoint."""
     command = ["train", config(tmp_path)]
     first = stopped([*command, "workers.count=1"], tmp_path, sigterm_myself, workers=1)
     rows = log(tmp_path)
@@ -199,7 +201,7 @@ def test_another_number_of_workers_goes_on_where_the_lanes_are(tmp_path: Path, c
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_a_run_on_s3_is_stopped_and_goes_on(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_on_s3_is_stopped_and_resumed(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     s3.use(monkeypatch)
     run = f"{s3.url}/train-faults"
     file = config(tmp_path, run)
@@ -214,7 +216,7 @@ def test_a_run_on_s3_is_stopped_and_goes_on(s3: S3Server, tmp_path: Path, monkey
         assert driver.wait(2 * START_S) == 0
     after = storage.read(f"{run}/reports/train.jsonl").splitlines()
     assert len(after) == STEPS
-    assert after[: len(rows)] == rows  # their times too: those steps were not made again
+    assert after[: len(rows)] == rows  # their times too: those steps were not repeated
     assert storage.exists(f"{run}/model/model.safetensors")
     assert len(storage.glob(f"{run}/checkpoints/*/state.pt")) == 2  # train.keep_checkpoints
 
@@ -231,7 +233,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.ray
 @pytest.mark.faults
-def test_a_killed_node_is_replaced_and_training_goes_on(cluster: Cluster, tmp_path: Path):
+def test_a_killed_node_is_replaced_and_training_continues(cluster: Cluster, tmp_path: Path):
     file = config(tmp_path)
     command = [sys.executable, "-m", "jobs", "train", file, "train.max_failures=1"]
     with (tmp_path / "log").open("wb") as told:
@@ -243,27 +245,32 @@ def test_a_killed_node_is_replaced_and_training_goes_on(cluster: Cluster, tmp_pa
         assert driver.wait(2 * START_S) == 0, (tmp_path / "log").read_text()[-3000:]
     finally:
         driver.kill()
-    assert "goes on from the checkpoint of step" in (tmp_path / "log").read_text()
+    assert "resuming from the checkpoint of step" in (tmp_path / "log").read_text()
     assert [row["step"] for row in log(tmp_path)] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.ray
 @pytest.mark.faults
-def test_a_node_that_is_about_to_go_brings_a_checkpoint(cluster: Cluster, tmp_path: Path):
-    """No other one is due in this run, which could go on for hours."""
+def test_a_node_that_is_about_to_be_lost_causes_a_checkpoint(cluster: Cluster, tmp_path: Path):
+    """No other checkpoint is due in this run, which would take hours."""
     environment = {**cluster.client_environment(), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     endless = ["train.checkpoint_every=1000000", "train.steps=1000000", "workers.count=1"]
     command = [sys.executable, "-m", "jobs", "train", config(tmp_path), *endless]
     with (tmp_path / "log").open("wb") as told:
         driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=told)
     try:
-        wait_for(lambda: driver.poll() is not None or b"step 1/" in (tmp_path / "log").read_bytes(), START_S, "a step")
+        wait_for(
+            lambda: driver.poll() is not None or b"train: 1/" in (tmp_path / "log").read_bytes(), START_S, "a step"
+        )
         subprocess.run([sys.executable, "-c", DRAIN_ALL], env=environment, check=True, timeout=START_S)
         wait_for(lambda: driver.poll() is not None or noted_step(tmp_path), START_S, "a checkpoint")
         assert driver.poll() is None, (tmp_path / "log").read_text()[-3000:]
     finally:
         driver.kill()
-    assert f"a node is about to go: saves a checkpoint at step {noted_step(tmp_path)}" in (tmp_path / "log").read_text()
+    assert (
+        f"a node is about to be lost: saving a checkpoint at step {noted_step(tmp_path)}"
+        in (tmp_path / "log").read_text()
+    )
 
 
 DRAIN_ALL = """
@@ -278,7 +285,7 @@ for node in ray.nodes():
 """
 
 
-# -- trouble with numbers -----------------------------------------------------------------------------------------
+# -- divergence ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
@@ -298,7 +305,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_its_samples(
     assert not (tmp_path / "run/model").exists()
 
 
-# -- all that watches a run ---------------------------------------------------------------------------------------
+# -- monitoring a run ---------------------------------------------------------------------------------------------
 
 
 def events(folder: Path) -> list:
@@ -316,7 +323,7 @@ def events(folder: Path) -> list:
 
 
 @pytest.mark.ray
-def test_watching_and_profiling_say_all_and_change_no_weight(
+def test_monitoring_and_profiling_report_everything_and_change_no_weight(
     calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     watched = [

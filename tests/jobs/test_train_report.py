@@ -1,4 +1,4 @@
-"""What a training shows of itself."""
+"""The report of a training."""
 
 from pathlib import Path
 

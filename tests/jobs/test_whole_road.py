@@ -1,4 +1,4 @@
-"""The whole road with everything on S3, by a head and two nodes; and the same training as on this machine alone."""
+"""All commands with everything on S3, on a head and two nodes. Training gives the same result as on one machine."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ SETTINGS = {
 
 @pytest.fixture
 def cluster(s3: S3Server) -> Iterator[Cluster]:
-    """A head without CPUs and two nodes with one each, which know of S3 what their environment says."""
+    """A head without CPUs and two nodes with one CPU each. They get the options of S3 from their environment."""
     with start_cluster(s3.environment()) as started:
         yield started
 

@@ -1,4 +1,4 @@
-"""FSQ: tests F1 to F4 of the method, the formula of the paper's listing, and the codebook usage of both kinds of edges."""
+"""FSQ: tests F1 to F4, the formula of the paper's listing, and codebook usage with both kinds of edges."""
 
 import math
 

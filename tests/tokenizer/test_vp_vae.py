@@ -61,7 +61,7 @@ def brute_kth(z: Tensor, samples: Tensor, ks: list[int]) -> Tensor:
 
 
 def reference_perturb(z: Tensor, samples: Tensor, per_code: int, eta: float, steps: int) -> tuple[Tensor, Tensor]:
-    """An independent version of section 2.2 of the method in float64. Draws: randn(N, d), rand(N), rand(N) in each step."""
+    """Section 2.2 of the method again, in float64. Draws: randn(N, d), rand(N), rand(N) in each step."""
     d = z.shape[1]
     here, ever = z.double(), torch.zeros(len(z), dtype=torch.bool)
     for _ in range(steps):

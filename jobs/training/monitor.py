@@ -1,0 +1,93 @@
+"""What rank 0 does beside training: it logs, shows reconstructions, and decides when to stop early."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from jobs.reports.html import Example
+from jobs.reports.training import CollapseAlarm, TrainReport
+from jobs.training.channel import StopSignal
+from jobs.training.data import fixed_samples
+from jobs.training.state import TrainState
+from tokenizer.training.step import StepResult
+
+
+class Monitor:
+    """Follows each step of rank 0. reason: why the run should stop early; empty while it should not.
+
+    lap: notes the end of a stage, for train.profile.
+    """
+
+    def __init__(self, state: TrainState, lap: Callable[[str], None]):
+        options = state.config.train
+        self.state, self.lap, self.reason = state, lap, ""
+        self.report = TrainReport(state.run, state.history, state.step)
+        self.alarm = CollapseAlarm(options.collapse_below, options.collapse_steps)
+        for row in state.history:
+            self.alarm.check(row)
+        self.stop_signal = StopSignal(state.channel)
+        self._logged_step, self._logged_at = state.step, time.monotonic()
+        self._samples: list[tuple[str, np.ndarray]] = []
+
+    def after_step(self, result: StepResult) -> None:
+        options, step = self.state.config.train, self.state.step
+        is_last = step == options.steps
+        if step % options.log_every == 0 or is_last:
+            self._log(self.state.trainer.numbers(result))
+        self.lap("logging")
+        if is_last or (options.evaluate_every and step % options.evaluate_every == 0):
+            if examples := self._examples():
+                self.report.show(examples, step)
+            self.report.write()
+            self.lap("evaluation")
+        elif self.report.is_due:
+            self.report.write()
+            self.lap("logging")
+
+    def should_stop(self) -> bool:
+        if self.stop_signal and not self.reason:
+            self.reason = stopped_at(self.state.step, "on request")
+        return bool(self.reason)
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        state, now = self.state, time.monotonic()
+        seconds = (now - self._logged_at) / (state.step - self._logged_step)
+        self._logged_step, self._logged_at = state.step, now
+        row = {"step": state.step, **numbers, "lr": state.trainer.optimizer.param_groups[0]["lr"]}
+        samples_per_s = state.config.train.batch_size * state.world_size / seconds
+        row |= {"bad_samples": state.data.num_skipped, "seconds_per_step": seconds, "samples_per_s": samples_per_s}
+        self.report.log(row)
+        state.send({"row": row})
+        collapse = self.alarm.check(row)
+        if collapse is not None:
+            state.send({"message": collapse})
+            if state.config.train.collapse_stops:
+                self.reason = collapse
+
+    @torch.no_grad()
+    def _examples(self) -> list[Example]:
+        """The fixed samples and their reconstructions; none if storage cannot be read now."""
+        state, modality = self.state, self.state.modality
+        if not self._samples:
+            options = state.config.train
+            self._samples = fixed_samples(state.shards, modality, options.segment, options.pictures)
+        if not self._samples:
+            return []
+        arrays = [array for _, array in self._samples]
+        x = modality.batch(arrays, state.autoencoder.factor).x.to(state.device)
+        state.autoencoder.eval()  # the next update sets train() again
+        with state.averaged_weights():
+            x_hat = state.autoencoder(x).x_hat.float().cpu()
+        reconstructions = modality.unbatch(x_hat, [modality.size_of(array) for array in arrays])
+        examples = []
+        for (key, array), reconstruction in zip(self._samples, reconstructions, strict=True):
+            pair = (array, reconstruction)
+            views, files = tuple(map(modality.view, pair)), tuple(map(modality.to_bytes, pair))
+            examples.append(Example(key, modality.mime, views, files))
+        return examples
+
+
+def stopped_at(step: int, why: str) -> str:
+    return f"at step {step}, {why}; rerun the same command to resume from there"
