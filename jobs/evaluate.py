@@ -52,7 +52,7 @@ def run(config: Config) -> int:
         "load": partial(load_tokenizer, url),
         "options": config.tokens,
         "metrics": config.metrics,
-        "pictures": -(-config.limit // len(shards)),
+        "pictures": -(-config.evaluate.num_examples // len(shards)),
     }
     parts: dict[str, Evaluated] = {}
     whole = Evaluation.empty(tokenizer)
@@ -123,7 +123,7 @@ def _write(
 ) -> None:
     name = url.rsplit("/", 1)[1]
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
-    examples = [example for part in parts for example in part.examples][: config.limit]
+    examples = [example for part in parts for example in part.examples][: config.evaluate.num_examples]
     z = np.concatenate([rows for part in parts for rows in part.latents])[:PLOTTED_LATENTS, : quantizer.dim]
     codebook = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
     sections = [

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs.actors import cluster
-from jobs.config import Config, ConfigError, TrainConfig
+from jobs.config import Config, ConfigError, TrainConfig, with_new_names
 from jobs.reports.progress import LOG_EVERY_S, clock
 from jobs.training.channel import open_mailbox
 from jobs.training.checks import check, loss_weights
@@ -31,9 +31,9 @@ from tokenizer.nets.base.net import NETS
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 
 MAY_CHANGE = (
-    *("workers", "decode_threads", "log_every", "evaluate_every", "pictures", "profile"),
+    *("workers", "decode_threads", "log_every", "reconstruct_every", "num_examples", "profile"),
     *("checkpoint_every", "keep_checkpoints", "max_failures"),
-    *("collapse_below", "collapse_steps", "collapse_stops"),
+    *("perplexity", "patience", "stop"),  # of train.collapse
 )
 SHOWN = (
     *("loss", "psnr", "perplexity", "soft_perplexity"),
@@ -83,6 +83,7 @@ def _claim(url: str, config: Config) -> None:
     except FileExistsError:
         there = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
     assert isinstance(there, dict)
+    there = with_new_names(there)[0]
     defaults = _flat(_defaults_of(there))  # for keys that did not exist yet when the run began
     before, now = {**defaults, **_flat(there)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
     unknown = [key for key in now if key.startswith("train.loss_weights.") and key not in before]

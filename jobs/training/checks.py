@@ -15,7 +15,7 @@ def check(config: Config) -> None:
     try:
         modality = build_modality(config.model.modality, config.data.preprocess)
         autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
-        build_adversary(config.train, modality, torch.device("cpu"))
+        build_adversary(config.train.recipe(), modality, torch.device("cpu"))
     except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual's base
         raise ConfigError(str(error)) from error
     known, factor = known_losses(autoencoder, modality), autoencoder.factor
@@ -24,8 +24,10 @@ def check(config: Config) -> None:
             raise ConfigError(f"train.loss_weights.{name}: there is no such loss; there are: {', '.join(known)}")
     with checked("train.losses"):
         modality.losses(config.train.losses)
-    if config.train.segment % factor:
-        raise ConfigError(f"train.segment is {config.train.segment}; it must be a multiple of {factor}, as the net is")
+    if config.train.crop_size % factor:
+        raise ConfigError(
+            f"train.crop_size is {config.train.crop_size}; it must be a multiple of {factor}, the factor of the net"
+        )
 
 
 def loss_weights(config: Config) -> dict[str, float]:

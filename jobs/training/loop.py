@@ -62,7 +62,7 @@ class TrainLoop:
         self.autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
         self._seed_noise()  # ... but other noise
         self.modality = build_modality(config.model.modality, config.data.preprocess)
-        self.trainer = Trainer(self.autoencoder, self.modality, options, self.device, options.accumulate)
+        self.trainer = Trainer(self.autoencoder, self.modality, options.recipe(), self.device, options.grad_accum_steps)
         self.averages = Averages(self.autoencoder, options.ema) if options.ema else None
         if options.compile:
             compile_nets(self.autoencoder)
@@ -253,7 +253,7 @@ class Watch:
         options = loop.config.train
         self.loop, self.reason = loop, ""
         self.report = TrainReport(loop.run, loop.history, loop.step)
-        self.alarm = CollapseAlarm(options.collapse_below, options.collapse_steps)
+        self.alarm = CollapseAlarm(options.collapse.perplexity, options.collapse.patience)
         for row in loop.history:
             self.alarm.hears(row)
         self.stop_wish = StopWish(loop.mailbox)
@@ -267,7 +267,7 @@ class Watch:
         if step % options.log_every == 0 or is_last:
             self._log(self.loop.trainer.numbers(result))
         self.loop.lap("logging")
-        if is_last or (options.evaluate_every and step % options.evaluate_every == 0):
+        if is_last or (options.reconstruct_every and step % options.reconstruct_every == 0):
             if examples := self._examples():
                 self.report.show(examples, step)
             self.report.write()
@@ -293,7 +293,7 @@ class Watch:
         alarm = self.alarm.hears(row)
         if alarm is not None:
             loop.tell({"said": alarm})
-            if loop.config.train.collapse_stops:
+            if loop.config.train.collapse.stop:
                 self.reason = alarm
 
     @torch.no_grad()
@@ -302,7 +302,7 @@ class Watch:
         loop, modality = self.loop, self.loop.modality
         if not self._samples:
             options = loop.config.train
-            self._samples = fixed_samples(loop.shards, modality, options.segment, options.pictures)
+            self._samples = fixed_samples(loop.shards, modality, options.crop_size, options.num_examples)
         if not self._samples:  # storage is out
             return []
         arrays = [array for _, array in self._samples]

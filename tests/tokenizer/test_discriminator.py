@@ -190,5 +190,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict, told: str):
 
 
 def test_a_segment_that_is_too_small_for_it_is_refused():
-    with pytest.raises(ValueError, match=r"train\.segment is 16; a discriminator of 3 layers needs 24 pixels or more"):
+    with pytest.raises(
+        ValueError, match=r"train\.crop_size is 16; a discriminator of 3 layers needs 24 pixels or more"
+    ):
         trainer_of({"weight": 0.1})
