@@ -14,7 +14,7 @@ step train    "$config"
 step codebook "$config"
 step tokenize "$config"
 step status   "$config"
-step verify   "$config" deep=true
+step verify   "$config" --deep
 step evaluate "$config" 'data.shards=samples/heldout/*.tar'
 step decode   "$config"
 

@@ -107,15 +107,15 @@ def _measure_loops(table: Table) -> None:
 
     with stream(training_data()) as batches:
         in_memory = list(itertools.islice(batches, BATCHES_IN_MEMORY))
-    fill_queue(Trainer(autoencoder, modality, config.train, DEVICE), in_memory)
+    fill_queue(Trainer(autoencoder, modality, config.train.recipe(), DEVICE), in_memory)
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(TrainReport(folder, [], 0)) as report:
 
         def ours() -> OurLoop:
-            trainer = Trainer(copy.deepcopy(autoencoder), modality, config.train, DEVICE)
+            trainer = Trainer(copy.deepcopy(autoencoder), modality, config.train.recipe(), DEVICE)
             return OurLoop(trainer, training_data(), report)
 
         with_data = ours()
-        loops: dict[str, Loop] = {BARE: BareLoop(copy.deepcopy(autoencoder), config.train)}
+        loops: dict[str, Loop] = {BARE: BareLoop(copy.deepcopy(autoencoder), config.train.recipe())}
         loops |= {OURS: ours(), OURS_WITH_DATA: with_data}
         difference = prove_equal(list(loops.values()), in_memory)
         table.notes.append(f"Largest relative difference of a loss in the proof: {difference:.1e}.")
@@ -243,7 +243,7 @@ def settle() -> None:
 
 def _measure_perturbation(table: Table) -> None:
     config = load_config([str(ROOT / "configs/vqgan_f8.yaml")])
-    recipe = dataclasses.replace(config.train, losses={}, precision="fp32")
+    recipe = dataclasses.replace(config.train.recipe(), losses={}, precision="fp32")
     torch.manual_seed(0)
     settings = {**dataclasses.asdict(config.model), "quantizer": config.quantizer}
     autoencoder = Autoencoder(settings)  # whose own queue stays far from full: it perturbs nothing

@@ -1,56 +1,73 @@
-"""`tokenmill COMMAND CONFIG.yaml... [key=value ...]`, the same as `python -m jobs COMMAND ...`.
+"""`tokenmill COMMAND [CONFIG ...] [key=value ...]`, the same as `python -m jobs COMMAND ...`.
 
-Exit codes: 0 all well; 2 a mistake in the configuration or command; 3 incomplete, or verification failed; 4 done, but
-more was quarantined than tokens.max_bad_fraction allows; 130 and 143 interrupted by ctrl-C or SIGTERM; 1 anything
-unforeseen.
+Exit codes: 0 success; 2 a mistake in the configuration or the command; 3 incomplete, or verification failed; 4 done,
+but more samples were quarantined than tokens.max_bad_fraction allows; 130 and 143 interrupted by ctrl-C or SIGTERM;
+1 any other error.
 """
 
 import contextlib
 import importlib
+import importlib.metadata
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-COMMANDS = {  # name: (module, what it does); modules are imported when their turn comes, since torch and ray are slow
-    "pack": ("jobs.pack", "a folder of files, or a Parquet or CSV file of bytes, to WebDataset shards"),
-    "train": ("jobs.train", "shards to a trained autoencoder"),
-    "codebook": ("jobs.codebook", "after training: latents over the corpus, k-means, a frozen tokenizer"),
-    "tokenize": ("jobs.tokenize_corpus", "shards to token shards, each sample exactly once"),
-    "status": ("jobs.status", "done, left, failed, quarantined and the rate, from the output alone"),
-    "verify": ("jobs.verify", "proof that every input sample is written or quarantined, once"),
-    "audit": ("jobs.audit", "tokenizes a random sample of rows again and compares"),
-    "retry": ("jobs.retry", "takes up quarantined samples and failed shards again, each still exactly once"),
-    "decode": ("jobs.decode", "token rows back to pictures or sound"),
-    "compare": ("jobs.compare", "several methods and sizes under one recipe, one table with seeds and plots"),
-    "evaluate": ("jobs.evaluate", "quality and codebook usage on held-out shards, with a picture report"),
+COMMANDS = {  # name: (module, summary); a module is imported only to run its command, since torch and ray are slow
+    "pack": ("jobs.pack", "pack a folder of files, a Parquet file or a CSV file into WebDataset shards"),
+    "train": ("jobs.train", "train an autoencoder on shards"),
+    "codebook": ("jobs.codebook", "make the codebook of a trained model and freeze the tokenizer"),
+    "tokenize": ("jobs.tokenize_corpus", "turn shards into token shards, each sample exactly once"),
+    "status": ("jobs.status", "show the progress of tokenize: shards done, left and failed, and the rate"),
+    "verify": ("jobs.verify", "prove that every input sample is in the output exactly once"),
+    "audit": ("jobs.audit", "tokenize a random sample of rows again and compare the tokens"),
+    "retry": ("jobs.retry", "process quarantined samples and failed shards again"),
+    "decode": ("jobs.decode", "decode token rows to images or audio files"),
+    "compare": ("jobs.compare", "train several methods and sizes with one recipe and compare them"),
+    "evaluate": ("jobs.evaluate", "measure quality and codebook usage on held-out shards"),
 }
 RERUN = "rerun the same command to continue"
 OUTCOMES = {
     2: "a mistake in the command or its configuration",
-    3: "incomplete or not sound",
-    4: "too many bad samples",
+    3: "incomplete, or verification failed",
+    4: "too many quarantined samples",
     130: f"interrupted (ctrl-C); {RERUN}",
     143: f"terminated (SIGTERM); {RERUN}",
 }
+HELP = ("-h", "--help")
+SHORT_FLAGS = {"deep": "verify.deep", "json": "status.json"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code, which the last line also tells in words."""
+    """Runs one command and returns its exit code. The last line that it prints says in words what a non-zero code
+    means."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command in ("-h", "--help", "help"):
+    if command in (*HELP, "help"):
         print(_help())
         return 0
-    if command not in COMMANDS:
-        return _finish(command, 2, f"unknown command {command!r}; there are: {', '.join(COMMANDS)}")
-    from jobs.config import ConfigError, defaults_yaml, load_config
-
-    job = importlib.import_module(COMMANDS[command][0])
-    if any(argument in ("-h", "--help") for argument in rest):
-        print(f"tokenmill {command} CONFIG.yaml... [key=value ...]\n\n{job.__doc__}")
-        print(f"All keys with their defaults (jobs/config.py explains them):\n\n{defaults_yaml()}")
+    if command == "--version":
+        print(f"tokenmill {version()}")
         return 0
+    if command not in COMMANDS:
+        return _finish(command, 2, f"unknown command {command!r}; choose one of: {', '.join(COMMANDS)}")
+    if any(argument in HELP for argument in rest):
+        from jobs.config.help import command_help
+
+        print(command_help(command, COMMANDS[command][0]))
+        return 0
+    return _run(command, rest)
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("tokenmill")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    from jobs.config import ConfigError, load_config, to_yaml
     from pipeline import storage
     from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnsafeStorage
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
@@ -58,12 +75,16 @@ def main(arguments: list[str] | None = None) -> int:
     mistakes = (ConfigError, NoShards, OutputMismatch, BrokenOutput, UnsafeStorage, TokenizerMismatch, CodebookMissing)
     try:
         with _raising_at_sigterm():
-            config = load_config([_as_setting(argument) for argument in rest])
+            config = load_config([_as_setting(argument) for argument in arguments if argument != "--print"])
+            if "--print" in arguments:
+                print(to_yaml(config, command), end="")
+                return 0
+            job = importlib.import_module(COMMANDS[command][0])
             storage.configure(config.storage.options, config.storage.create_only)
             return _finish(command, job.run(config))
     except (*mistakes, PermissionError) as error:
         return _finish(command, 2, str(error))
-    except StorageError as error:  # what was committed stays: the same command goes on from there
+    except StorageError as error:  # committed shards stay; the same command continues from them
         return _finish(command, 3, str(error))
     except KeyboardInterrupt:
         return _finish(command, 130)
@@ -93,20 +114,35 @@ def _raising_at_sigterm() -> Iterator[None]:
 def _finish(command: str, code: int, error: str = "") -> int:
     if error:
         print(f"tokenmill {command}: {error}", file=sys.stderr)
-    if code:  # `ray job submit` turns every non-zero exit into 1: the words tell which it was
+    if code:  # `ray job submit` turns every non-zero exit code into 1, so we also print which one it was
         print(f"tokenmill {command}: exit {code}: {OUTCOMES[code]}", flush=True)
     return code
 
 
 def _as_setting(argument: str) -> str:
-    """--deep is deep=true."""
-    is_flag = argument.startswith("--") and "=" not in argument
-    return f"{argument.removeprefix('--')}=true" if is_flag else argument
+    """--deep becomes verify.deep=true, and --codebook.cache becomes codebook.cache=true."""
+    if not argument.startswith("--"):
+        return argument
+    key, _, value = argument.removeprefix("--").partition("=")
+    return f"{SHORT_FLAGS.get(key, key)}={value or 'true'}"
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join([f"{__doc__}", "Commands (`tokenmill COMMAND --help` tells more):", *lines])
+    return "\n".join(
+        [
+            f"tokenmill {version()}: turns image and audio corpora into discrete tokens.",
+            "",
+            "Usage: tokenmill COMMAND [CONFIG ...] [key=value ...]",
+            "       tokenmill COMMAND --help     what a command does, and its keys with their defaults",
+            "       tokenmill COMMAND --print    the merged configuration; the command does not run",
+            "       tokenmill --version",
+            "",
+            "Commands:",
+            *(f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()),
+            "",
+            f"Exit codes:{(__doc__ or '').partition('Exit codes:')[2].rstrip()}",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from pipeline.errors import ShardError
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import Modality, build_modality
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
-from tokenizer.training.recipe import Recipe
 from tokenizer.training.trial import Trial
 
 
@@ -69,7 +68,7 @@ def run(config: Config) -> int:
     if todo:
         arrays = {name: _load(manifest, modality, config) for name, manifest in corpora.items()}
         failed = _run_trials(todo, arrays, config)
-    originals = _load(heldout, modality, config, config.compare.pictures) if config.compare.pictures else []
+    originals = _load(heldout, modality, config, config.compare.num_examples) if config.compare.num_examples else []
     write_report(url, results_of(planned), [modality.view(array) for array in originals], config)
     for name, reason in failed.items():
         print(f"compare: failed trial {name}: {reason}")
@@ -107,15 +106,14 @@ def _configure(config: Config, method: Any, size: int, seed: int) -> Config:
 
 def _plan_one(config: Config, label: str, size: int, seed: int, url: str, corpus: str) -> Planned:
     options = config.compare
-    recipe = {field.name: getattr(config.train, field.name) for field in dataclasses.fields(Recipe)}
     trial = Trial(
         model={**dataclasses.asdict(config.model), "quantizer": config.quantizer},
-        recipe=Recipe(**recipe),
+        recipe=config.train.recipe(),
         preprocess=config.data.preprocess,
         metrics=config.metrics,
         max_latents=options.max_latents,
         eval_batch_size=options.eval_batch_size,
-        num_examples=options.pictures,
+        num_examples=options.num_examples,
     )
     identity = json.dumps([dataclasses.asdict(trial), corpus, options.max_samples], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]

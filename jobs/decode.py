@@ -1,4 +1,4 @@
-"""Token rows back to pictures or sound: `output`, `to`, and `keys` (the first `limit` rows if empty)."""
+"""Decodes token rows to images or audio files: `output`, `decode.output`, and `decode.keys` or `decode.limit`."""
 
 import re
 from collections.abc import Iterator
@@ -14,24 +14,25 @@ from tokenizer.tokenizer import Tokenizer
 
 
 def run(config: Config) -> int:
-    config.require("output", "to")
+    config.require("output", "decode.output")
+    folder = storage.normalise(config.decode.output)
     output = open_output(config.output)
     tokenizer = load_tokenizer(writer_url(output, config))
-    written = [_write(row, tokenizer, storage.normalise(config.to)) for row in _chosen(config)]
-    missing = set(config.keys) - {key for key, _ in written}
+    written = [_write(row, tokenizer, folder) for row in _chosen(config)]
+    missing = set(config.decode.keys) - {key for key, _ in written}
     if missing:
-        raise ConfigError(f"{output.url} has no rows with keys {', '.join(sorted(missing))}")
-    print(f"decode: {len(written)} files in {storage.normalise(config.to)}")
+        raise ConfigError(f"decode.keys: {output.url} has no rows with keys {', '.join(sorted(missing))}")
+    print(f"decode: {len(written)} files in {folder}")
     return 0
 
 
 def _chosen(config: Config) -> Iterator[dict[str, Any]]:
     rows = iter(TokenDataset(config.output, columns=("source_shard", "source_index", *SIZE_COLUMNS)))
-    if config.keys:
-        wanted = set(config.keys)
+    if config.decode.keys:
+        wanted = set(config.decode.keys)
         yield from (row for row in rows if row["key"] in wanted)
         return
-    for _, row in zip(range(config.limit), rows, strict=False):
+    for _, row in zip(range(config.decode.limit), rows, strict=False):
         yield row
 
 

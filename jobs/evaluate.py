@@ -41,7 +41,7 @@ def run(config: Config) -> int:
         "load": partial(load_tokenizer, url),
         "options": config.tokens,
         "metrics": config.metrics,
-        "num_examples": -(-config.limit // len(shards)),
+        "num_examples": -(-config.evaluate.num_examples // len(shards)),
     }
     by_url: dict[str, Evaluated] = {}
     whole = Evaluation.empty(tokenizer)
@@ -131,7 +131,7 @@ def _write(
     """Writes the report. Returns its URL without the extension."""
     name = url.rsplit("/", 1)[1]
     base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
-    examples = [example for result in results for example in result.examples][: config.limit]
+    examples = [example for result in results for example in result.examples][: config.evaluate.num_examples]
     z = np.concatenate([rows for result in results for rows in result.latents])[:PLOTTED_LATENTS, : quantizer.dim]
     codebook = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
     sections = [

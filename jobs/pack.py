@@ -1,8 +1,8 @@
-"""A folder of files, or a Parquet or CSV file of bytes, to WebDataset shards: `source`, `shards`, `samples_per_shard`.
+"""Packs a folder of files, a Parquet file or a CSV file into WebDataset shards: `pack.source`, `pack.shards`.
 
-`shards` is a pattern such as corpus/photos-%06d.tar. In a folder, files that share their name up to the first dot are
-one sample. In a table, each column is a member (`jpg`, `cls`, ...), bytes as they are, all else as text; a `key`
-column names the samples; CSV holds the media columns in base64.
+`pack.shards` is a pattern such as corpus/photos-%06d.tar. In a folder, files with the same name up to the first dot
+form one sample. In a table, each column is a member (`jpg`, `cls`, ...): bytes are copied, other values become text.
+A `key` column names the samples. A CSV file holds images and audio in base64.
 """
 
 import base64
@@ -25,31 +25,32 @@ Packed = dict[str, Any]  # __key__ and members, as webdataset has them
 
 
 def run(config: Config) -> int:
-    config.require("source", "shards")
-    pattern = config.shards if "%" in config.shards else f"{config.shards}-%06d.tar"
+    config.require("pack.source", "pack.shards")
+    options = config.pack
+    pattern = options.shards if "%" in options.shards else f"{options.shards}-%06d.tar"
     media = build_modality(config.model.modality, config.data.preprocess).extensions
-    source = storage.normalise(config.source)
+    source = storage.normalise(options.source)
     samples = _from_table(source, media) if source.endswith((".parquet", ".csv")) else _from_folder(source)
-    if config.shuffle_seed >= 0:
-        samples = _shuffled(samples, config.shuffle_seed)
+    if options.shuffle_seed >= 0:
+        samples = _shuffled(samples, options.shuffle_seed)
     num_samples = num_shards = 0
-    for part in _parts(samples, config.samples_per_shard):
+    for part in _parts(samples, options.samples_per_shard):
         url = storage.normalise(pattern % num_shards)
         try:
             storage.write_once(url, _to_tar(part))
         except FileExistsError as error:
-            raise ConfigError(f"{url} is already there; choose another `shards`, or remove it") from error
+            raise ConfigError(f"{url} already exists; choose another pack.shards, or remove it") from error
         num_samples, num_shards = num_samples + len(part), num_shards + 1
     if num_samples == 0:
-        raise ConfigError(f"{source} holds no samples")
-    print(f"pack: {num_samples} samples in {num_shards} shards, {storage.normalise(pattern % 0)} and on")
+        raise ConfigError(f"pack.source: {source} holds no samples")
+    print(f"pack: {num_samples} samples in {num_shards} shards; the first is {storage.normalise(pattern % 0)}")
     return 0
 
 
 def _from_folder(folder: str) -> Iterator[Packed]:
-    """Members are opened when their turn comes, so that a folder may be larger than memory."""
+    """Yields members as paths, not bytes, so that a folder may be larger than memory."""
     if not Path(folder).is_dir():
-        raise ConfigError(f"source {folder} is neither a folder nor a .parquet or .csv file")
+        raise ConfigError(f"pack.source: {folder} is neither a folder nor a .parquet or .csv file")
     groups: dict[str, dict[str, Path]] = {}
     for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         match = NAME.match(file.relative_to(folder).as_posix())
@@ -57,7 +58,9 @@ def _from_folder(folder: str) -> Iterator[Packed]:
             raise ConfigError(f"{file} is not named KEY.EXTENSION; rename or remove it")
         members = groups.setdefault(match[1], {})
         if match[2].lower() in members:
-            raise ConfigError(f"{file} and {members[match[2].lower()]} would be the same member; rename one")
+            raise ConfigError(
+                f"{file} and {members[match[2].lower()]} would become the same member of a sample; rename one of them"
+            )
         members[match[2].lower()] = file
     for key, members in groups.items():
         yield {"__key__": key, **members}
@@ -65,13 +68,13 @@ def _from_folder(folder: str) -> Iterator[Packed]:
 
 def _from_table(file: str, media: tuple[str, ...]) -> Iterator[Packed]:
     if not storage.exists(file):
-        raise ConfigError(f"source {file} is not there")
+        raise ConfigError(f"pack.source: {file} does not exist")
     is_csv = file.endswith(".csv")
     for index, row in enumerate(_csv_rows(file) if is_csv else _parquet_rows(file)):
         key = str(row.pop("key", f"{index:09d}"))
         if NAME.match(f"{key}.x") is None or "." in key.rsplit("/", 1)[-1]:
             raise ConfigError(
-                f"row {index}: key {key!r} cannot name a file of a sample; it must not be empty or hold dots"
+                f"row {index}: key {key!r} cannot be part of a file name; it must not be empty or contain dots"
             )
         try:
             members = {n: _member(n, value, is_csv and n in media) for n, value in row.items() if value is not None}
@@ -87,7 +90,7 @@ def _parquet_rows(file: str) -> Iterator[dict[str, Any]]:
 
 
 def _csv_rows(file: str) -> Iterator[dict[str, Any]]:
-    """All columns as the text that they are: a class 007 is not 7."""
+    """Reads all columns as text, so that a class 007 does not become 7."""
     with storage.open_stream(file) as stream:
         names = pyarrow.csv.open_csv(stream).schema.names
     options = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
@@ -100,7 +103,7 @@ def _member(name: str, value: Any, base64_text: bool) -> bytes:
         return base64.b64decode(value, validate=True)
     if isinstance(value, (dict, list)):
         raise ValueError(
-            f"columns must hold bytes, text or numbers; got {str(value)[:60]}...; flatten the column first"
+            f"columns must hold bytes, text or numbers, not {str(value)[:60]}...; flatten the column first"
         )
     return value if isinstance(value, bytes) else str(value).encode()
 
@@ -116,7 +119,7 @@ def _parts(samples: Iterator[Packed], size: int) -> Iterator[list[Packed]]:
     seen: set[str] = set()
     for sample in samples:
         if sample["__key__"] in seen:
-            raise ConfigError(f"key {sample['__key__']!r} is there twice in the source; keys must be unique")
+            raise ConfigError(f"key {sample['__key__']!r} occurs twice in pack.source; keys must be unique")
         seen.add(sample["__key__"])
         part.append(sample)
         if len(part) == size:
@@ -127,8 +130,8 @@ def _parts(samples: Iterator[Packed], size: int) -> Iterator[list[Packed]]:
 
 
 def _to_tar(samples: list[Packed]) -> bytes:
-    """The bytes of one shard; the same samples give the same bytes, on any day and for any user."""
-    import webdataset  # imports torch, which the other commands' help should not wait for
+    """The bytes of one shard. They depend on the samples only, not on the time or the user."""
+    import webdataset  # imports torch, which is slow
 
     out = io.BytesIO()
     with webdataset.TarWriter(out, encoder=False, mtime=0, user="tokenmill", group="tokenmill") as writer:

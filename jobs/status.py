@@ -1,7 +1,8 @@
-"""How far a tokenize job is, from its output alone: `output`. Needs no cluster. `json=true` for programs.
+"""Shows the progress of a tokenize job: `output`. It reads the output only and needs no cluster.
 
-Shards done, left and failed, samples, what was quarantined and why, the rate over the last commits and the time left,
-seconds by stage, and the share of time in which the encoders had nothing to do.
+It prints the shards done, left and failed, the samples, the quarantined samples with reasons, the rate over the last
+commits and the time left, the seconds by stage, and the share of time in which the encoders were idle. `--json` prints
+the same for programs.
 """
 
 import collections
@@ -15,13 +16,13 @@ from pipeline.tokens.output import Output
 
 RATE_OVER = 50  # last commits
 TOP_REASONS = 10
-UNTOLD = "reason only in the quarantine file (older entry)"
+NO_REASON = "reason only in the quarantine file (older entry)"
 
 
 def run(config: Config) -> int:
     config.require("output")
     summary = summarise(open_output(config.output))
-    if config.json:
+    if config.status.json:
         print(json.dumps(summary, indent=1))
         return 0
     for name, value in _lines(summary):
@@ -38,7 +39,7 @@ def open_output(url: str) -> Output:
 
 
 def summarise(output: Output) -> dict[str, Any]:
-    """Everything that `status` tells, as JSON can hold it. Rates and the time left are None if nothing tells them."""
+    """Everything that `status` prints, as JSON values. rate is None with too few commits."""
     shards = group_by_shard(output.commits())
     entries = [entry for shard in shards for entry in shard.entries]
     done = {shard.first.name for shard in shards}
@@ -46,7 +47,7 @@ def summarise(output: Output) -> dict[str, Any]:
     reasons: collections.Counter[str] = collections.Counter()
     for shard in shards:
         if shard.num_quarantined:
-            reasons.update(shard.last.reasons or {UNTOLD: shard.num_quarantined})
+            reasons.update(shard.last.reasons or {NO_REASON: shard.num_quarantined})
     return {
         "output": output.url,
         "tokenizer_id": output.layout.tokenizer_id,
@@ -71,16 +72,16 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokenizer", f"{summary['tokenizer_id']}, {summary['codebook_size']} codes"),
         (
             "shards",
-            f"{shards['done']} done, {shards['left']} left, {len(summary['failed'])} of them failed last time{retries}",
+            f"{shards['done']} done, {shards['left']} left ({len(summary['failed'])} failed last time){retries}",
         ),
         ("samples", f"{summary['samples']} tokenized, {summary['quarantined']} quarantined"),
         ("tokens", str(summary["tokens"])),
-        ("rate", _rate_in_words(rate) if rate else "too few commits to tell"),
+        ("rate", _rate_in_words(rate) if rate else "unknown: too few commits"),
     ]
     if summary["seconds"]:
         lines.append(("seconds", "  ".join(f"{stage} {spent:.0f}" for stage, spent in summary["seconds"].items())))
     if summary["encoder_idle"] is not None:
-        lines.append(("encoder", f"idle {summary['encoder_idle']:.0%} of the workers' time"))
+        lines.append(("encoder", f"idle for {summary['encoder_idle']:.0%} of the workers' time"))
     lines += [("quarantined", f"{count} {reason}") for reason, count in summary["reasons"].items()]
     return [*lines, *(("failed", message) for message in summary["failed"])]
 
@@ -111,21 +112,21 @@ def _seconds(entries: list[Commit]) -> dict[str, float]:
 
 
 def encoder_idle(entries: list[Commit]) -> float | None:
-    """Share of the time in which a worker had a shard in hand, but was not encoding; None if no entry tells.
+    """Share of the time with at least one shard in work in which a worker did not encode; None for old entries.
 
-    A worker may have several shards in hand at a time: what counts is the time in which it had at least one.
+    A worker may process several shards at a time; overlapping times count once.
     """
     by_worker: dict[tuple[Any, Any], list[Commit]] = {}
     for entry in entries:
         if entry.worker and "encode" in entry.seconds:
             by_worker.setdefault((entry.worker.get("host"), entry.worker.get("pid")), []).append(entry)
-    at_work = sum(_covered([_span(entry) for entry in own]) for own in by_worker.values())
+    busy = sum(_covered([_span(entry) for entry in own]) for own in by_worker.values())
     encoding = sum(entry.seconds["encode"] for own in by_worker.values() for entry in own)
-    return max(0.0, 1 - encoding / at_work) if at_work > 0 else None
+    return max(0.0, 1 - encoding / busy) if busy > 0 else None
 
 
 def _span(entry: Commit) -> tuple[float, float]:
-    """When the worker had the shard in hand, in seconds since 1970. committed_at is just before it writes."""
+    """Start and end of the work on a shard, in seconds since 1970. committed_at is just before the write."""
     stages = {stage: spent for stage, spent in entry.seconds.items() if stage != "total"}
     total = entry.seconds.get("total", sum(stages.values()))
     end = entry.committed_at + stages.get("write", 0.0)

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs.actors import cluster
-from jobs.config import Config, ConfigError, TrainConfig
+from jobs.config import Config, ConfigError, TrainConfig, with_new_names
 from jobs.reports.progress import Progress
 from jobs.training.channel import open_channel
 from jobs.training.checkpoint import LANES_FILE
@@ -31,9 +31,9 @@ from tokenizer.nets.base.net import NETS
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 
 MAY_CHANGE = (
-    *("workers", "decode_threads", "log_every", "evaluate_every", "pictures", "profile"),
+    *("workers", "decode_threads", "log_every", "reconstruct_every", "num_examples", "profile"),
     *("checkpoint_every", "keep_checkpoints", "max_failures"),
-    *("collapse_below", "collapse_steps", "collapse_stops"),
+    *("perplexity", "patience", "stop"),  # of train.collapse
 )
 SHOWN = (
     *("loss", "psnr", "perplexity", "soft_perplexity"),
@@ -84,6 +84,7 @@ def _claim(url: str, config: Config) -> None:
     except FileExistsError:
         stored = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
     assert isinstance(stored, dict)
+    stored = with_new_names(stored)[0]
     defaults = _flat(_defaults_of(stored))  # for keys that were added after the run began
     before, now = {**defaults, **_flat(stored)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
     unknown = [key for key in now if key.startswith("train.loss_weights.") and key not in before]

@@ -1,9 +1,10 @@
-"""Proves that an output is complete and sound: `output`. `deep=true` (or --deep) reads everything, input included.
+"""Proves that an output is complete and correct: `output`. `--deep` also reads all tokens and the input shards.
 
-By default: manifest entries, listings and the footers of the Parquet files, so minutes for a large output. Every
-shard that any run was given is committed; files are there, of the size, tokenizer and number of rows that was
-committed; rows and quarantine are together as many as the samples. Deep: every sample is in one row or one quarantine
-row, once, with the key that the input has; files are those committed, by checksum; tokens fit codebook and shape.
+The default check reads manifest entries, listings and the footers of the Parquet files, which takes minutes for a large
+output. It proves that every shard of every run is committed, that files exist with the committed size, tokenizer
+and number of rows, and that rows and quarantined samples add up to the number of input samples. The deep check proves
+that every sample is in exactly one row or one quarantine row, with the key of the input, that checksums match the
+commits, and that tokens fit the codebook and the shape.
 """
 
 from jobs.config import Config
@@ -24,21 +25,21 @@ def run(config: Config) -> int:
         bar.total = total
         bar.advance()
 
-    proof = verify(output, deep=config.deep, progress=progress)
+    proof = verify(output, deep=config.verify.deep, progress=progress)
     bar.close()
-    _tell(proof, output.layout.tokenizer_id)
+    _print_proof(proof, output.layout.tokenizer_id)
     if proof.problems:
         print(f"verify: FAILED: {len(proof.problems)} problems")
         return 3
-    if config.deep:
-        print("verify: deep: every sample is in exactly one row or one quarantine row, as the input has it")
+    if config.verify.deep:
+        print("verify: deep: every input sample is in exactly one row or one quarantine row")
     else:
-        print("verify: every shard is committed whole: files, sizes, ids and counts agree")
-        print(f"verify: not read: {LEFT_TO_DEEP}; `deep=true` proves these too")
+        print("verify: every shard is completely committed: files, sizes, ids and counts agree")
+        print(f"verify: not checked: {LEFT_TO_DEEP}; add --deep to check these too")
     return 0
 
 
-def _tell(proof: Proof, tokenizer_id: str) -> None:
+def _print_proof(proof: Proof, tokenizer_id: str) -> None:
     for problem in proof.problems[:SHOWN_PROBLEMS]:
         print(f"verify: {problem}")
     if len(proof.problems) > SHOWN_PROBLEMS:
@@ -47,14 +48,14 @@ def _tell(proof: Proof, tokenizer_id: str) -> None:
     rows, bad = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
     print(f"verify: {len(shards)} shards, {rows} rows, {bad} quarantined, tokenizer {tokenizer_id}")
     if retries := len(proof.entries) - len(shards):
-        print(f"verify: {retries} of the entries are of retries")
+        print(f"verify: {retries} of the manifest entries come from retries")
     if proof.num_leftovers:
         print(
-            f"verify: {proof.num_leftovers} files that no entry names, of runs that died or are at work: no reader "
-            "sees them"
+            f"verify: {proof.num_leftovers} files belong to no manifest entry; interrupted or running jobs left them, "
+            "and no reader sees them"
         )
     if proof.num_without_ranges:
         print(
-            f"verify: {proof.num_without_ranges} files of an older version do not note which samples they hold; only "
-            "deep=true proves that"
+            f"verify: {proof.num_without_ranges} files of an older version do not record which samples they hold; only "
+            "--deep can check that"
         )

@@ -130,8 +130,7 @@ def corpora(config: Config, modality: Modality) -> dict[str, list[np.ndarray]]:
 
 def recipe_of(config: Config, **changes: Any) -> Recipe:
     """Of the first seed of the comparison."""
-    given = {field.name: getattr(config.train, field.name) for field in dataclasses.fields(Recipe)}
-    return Recipe(**{**given, "seed": config.compare.seeds[0], **changes})
+    return dataclasses.replace(config.train.recipe(), **{"seed": config.compare.seeds[0], **changes})
 
 
 def model_of(config: Config) -> dict[str, Any]:

@@ -340,7 +340,7 @@ def run_job(job: Job) -> tuple[str, float]:
 def report(experiment: Experiment, heldout: np.ndarray) -> None:
     """Tables and plots of the trials that have finished, under OUT/<experiment>/reports."""
     modality = build_modality("image", experiment.config.data.preprocess)
-    originals = [modality.view(picture) for picture in heldout[: experiment.config.compare.pictures]]
+    originals = [modality.view(picture) for picture in heldout[: experiment.config.compare.num_examples]]
     print(f"\n{experiment.name}")
     write_report(experiment.config.run, results_of(experiment.planned), originals, experiment.config)
 

@@ -1,6 +1,7 @@
 """The configuration: its schema, and how it is loaded."""
 
-from jobs.config.load import checked, defaults_yaml, load_config, with_method
+from jobs.config.load import checked, defaults_yaml, find_config, load_config, to_yaml, with_method
+from jobs.config.renames import with_new_names
 from jobs.config.schema import (
     AuditConfig,
     CodebookConfig,
@@ -29,6 +30,9 @@ __all__ = [
     "WorkersConfig",
     "checked",
     "defaults_yaml",
+    "find_config",
     "load_config",
+    "to_yaml",
     "with_method",
+    "with_new_names",
 ]

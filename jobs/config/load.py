@@ -1,9 +1,11 @@
-"""YAML files and key=value overrides to one typed Config. Mistakes name the key and its nearest neighbour."""
+"""YAML files and key=value overrides to one typed Config. Errors name the key and suggest the closest known one."""
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,25 +14,57 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from jobs.config.schema import Config, ConfigError, TrainConfig
-from tokenizer.modalities.base import MODALITIES
-from tokenizer.nets.base.net import NETS
-from tokenizer.quantizers.base.quantizer import QUANTIZERS
+from jobs.config.renames import with_new_names
+from jobs.config.schema import Config, ConfigError, TrainConfig, all_keys
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def load_config(arguments: list[str]) -> Config:
-    """Files merge left to right, then key=value overrides. Raises ConfigError."""
+    """Merges files from left to right, then key=value overrides. Prints a notice for each old key name to stderr.
+
+    A file is a path, or the name of a shipped config: see find_config. Raises ConfigError.
+    """
     files = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a]
-    return _build([*map(_read, files), _overrides(overrides)])
+    parts, notices = [], []
+    for given in [*map(_read, files), _overrides(overrides)]:
+        part, found = _with_new_names(given)
+        parts.append(part)
+        notices += found
+    for notice in dict.fromkeys(notices):
+        print(f"tokenmill: {notice}", file=sys.stderr)
+    return _build(parts)
 
 
 def with_method(config: Config, file: str, settings: dict[str, Any]) -> Config:
-    """config with the quantizer, and what else it says, of a method's YAML file and then of settings."""
+    """config with the quantizer and the other keys of a method's YAML file, then those of settings."""
     base = dataclasses.asdict(config)
-    del base["quantizer"]  # whose defaults were filled in for another method
-    parts = [OmegaConf.create(base), *([_read(file)] if file else []), OmegaConf.create(settings)]
-    return _build(parts)  # type: ignore[arg-type]
+    del base["quantizer"]  # it holds defaults of another method
+    methods = [*([_read(file)] if file else []), OmegaConf.create(settings)]
+    return _build([OmegaConf.create(base), *(_with_new_names(part)[0] for part in methods)])
+
+
+def find_config(name: str) -> Path:
+    """The YAML file at that path, else the shipped config of that name: demo, fsp or compare/quick. Raises ConfigError.
+
+    A shipped config is also found by its path in the repository, such as configs/quantizers/fsp.yaml.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    wanted = name.removeprefix("configs/").removesuffix(".yaml")
+    shipped = {file: file.relative_to(CONFIGS).with_suffix("").as_posix() for file in sorted(CONFIGS.rglob("*.yaml"))}
+    for file, path in shipped.items():
+        if wanted in (path, file.stem):
+            return file
+    near = difflib.get_close_matches(wanted, [file.stem for file in shipped], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped configs: {', '.join(f.stem for f in shipped)}"
+    raise ConfigError(f"{name!r} is neither a YAML file, nor a shipped config, nor KEY=VALUE; {hint}")
+
+
+def _with_new_names(part: DictConfig) -> tuple[DictConfig, list[str]]:
+    given, notices = with_new_names(OmegaConf.to_container(part, resolve=False))  # type: ignore[arg-type]
+    return OmegaConf.create(given), notices
 
 
 def _build(parts: list[DictConfig]) -> Config:
@@ -39,18 +73,15 @@ def _build(parts: list[DictConfig]) -> Config:
         merged = _merge(merged, part)
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
-    for name in ("metrics", "train.losses", "codebook.settings", "storage.options"):
-        *sections, key = name.split(".")
-        section = given.setdefault(sections[0], {}) if sections else given
-        section[key] = _plain(section.get(key, {}))  # no type reads these: an override is text so far
     config = _typed(Config, given, "")
-    _check_named(config)
+    _type_dicts(config)
     return config
 
 
 @contextlib.contextmanager
 def checked(section: str) -> Iterator[None]:
-    """Settings that name a distance or its weights: what is unknown, missing or not installed becomes a ConfigError."""
+    """Turns errors of building losses or metrics from settings into a ConfigError: unknown names, missing files or
+    packages."""
     try:
         yield
     except TypeError as error:
@@ -63,23 +94,34 @@ def checked(section: str) -> Iterator[None]:
 
 
 def defaults_yaml() -> str:
+    """Every key with its default."""
     return OmegaConf.to_yaml(OmegaConf.structured(Config))
 
 
+def to_yaml(config: Config, command: str) -> str:
+    """The keys that a command uses. storage.options is left out, since it may hold secrets."""
+    given = OmegaConf.create()
+    for key in all_keys():
+        if command in key.commands and key.name != "storage.options":
+            value: Any = functools.reduce(getattr, key.name.split("."), config)
+            OmegaConf.update(given, key.name, value, force_add=True)
+    return OmegaConf.to_yaml(given)
+
+
 def _read(file: str) -> Any:
-    if not Path(file).is_file():
-        raise ConfigError(f"{file!r} is neither a YAML file nor KEY=VALUE")
     try:
-        loaded = OmegaConf.load(file)
+        loaded = OmegaConf.load(find_config(file))
+    except ConfigError:
+        raise
     except Exception as error:  # PyYAML's errors share no useful base class
-        raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{file} must hold keys and values")
+        raise ConfigError(f"{file} must hold keys with values at the top level")
     return loaded
 
 
 def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:
-    """part over merged. Another quantizer or net starts from its own defaults: the settings of the old mean nothing."""
+    """part over merged. If part names another quantizer or net, the settings of the previous one are dropped."""
     for section in ("quantizer", "model.net"):
         name = OmegaConf.select(part, f"{section}.name")
         if name is not None and name != OmegaConf.select(merged, f"{section}.name"):
@@ -90,7 +132,7 @@ def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:
 
 
 def _overrides(texts: list[str]) -> DictConfig:
-    """Values stay the text that was typed, so that a key 0002 is not 2; each field's type reads it later."""
+    """Values stay text, so that a key 0002 does not become 2. The type of the field converts them later."""
     given = OmegaConf.create()
     for text in texts:
         key, value = text.split("=", 1)
@@ -99,7 +141,7 @@ def _overrides(texts: list[str]) -> DictConfig:
 
 
 def _parsed(value: str, text: str) -> Any:
-    """[lists] and {maps} of text, else text. Braces that are no map are a pattern of shards."""
+    """Text, or a list or a map of text. Braces that are not a map are a pattern of shards."""
     if not value.startswith(("[", "{")):
         return value
     try:
@@ -122,9 +164,7 @@ def _refuse_unknown(given: dict[str, Any], cls: type, prefix: str) -> None:
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in given.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are: {', '.join(known)}"
-            raise ConfigError(f"unknown key {prefix}{key}; {hint}")
+            raise ConfigError(f"unknown key {prefix}{key}; {_hint(str(key), list(known), prefix)}")
         kind = known[key].type
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
@@ -132,12 +172,22 @@ def _refuse_unknown(given: dict[str, Any], cls: type, prefix: str) -> None:
             _refuse_unknown(value, kind, f"{prefix}{key}.")  # type: ignore[arg-type]
 
 
+def _hint(key: str, known: list[str], prefix: str) -> str:
+    """The closest key of the section, else of any section."""
+    here = {name: prefix + name for name in known}
+    anywhere = {one.name.rsplit(".", 1)[-1]: one.name for one in all_keys()}
+    for names, cutoff in ((here, 0.7), (anywhere, 0.7), (here, 0.5)):
+        if near := difflib.get_close_matches(key, names, n=1, cutoff=cutoff):
+            return f"did you mean {names[near[0]]}?"
+    return f"known keys: {', '.join(known)}"
+
+
 def _names(cls: Any) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
 
 
 def _typed(cls: type, given: dict[str, Any], prefix: str) -> Any:
-    """An instance of a dataclass, every value of its field's type. Raises ConfigError that names the key."""
+    """An instance of the dataclass, with every value of its field's type. Raises ConfigError that names the key."""
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
     except OmegaConfBaseException as error:
@@ -147,8 +197,12 @@ def _typed(cls: type, given: dict[str, Any], prefix: str) -> Any:
         raise ConfigError(str(error)) from error
 
 
-def _check_named(config: Config) -> None:
-    """quantizer, model.net and data.preprocess, whose fields depend on a name."""
+def _type_dicts(config: Config) -> None:
+    """Types the dicts that the schema leaves open. The names in the configuration say which fields they have."""
+    from tokenizer.modalities.base import MODALITIES  # these import torch, and --help should not wait for that
+    from tokenizer.nets.base.net import NETS
+    from tokenizer.quantizers.base.quantizer import QUANTIZERS
+
     try:
         modality = MODALITIES.get(config.model.modality)
         config.quantizer = _named(QUANTIZERS, config.quantizer, "quantizer.")
@@ -157,15 +211,20 @@ def _check_named(config: Config) -> None:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _refuse_unknown(config.data.preprocess, modality.Config, "data.preprocess.")
-    config.data.preprocess = dataclasses.asdict(_typed(modality.Config, config.data.preprocess, "data.preprocess."))
-    shards = config.data.shards
-    if not (isinstance(shards, str) or (isinstance(shards, list) and all(isinstance(s, str) for s in shards))):
-        raise ConfigError(f"data.shards is {shards!r}; it must be a path, a glob, braces, or a list of them")
+    config.data.preprocess = _fields(modality.Config, config.data.preprocess, "data.preprocess.")
+    config.data.shards = _shards(config.data.shards)
+    config.metrics, config.train.losses = _plain(config.metrics), _plain(config.train.losses)
+    config.codebook.settings, config.storage.options = _plain(config.codebook.settings), _plain(config.storage.options)
+
+
+def _shards(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(shard, str) for shard in value)):
+        return value
+    raise ConfigError(f"data.shards is {value!r}; it must be a path, a glob, braces, or a list of them")
 
 
 def _plain(value: Any) -> Any:
-    """Text that YAML reads as a number or a truth value becomes that, at any depth."""
+    """Converts text that is a number or true or false in YAML, at any depth."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if not isinstance(value, str):
@@ -176,8 +235,13 @@ def _plain(value: Any) -> Any:
 
 def _named(registry: Any, given: dict[str, Any], prefix: str) -> dict[str, Any]:
     if "name" not in given:
-        raise ConfigError(f"{prefix}name is not set; there are: {', '.join(registry.names())}")
+        raise ConfigError(f"{prefix}name is not set; choose one of: {', '.join(registry.names())}")
     cls = registry.get(given["name"])
     fields = {key: _plain(value) if isinstance(value, dict) else value for key, value in given.items() if key != "name"}
-    _refuse_unknown(fields, cls.Config, prefix)
-    return {"name": given["name"], **dataclasses.asdict(_typed(cls.Config, fields, prefix))}
+    return {"name": given["name"], **_fields(cls.Config, fields, prefix)}
+
+
+def _fields(cls: type, given: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """given with the types and defaults of a Config. Raises ConfigError that names the key."""
+    _refuse_unknown(given, cls, prefix)
+    return dataclasses.asdict(_typed(cls, given, prefix))

@@ -1,157 +1,203 @@
-"""Every key of the configuration, with its type and default."""
+"""Every configuration key, with its type, default, description and the commands that use it.
 
+`tokenmill COMMAND --help` and docs/reference/configuration.md print these descriptions.
+"""
+# ruff: noqa: RUF009  # `key` returns a dataclasses.field
+
+import copy
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.tokens.schema import ENCODINGS
-from tokenizer.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tokenizer.training.recipe import Recipe  # imports torch, and --help should not wait for that
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration or the command: exit code 2, one line, before Ray starts."""
+    """A mistake in the configuration or the command: exit code 2 and one line, before Ray starts."""
+
+
+def key(default: Any, description: str, commands: tuple[str, ...] = ()) -> Any:
+    """A field with a description. default: a value, or the dataclass of a section. commands: those that use it; none
+    means those of the section."""
+    metadata = {"description": description, "commands": commands}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+TRAINING = ("train", "compare")
+WITH_TOKENIZER = ("tokenize", "evaluate", "audit", "retry", "decode")
+DECODING = ("codebook", "tokenize", "evaluate", "audit", "retry")
+POOLS = ("codebook", "tokenize", "evaluate", "audit", "retry")
+ALL = ("pack", "train", "codebook", "tokenize", "status", "verify", "audit", "retry", "decode", "compare", "evaluate")
 
 
 @dataclass
 class DataConfig:
-    """shards: path, glob, braces, or a list. preprocess: the fields of the modality's Config."""
-
-    shards: Any = ""
-    preprocess: dict[str, Any] = field(default_factory=dict)
+    shards: Any = key(
+        "", "WebDataset shards: a path or URL, a glob, braces such as {000..099}, or a list", (*TRAINING, *POOLS[:3])
+    )
+    preprocess: dict[str, Any] = key(
+        {}, "settings of the modality, such as short_side or sample_rate", ("pack", *TRAINING, "codebook")
+    )
 
 
 @dataclass
 class ModelConfig:
-    """net: {name, ...} and the fields of that net's Config."""
-
-    modality: str = "image"
-    net: dict[str, Any] = field(default_factory=lambda: {"name": "vqgan"})
+    modality: str = key("image", "image or audio", ("pack", *TRAINING))
+    net: dict[str, Any] = key({"name": "vqgan"}, "the autoencoder: its name, and the settings of that net", TRAINING)
 
 
 @dataclass
-class TrainConfig(Recipe):
-    """The recipe, and what only a job over shards needs.
+class DiscriminatorConfig:
+    weight: float = key(0.0, "weight of the adversarial loss relative to all other losses; 0 trains no discriminator")
+    start_step: int = key(5000, "steps before the discriminator starts")
+    channels: int = key(64, "channels of its first convolution")
+    layers: int = key(3, "number of times it halves height and width")
+    lr: float = key(1e-4, "its learning rate, which stays constant")
 
-    accumulate: pieces that a worker's batch is cut into, for want of memory. ema: decay per step of the averaged
-    weights that RUN/model then holds, 0 for none. evaluate_every: steps between reports with `pictures` fixed samples
-    and their reconstructions; 0 makes that of the end alone. collapse_below: perplexity that is taken for a collapse
-    after collapse_steps steps, 0 for never; collapse_stops ends the run then, else it is told.
-    """
 
-    shuffle_buffer: int = 1024  # samples
-    decode_threads: int = 2
-    log_every: int = 20  # steps
-    checkpoint_every: int = 500  # steps
-    keep_checkpoints: int = 2
-    max_failures: int = 0  # restarts after a lost worker within one command
-    accumulate: int = 1
-    ema: float = 0.0
-    compile: bool = False  # torch.compile for the nets
-    profile: bool = False  # tell at the end where the time went
-    evaluate_every: int = 0
-    pictures: int = 8
-    collapse_below: float = 0.0
-    collapse_steps: int = 500
-    collapse_stops: bool = False
+@dataclass
+class CollapseConfig:
+    """The codebook has collapsed when its perplexity stays below a limit."""
+
+    perplexity: float = key(0.0, "warn when the codebook perplexity stays below this; 0 never warns")
+    patience: int = key(500, "steps that the perplexity must stay below the limit")
+    stop: bool = key(False, "stop the run then, instead of only logging a warning")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("decode_threads", "log_every", "checkpoint_every", "accumulate", "pictures", "collapse_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("evaluate_every", "collapse_below"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be 0 (off) or more")
+        _check_minimum("train.collapse", self, 0, "perplexity", unit=" (off)")
+        _check_minimum("train.collapse", self, 1, "patience")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = key(10_000, "optimizer steps", TRAINING)
+    batch_size: int = key(32, "samples per worker and step", TRAINING)
+    crop_size: int = key(128, "size of the random crops: side in pixels, or length in audio samples", TRAINING)
+    lr: float = key(1e-3, "learning rate after the warm-up", TRAINING)
+    lr_min: float = key(0.0, "learning rate at the last step, the end of the cosine", TRAINING)
+    warmup_steps: int = key(100, "steps of linear warm-up", TRAINING)
+    weight_decay: float = key(1e-4, "weight decay of AdamW", TRAINING)
+    betas: list[float] = key([0.9, 0.95], "the two betas of AdamW", TRAINING)
+    grad_clip: float = key(1.0, "largest norm of the gradient, above 0; larger gradients are scaled down", TRAINING)
+    loss_weights: dict[str, float] = key(
+        {}, "weights by loss name, over the defaults of modality and quantizer", TRAINING
+    )
+    losses: dict[str, Any] = key({}, "settings of the modality's losses, such as perceptual", TRAINING)
+    discriminator: DiscriminatorConfig = key(DiscriminatorConfig, "a patch discriminator, for images only", TRAINING)
+    precision: str = key("fp32", "fp32, or bf16 for autocast; the quantizer always computes in fp32", TRAINING)
+    seed: int = key(0, "seed of weights, sample order, crops and noise", TRAINING)
+    shuffle_buffer: int = key(1024, "samples in the shuffle buffer")
+    decode_threads: int = key(2, "threads per worker that decode samples")
+    log_every: int = key(20, "steps between log lines")
+    checkpoint_every: int = key(500, "steps between checkpoints")
+    keep_checkpoints: int = key(2, "number of checkpoints to keep")
+    max_failures: int = key(0, "restarts after a lost worker within one command")
+    grad_accum_steps: int = key(1, "parts to split a worker's batch into, to save memory; must divide train.batch_size")
+    ema: float = key(0.0, "decay per step of the averaged weights that RUN/model then holds; 0 keeps no average")
+    compile: bool = key(False, "compile the nets with torch.compile")
+    profile: bool = key(False, "print at the end how the time was spent")
+    reconstruct_every: int = key(0, "steps between reports with reconstructions; 0 reports only at the end")
+    num_examples: int = key(8, "fixed samples that these reports reconstruct")
+    collapse: CollapseConfig = key(CollapseConfig, "what to do when the codebook collapses")
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "crop_size", "decode_threads", "log_every", "checkpoint_every")
+        _check_minimum("train", self, 1, *positive, "grad_accum_steps", "num_examples")
+        _check_minimum("train", self, 0, "reconstruct_every", unit=" (off)")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema is {self.ema}; it must lie in 0..1, below 1 (0 for none)")
-        if self.batch_size % self.accumulate:
+            raise ValueError(f"train.ema is {self.ema}; it must be at least 0 (no average) and below 1")
+        if self.batch_size % self.grad_accum_steps:
             raise ValueError(
-                f"train.accumulate is {self.accumulate}; it must divide train.batch_size, {self.batch_size}"
+                f"train.grad_accum_steps is {self.grad_accum_steps}; it must divide train.batch_size, {self.batch_size}"
             )
+        self.recipe()
+
+    def recipe(self) -> "Recipe":
+        """The part that does not depend on shards. Raises ValueError. Recipe still calls crop_size `segment`: the ids
+        and result files of comparisons hold that name."""
+        from tokenizer.training.step import Recipe
+
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "segment"}
+        given["discriminator"] = dataclasses.replace(Recipe().discriminator, **dataclasses.asdict(self.discriminator))
+        return Recipe(**given, segment=self.crop_size)
 
 
 @dataclass
 class WorkersConfig:
-    """count: training ranks, or actors of the other jobs; 0 is one rank, or as many actors as there is room for.
+    """A training worker with cpus=0 gets an even share of the machine. Workers of the other commands get one CPU each:
+    the last bit of a sum depends on the number of threads, and tokens must not depend on the number of workers."""
 
-    cpus: per worker, and its torch threads. 0 gives ranks an even share of the machine, and actors one each: not
-    their share, since the last bit of a sum depends on the threads, and tokens must not depend on the workers.
-    stall_timeout_s: an actor whose shard does not get on for so long is killed, and its shard given to another.
-    """
-
-    count: int = 0
-    cpus: float = 0
-    gpus: float = 0
-    stall_timeout_s: float = 600.0
+    count: int = key(
+        0, "number of workers; 0 is 1 for training, and as many as fit for other commands", ("train", *POOLS)
+    )
+    cpus: float = key(0, "CPUs and torch threads per worker; 0 is an even share for training, else 1")
+    gpus: float = key(0, "GPUs per worker; a fraction shares a GPU between workers")
+    stall_timeout_s: float = key(
+        600.0, "seconds without progress after which a worker is killed and its shard restarted", POOLS
+    )
 
     def __post_init__(self) -> None:
         if self.stall_timeout_s <= 0:
             raise ValueError(f"workers.stall_timeout_s is {self.stall_timeout_s}; it must be above 0 seconds")
-        for name in ("count", "cpus", "gpus"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"workers.{name} is {getattr(self, name)}; it must be 0 or more")
+        _check_minimum("workers", self, 0, "count", "cpus", "gpus")
 
 
 @dataclass
 class CodebookConfig:
-    """size: codes, or a list of them; empty for the quantizer's own. max_latents: sampled from the whole corpus.
-
-    full: k-means goes over every latent of the corpus, streamed from the cache; the sample is where it starts.
-    cache: keep all latents at RUN/latents, and read them from there where they are; implied by full.
-    warm_start: of several sizes, each starts from the codes of the one below, and not afresh: sooner done,
-    and with an error that may be some percent higher.
-    settings: of the quantizer, that only the making of the codebook reads, such as {balance: 1}; they are added to the
-    tokenizer's name.
-    """
-
-    size: Any = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    max_latents: int = 1_000_000
-    seed: int = 0
-    full: bool = False
-    cache: bool = False
-    warm_start: bool = False
+    size: Any = key(None, "number of codes, or a list of numbers; empty takes the quantizer's own")
+    settings: dict[str, Any] = key(
+        {}, "quantizer settings for this codebook only, such as {balance: 1}; added to the tokenizer's name"
+    )
+    max_latents: int = key(1_000_000, "latents to sample from the whole corpus")
+    seed: int = key(0, "seed of that sample and of k-means")
+    full: bool = key(False, "run k-means on all latents of the corpus instead of a sample")
+    cache: bool = key(False, "keep all latents in RUN/latents and read them from there; implied by full")
+    warm_start: bool = key(
+        False, "with several sizes, start each from the next smaller one: faster, with a slightly larger error"
+    )
 
     def __post_init__(self) -> None:
-        if self.max_latents < 1:
-            raise ValueError(f"codebook.max_latents is {self.max_latents}; it must be 1 or more")
+        _check_minimum("codebook", self, 1, "max_latents")
 
 
 @dataclass
 class CompareConfig:
-    """methods: label -> YAML file, or {file, quantizer, train} whose settings go over those of the file.
+    """All samples are held in memory."""
 
-    sizes and dims: each method is trained at each size, dims[size] channels wide where its width is free. Every
-    picture is held in memory, at most max_samples of them; codebooks are made from at most max_latents latents.
-    """
-
-    heldout: Any = ""  # shards to evaluate on
-    others: dict[str, Any] = field(default_factory=dict)  # name -> further shards, e.g. of another domain
-    methods: dict[str, Any] = field(default_factory=dict)
-    sizes: list[int] = field(default_factory=lambda: [1024])
-    dims: dict[int, int] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    max_samples: int = 100_000
-    max_latents: int = 262_144
-    eval_batch_size: int = 64  # samples; the perplexity per batch depends on it
-    pictures: int = 8
+    heldout: Any = key("", "shards to evaluate on, like data.shards")
+    others: dict[str, Any] = key({}, "more shards to evaluate on, by name, for example of another domain")
+    methods: dict[str, Any] = key(
+        {}, "label: YAML file, or label: {file, quantizer, train} with settings that override the file"
+    )
+    sizes: list[int] = key([1024], "codebook sizes; each method is trained at each size")
+    dims: dict[int, int] = key({}, "latent channels by codebook size, for methods whose dim is free")
+    seeds: list[int] = key([0], "seeds; each method is trained with each seed")
+    max_samples: int = key(100_000, "samples to load from each set of shards at most")
+    max_latents: int = key(262_144, "latents that a codebook is made from at most")
+    eval_batch_size: int = key(64, "samples per evaluation batch; the perplexity per batch depends on it")
+    num_examples: int = key(8, "samples whose reconstructions the report shows")
 
 
 @dataclass
 class TokensConfig:
-    """encoding: list or packed. passthrough: members of the samples that become columns.
-
-    batch_budget: megapixels of pictures or seconds of sound in one batch, padding included; 0 is the modality's own.
-    latents: a cache (RUN/latents) to make the tokens from, instead of the samples themselves.
-    max_bad_fraction: more quarantined than this ends in exit code 4.
-    """
-
-    encoding: str = "list"
-    passthrough: list[str] = field(default_factory=list)
-    batch_budget: float = 0.0
-    decode_threads: int = 2
-    latents: str = ""
-    max_bad_fraction: float = 0.01
+    encoding: str = key("list", "column type of the tokens: list or packed", ("tokenize",))
+    passthrough: list[str] = key([], "members of the samples to copy into columns, such as txt", ("tokenize",))
+    batch_budget: float = key(
+        0.0, "megapixels or seconds of audio per batch, padding included; 0 is the modality's default"
+    )
+    decode_threads: int = key(2, "threads per worker that decode samples")
+    latents: str = key("", "a latent cache (RUN/latents) to make tokens from, instead of the samples", ("tokenize",))
+    max_bad_fraction: float = key(
+        0.01, "share of quarantined samples, 0 to 1, above which the command exits with code 4", ("tokenize", "retry")
+    )
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
@@ -159,28 +205,63 @@ class TokensConfig:
 
 
 @dataclass
-class AuditConfig:
-    """rows: how many committed rows are tokenized again; seed: which ones."""
-
-    rows: int = 100
-    seed: int = 0
+class EvaluateConfig:
+    num_examples: int = key(16, "samples whose reconstructions the report shows; 0 shows none")
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"audit.rows is {self.rows}; it must be 1 or more")
+        _check_minimum("evaluate", self, 0, "num_examples")
+
+
+@dataclass
+class AuditConfig:
+    rows: int = key(100, "number of committed rows to tokenize again")
+    seed: int = key(0, "seed that selects the rows")
+
+    def __post_init__(self) -> None:
+        _check_minimum("audit", self, 1, "rows")
+
+
+@dataclass
+class PackConfig:
+    source: str = key("", "a folder, a Parquet file or a CSV file")
+    shards: str = key("", "name pattern of the shards to write, such as corpus/photos-%06d.tar")
+    samples_per_shard: int = key(1000, "samples per shard")
+    shuffle_seed: int = key(-1, "seed of the shuffled order; -1 keeps the order of the source")
+
+    def __post_init__(self) -> None:
+        _check_minimum("pack", self, 1, "samples_per_shard")
+
+
+@dataclass
+class DecodeConfig:
+    keys: list[str] = key([], "keys of the samples to decode; empty decodes the first rows")
+    limit: int = key(16, "number of rows to decode when no keys are given")
+    output: str = key("", "folder for the decoded images or audio files")
+
+
+@dataclass
+class VerifyConfig:
+    deep: bool = key(False, "also read all tokens and the input shards again; --deep is short for it")
+
+
+@dataclass
+class StatusConfig:
+    json: bool = key(False, "print JSON for programs; --json is short for it")
 
 
 @dataclass
 class StorageConfig:
-    """options: what fsspec's file systems are given, by protocol: {s3: {endpoint_url: ..., profile: ...}}. What the
-    usual AWS_* variables say need not stand here, and keys better not; no artifact holds these options.
+    """The usual AWS_* variables work without these keys. No output or run records the options, but a YAML file does:
+    keep secrets in the environment.
 
-    create_only: who keeps a shard from being written twice. server: conditional writes, probed before the first one.
-    checked: we look first, for servers that ignore the condition; then one command at a time may write to an output.
+    create_only=server relies on conditional writes, which we test before the first shard. checked is for servers that
+    ignore the condition: it looks first, so only one command at a time may write to an output.
     """
 
-    options: dict[str, Any] = field(default_factory=dict)
-    create_only: str = "server"
+    options: dict[str, Any] = key(
+        {}, "fsspec options by protocol, such as {s3: {endpoint_url: ..., profile: ...}}; never stored in outputs"
+    )
+    create_only: str = key("server", "what prevents writing a shard twice: server (conditional writes) or checked")
 
     def __post_init__(self) -> None:
         if self.create_only not in ("server", "checked"):
@@ -189,41 +270,67 @@ class StorageConfig:
 
 @dataclass
 class Config:
-    """Every key that a command can be given; each command uses some of them."""
+    """Every key of every command. Each command uses some of them."""
 
-    run: str = ""
-    storage: StorageConfig = field(default_factory=StorageConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    quantizer: dict[str, Any] = field(default_factory=lambda: {"name": "vp_vae"})
-    train: TrainConfig = field(default_factory=TrainConfig)
-    workers: WorkersConfig = field(default_factory=WorkersConfig)
-    codebook: CodebookConfig = field(default_factory=CodebookConfig)
-    tokens: TokensConfig = field(default_factory=TokensConfig)
-    metrics: dict[str, Any] = field(default_factory=dict)  # settings of the modality's metrics, e.g. perceptual
-    compare: CompareConfig = field(default_factory=CompareConfig)
-    tokenizer: str = ""  # a frozen tokenizer; the run's only one if empty
-    output: str = ""  # of tokenize
-    deep: bool = False  # verify: read every byte of the output, and the input shards again
-    json: bool = False  # status: print JSON
-    audit: AuditConfig = field(default_factory=AuditConfig)
-    keys: list[str] = field(default_factory=list)  # decode: these samples; the first `limit` if empty
-    limit: int = 16  # decode, and pictures in the report of evaluate
-    to: str = ""  # decode: the folder of pictures
-    source: str = ""  # pack: a folder, .parquet or .csv
-    shards: str = ""  # pack: where to, e.g. corpus/photos-%06d.tar
-    samples_per_shard: int = 1000
-    shuffle_seed: int = -1  # pack: -1 keeps the order of the source
+    run: str = key("", "folder or URL of the training run, RUN", (*TRAINING, "codebook", *WITH_TOKENIZER))
+    output: str = key(
+        "", "folder or URL of the token shards, OUT", ("tokenize", "status", "verify", "audit", "retry", "decode")
+    )
+    tokenizer: str = key("", "a frozen tokenizer; empty takes the only one in RUN/tokenizers", WITH_TOKENIZER)
+    data: DataConfig = key(DataConfig, "input shards and their preprocessing")
+    model: ModelConfig = key(ModelConfig, "the autoencoder")
+    quantizer: dict[str, Any] = key({"name": "vp_vae"}, "the method: its name, and its settings", TRAINING)
+    train: TrainConfig = key(TrainConfig, "training", ("train",))
+    codebook: CodebookConfig = key(CodebookConfig, "making the codebook", ("codebook",))
+    tokens: TokensConfig = key(TokensConfig, "encoding of samples", DECODING)
+    workers: WorkersConfig = key(WorkersConfig, "processes on the Ray cluster", (*TRAINING, *POOLS))
+    metrics: dict[str, Any] = key({}, "settings of the modality's metrics, such as perceptual", ("evaluate", "compare"))
+    evaluate: EvaluateConfig = key(EvaluateConfig, "the report of evaluate", ("evaluate",))
+    compare: CompareConfig = key(CompareConfig, "a comparison of methods", ("compare",))
+    audit: AuditConfig = key(AuditConfig, "a check of random rows", ("audit",))
+    pack: PackConfig = key(PackConfig, "making shards", ("pack",))
+    decode: DecodeConfig = key(DecodeConfig, "tokens back to images or audio", ("decode",))
+    verify: VerifyConfig = key(VerifyConfig, "the proof of an output", ("verify",))
+    status: StatusConfig = key(StatusConfig, "the progress of an output", ("status",))
+    storage: StorageConfig = key(StorageConfig, "access to object storage", ALL)
 
     def to_dict(self) -> dict[str, Any]:
-        """For artifacts: without `storage`, which may hold keys."""
+        """For artifacts: without `storage`, which may hold secrets."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
 
     def require(self, *keys: str) -> None:
         """Raises ConfigError that names the first of these keys that is empty."""
-        for key in keys:
+        for name in keys:
             value: Any = self
-            for part in key.split("."):
+            for part in name.split("."):
                 value = getattr(value, part)
             if value in ("", None, [], {}):
-                raise ConfigError(f"{key} is not set; give {key}=... on the command line or in the YAML file")
+                raise ConfigError(f"{name} is not set; give {name}=... on the command line or in the YAML file")
+
+
+def _check_minimum(section: str, config: Any, minimum: int, *names: str, unit: str = "") -> None:
+    for name in names:
+        if getattr(config, name) < minimum:
+            value = getattr(config, name)
+            raise ValueError(f"{section}.{name} is {value}; it must be {minimum}{unit} or more")
+
+
+@dataclass(frozen=True)
+class Key:
+    """name: dotted, such as train.steps."""
+
+    name: str
+    default: Any
+    description: str
+    commands: tuple[str, ...]
+
+
+def all_keys(section: type = Config, prefix: str = "", commands: tuple[str, ...] = ()) -> Iterator[Key]:
+    """Every key of a section and of the sections in it, in their order. commands: those that use the section."""
+    for f in dataclasses.fields(section):
+        used_by = f.metadata["commands"] or commands
+        if dataclasses.is_dataclass(f.type):
+            yield from all_keys(f.type, f"{prefix}{f.name}.", used_by)  # type: ignore[arg-type]
+        else:
+            made = f.default_factory() if callable(f.default_factory) else f.default
+            yield Key(prefix + f.name, made, f.metadata["description"], used_by)

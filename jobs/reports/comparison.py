@@ -129,7 +129,7 @@ def _cell(row: dict[str, Any], name: str, form: Callable[[float], str]) -> str:
 
 def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
     """What a reader of the table has to know: data, recipe, seeds, metrics, machine."""
-    recipe = asdict(config.train)
+    recipe = asdict(config.train.recipe())
     shown = ", ".join(f"{key} {recipe[key]}" for key in RECIPE_SHOWN)
     numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})
     seeds = ", ".join(str(seed) for seed in config.compare.seeds)

@@ -92,5 +92,5 @@ class CollapseAlarm:
         self._since = row["step"]
         return (
             f"the codebook has collapsed: perplexity {perplexity:.4g} at step {row['step']}, "
-            f"below train.collapse_below={self.below:g} for {self.steps} steps"
+            f"below train.collapse.perplexity={self.below:g} for {self.steps} steps"
         )

@@ -15,7 +15,7 @@ def check(config: Config) -> None:
     try:
         modality = build_modality(config.model.modality, config.data.preprocess)
         autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
-        build_gan_loss(config.train, modality, torch.device("cpu"))
+        build_gan_loss(config.train.recipe(), modality, torch.device("cpu"))
     except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual quantizer's base
         raise ConfigError(str(error)) from error
     known, factor = known_losses(autoencoder, modality), autoencoder.factor
@@ -24,9 +24,9 @@ def check(config: Config) -> None:
             raise ConfigError(f"train.loss_weights.{name}: there is no such loss; choose from: {', '.join(known)}")
     with checked("train.losses"):
         modality.losses(config.train.losses)
-    if config.train.segment % factor:
+    if config.train.crop_size % factor:
         raise ConfigError(
-            f"train.segment is {config.train.segment}; it must be a multiple of {factor}, the net's downsampling factor"
+            f"train.crop_size is {config.train.crop_size}; it must be a multiple of the net's factor, {factor}"
         )
 
 

@@ -84,7 +84,7 @@ class TrainingData:
         if not isinstance(decoded, DecodedSample):
             return None, drawn
         rng = np.random.default_rng([self.options.seed, drawn.before.epoch, drawn.lane, drawn.before.sample])
-        return self.modality.segment(decoded.decoded.array, self.options.segment, rng), drawn
+        return self.modality.segment(decoded.decoded.array, self.options.crop_size, rng), drawn
 
 
 def fixed_samples(shards: list[Shard], modality: Modality, segment: int, count: int) -> list[tuple[str, np.ndarray]]:

@@ -24,7 +24,7 @@ class Monitor:
         options = state.config.train
         self.state, self.lap, self.reason = state, lap, ""
         self.report = TrainReport(state.run, state.history, state.step)
-        self.alarm = CollapseAlarm(options.collapse_below, options.collapse_steps)
+        self.alarm = CollapseAlarm(options.collapse.perplexity, options.collapse.patience)
         for row in state.history:
             self.alarm.check(row)
         self.stop_signal = StopSignal(state.channel)
@@ -37,7 +37,7 @@ class Monitor:
         if step % options.log_every == 0 or is_last:
             self._log(self.state.trainer.numbers(result))
         self.lap("logging")
-        if is_last or (options.evaluate_every and step % options.evaluate_every == 0):
+        if is_last or (options.reconstruct_every and step % options.reconstruct_every == 0):
             if examples := self._examples():
                 self.report.show(examples, step)
             self.report.write()
@@ -63,7 +63,7 @@ class Monitor:
         collapse = self.alarm.check(row)
         if collapse is not None:
             state.send({"message": collapse})
-            if state.config.train.collapse_stops:
+            if state.config.train.collapse.stop:
                 self.reason = collapse
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class Monitor:
         state, modality = self.state, self.state.modality
         if not self._samples:
             options = state.config.train
-            self._samples = fixed_samples(state.shards, modality, options.segment, options.pictures)
+            self._samples = fixed_samples(state.shards, modality, options.crop_size, options.num_examples)
         if not self._samples:
             return []
         arrays = [array for _, array in self._samples]

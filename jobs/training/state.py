@@ -44,7 +44,7 @@ class TrainState:
         self.autoencoder = Autoencoder({**asdict(config.model), "quantizer": config.quantizer})
         self.seed_noise()  # ... but different noise
         self.modality = build_modality(config.model.modality, config.data.preprocess)
-        self.trainer = Trainer(self.autoencoder, self.modality, options, self.device, options.accumulate)
+        self.trainer = Trainer(self.autoencoder, self.modality, options.recipe(), self.device, options.grad_accum_steps)
         self.averages = EMA(self.autoencoder, options.ema) if options.ema else None
         if options.compile:
             compile_nets(self.autoencoder)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from jobs.__main__ import main
 from jobs.audit import draw
-from jobs.config import TokensConfig, defaults_yaml, load_config
+from jobs.config import TokensConfig, defaults_yaml, load_config, with_new_names
 from jobs.retry import RetryWorker
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard, find_shards
@@ -207,7 +207,7 @@ def names_in(value: Any, place: str = "") -> set[str]:
 
 
 def yaml_names(file: Path) -> set[str]:
-    return names_in(yaml.safe_load(file.read_text()))
+    return names_in(with_new_names(yaml.safe_load(file.read_text()))[0])
 
 
 def json_names(folder: Path) -> dict[str, set[str]]:

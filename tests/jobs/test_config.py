@@ -1,6 +1,8 @@
 """Mistakes in a command end in exit code 2 and one readable line, before Ray starts."""
 
 import dataclasses
+import functools
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,19 @@ import pytest
 from omegaconf import OmegaConf
 
 from jobs.__main__ import COMMANDS, main
-from jobs.config import ConfigError, load_config
+from jobs.config import Config, ConfigError, TrainConfig, find_config, load_config, with_method
+from jobs.config.help import NAMED, names_in
+from jobs.config.reference import FILE, reference
+from jobs.config.renames import RENAMED
+from jobs.config.schema import Key, all_keys
+from jobs.train import _claim as claim
 from tests.jobs.helpers import SAMPLES
+from tokenizer.nets.base.net import NETS
+from tokenizer.quantizers.base.quantizer import QUANTIZERS
+from tokenizer.registry import Registry
+from tokenizer.training.step import Recipe
 
+CONFIGS = sorted((SAMPLES.parent / "configs").rglob("*.yaml"))
 SHARDS = f"data.shards={SAMPLES}/heldout/*.tar"
 
 
@@ -42,6 +54,8 @@ def write(tmp_path: Path):
         ("model.net.widht=8", "model.net.width"),
         ("quantizer.codebok_size=8", "quantizer.codebook_size"),
         ("data.preprocess.short_sid=8", "data.preprocess.short_side"),
+        ("train.collapse.patiense=8", "train.collapse.patience"),
+        ("depe=true", "verify.deep"),  # a key of another section
     ],
 )
 def test_unknown_key_is_named_with_its_nearest_neighbour(given: str, meant: str):
@@ -50,15 +64,15 @@ def test_unknown_key_is_named_with_its_nearest_neighbour(given: str, meant: str)
 
 
 def test_unknown_key_without_a_neighbour_lists_what_there_is():
-    with pytest.raises(ConfigError, match=r"unknown key workers\.zzz; known are: count, cpus, gpus"):
+    with pytest.raises(ConfigError, match=r"unknown key workers\.zzz; known keys: count, cpus, gpus"):
         load_config(["workers.zzz=1"])
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        "limit=many",
-        "deep=maybe",
+        "decode.limit=many",
+        "verify.deep=maybe",
         "train.lr=fast",
         "train.steps=1.5",
         "workers.count=two",
@@ -129,6 +143,114 @@ def test_defaults_of_the_named_parts_are_filled_in():
     assert config.data.preprocess["max_side"] == 16_384
 
 
+# -- descriptions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", list(all_keys()), ids=lambda key: key.name)
+def test_a_key_has_a_description_and_commands(key: Key):
+    assert key.description
+    assert "\n" not in key.description
+    assert key.commands
+    assert set(key.commands) <= set(COMMANDS)
+
+
+def test_keys_are_those_of_the_configuration():
+    names = {key.name for key in all_keys()}
+    assert len(names) == len(list(all_keys()))
+    for name in names:
+        functools.reduce(getattr, name.split("."), Config())
+
+
+def test_a_recipe_has_the_defaults_of_the_configuration():
+    """They are written twice, since the recipe of a comparison must keep its names."""
+    assert TrainConfig().recipe() == Recipe()
+    assert load_config(["train.crop_size=32", "train.discriminator.lr=0.5"]).train.recipe() == Recipe(
+        segment=32, discriminator=dataclasses.replace(Recipe().discriminator, lr=0.5)
+    )
+
+
+def test_the_reference_is_up_to_date():
+    assert FILE.read_text() == reference(), "run `python -m jobs.config.reference`"
+
+
+@pytest.mark.parametrize(("package", "registry"), [(NAMED["quantizer"], QUANTIZERS), (NAMED["model.net"], NETS)])
+def test_help_names_every_method(package: str, registry: Registry):
+    assert names_in(package) == registry.names()
+
+
+# -- old names ----------------------------------------------------------------------------------------------------
+
+OLD = {
+    "train.accumulate": "4",
+    "train.segment": "64",
+    "train.evaluate_every": "7",
+    "train.pictures": "3",
+    "train.collapse_below": "2.5",
+    "train.collapse_steps": "9",
+    "train.collapse_stops": "true",
+    "compare.pictures": "5",
+    "source": "photos",
+    "shards": "out/%03d.tar",
+    "samples_per_shard": "11",
+    "shuffle_seed": "3",
+    "keys": "[0002]",
+    "limit": "2",
+    "to": "png",
+    "deep": "true",
+    "json": "true",
+}
+
+
+def test_every_old_name_is_tested():
+    assert OLD.keys() == RENAMED.keys()
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_an_old_name_still_works_and_prints_one_notice(old: str, capsys: pytest.CaptureFixture[str]):
+    config = load_config([f"{old}={OLD[old]}"])
+    [notice] = capsys.readouterr().err.splitlines()
+    assert notice == f"tokenmill: {old} is now {' and '.join(RENAMED[old])}; the old name still works"
+    assert config == load_config([f"{key}={OLD[old]}" for key in RENAMED[old]]) != Config()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_name_in_a_file_is_overridden_by_the_new_one(write, capsys: pytest.CaptureFixture[str]):
+    file = write("train: {segment: 16}\nto: a/b\nlimit: 3\n")
+    config = load_config([file, "train.crop_size=32", "decode.limit=4"])
+    assert (config.train.crop_size, config.decode.output) == (32, "a/b")
+    assert (config.decode.limit, config.evaluate.num_examples) == (4, 3)
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_both_names_at_once_are_refused():
+    with pytest.raises(ConfigError, match=r"train\.segment is the old name of train\.crop_size; give only"):
+        load_config(["train.segment=16", "train.crop_size=16"])
+
+
+def test_a_method_file_may_have_old_names(write):
+    file = write("quantizer: {name: fsq}\ntrain: {segment: 16}\n")
+    assert with_method(load_config([]), file, {"train": {"accumulate": 2}}).train.crop_size == 16
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> str:
+    """The config.yaml of a run that has old names."""
+    (tmp_path / "config.yaml").write_bytes((SAMPLES.parent / "tests/golden/run/config.yaml").read_bytes())
+    return str(tmp_path)
+
+
+def test_a_run_with_old_names_resumes(old_run: str):
+    config = load_config([f"{old_run}/config.yaml"])
+    assert (config.train.crop_size, config.train.collapse.patience) == (16, 500)
+    claim(old_run, config)
+    claim(old_run, load_config([f"{old_run}/config.yaml", "train.collapse.patience=9", "train.num_examples=2"]))
+
+
+def test_a_run_with_old_names_refuses_another_crop_size(old_run: str):
+    with pytest.raises(ConfigError, match=r"train\.crop_size=16, not 32"):
+        claim(old_run, load_config([f"{old_run}/config.yaml", "train.crop_size=32"]))
+
+
 # -- files and overrides ------------------------------------------------------------------------------------------
 
 
@@ -143,20 +265,47 @@ def test_a_value_may_refer_to_another(write):
     assert load_config([write("run: r/x\noutput: ${run}/tokens\n")]).output == "r/x/tokens"
 
 
-def test_the_configs_of_the_repository_are_sound():
-    files = sorted((SAMPLES.parent / "configs").rglob("*.yaml"))
-    assert files
-    for file in files:
-        load_config([str(file)])
+@pytest.mark.parametrize("file", CONFIGS, ids=str)
+def test_a_shipped_config_loads_and_has_no_old_names(file: Path, capsys: pytest.CaptureFixture[str]):
+    load_config([str(file)])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("demo", "demo.yaml"),
+        ("fsp", "quantizers/fsp.yaml"),
+        ("compare/quick", "compare/quick.yaml"),
+        ("quantizers/fsp.yaml", "quantizers/fsp.yaml"),
+        ("configs/quantizers/fsp.yaml", "quantizers/fsp.yaml"),
+    ],
+)
+def test_a_name_finds_a_shipped_config_from_any_folder(
+    name: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == SAMPLES.parent / "configs" / file
+    (tmp_path / "fsp").write_text("quantizer: {name: fsp}\n")
+    assert find_config("fsp") == Path("fsp")  # a file of one's own comes first
+
+
+def test_names_of_shipped_configs_are_unique():
+    assert len({file.stem for file in CONFIGS}) == len(CONFIGS)
+
+
+def test_a_misspelt_shipped_config_is_refused_with_its_nearest_neighbour():
+    with pytest.raises(ConfigError, match=r"did you mean demo\?"):
+        load_config(["dmo"])
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("run: [a\nb: {", "is no YAML"),
-        ("run:\n\t- x", "is no YAML"),
+        ("run: [a\nb: {", "is not valid YAML"),
+        ("run:\n\t- x", "is not valid YAML"),
         ("run: a\nrun: b", "duplicate key run"),
-        ("- a\n- b\n", "must hold keys and values"),
+        ("- a\n- b\n", "must hold keys with values"),
         ("train:\n", "train is None; it must hold keys: steps"),
         ("run: ${nope}", "nope"),
     ],
@@ -168,7 +317,7 @@ def test_a_broken_file_is_told_in_one_line(write, text: str, told: str):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ConfigError, match=r"'nope\.yaml' is neither a YAML file nor KEY=VALUE"):
+    with pytest.raises(ConfigError, match=r"'nope\.yaml' is neither a YAML file, nor a shipped config, nor KEY=VALUE"):
         load_config(["nope.yaml"])
 
 
@@ -179,8 +328,8 @@ def test_an_override_that_is_no_yaml_is_told():
 
 @pytest.mark.parametrize("value", ["000123", "1e3", "yes", "2024_01", "0x10", "12:30", "null"])
 def test_text_that_looks_like_a_number_stays_as_it_was_typed(value: str):
-    config = load_config([f"run={value}", f"keys=[{value}]"])
-    assert (config.run, config.keys) == (value, [value])
+    config = load_config([f"run={value}", f"decode.keys=[{value}]"])
+    assert (config.run, config.decode.keys) == (value, [value])
 
 
 # -- the command line ---------------------------------------------------------------------------------------------
@@ -212,13 +361,13 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("frobnicate", "unknown command 'frobnicate'; there are: pack, train"),
+        ("frobnicate", "unknown command 'frobnicate'; choose one of: pack, train"),
         ("train run=R data.shrads=x", "did you mean data.shards?"),
         ("train data.shards=S", "run is not set"),
         ("train run=R", "data.shards is not set"),
         ("train run=R data.shards=S quantizer.name=vqvae", "did you mean 'vq_vae'?"),
         ("train run=R data.shards=S train.loss_weights.l3=1", "no such loss; there are: l1, mse"),
-        ("train run=R data.shards=S train.segment=33", "train.segment is 33; it must be a multiple of 8"),
+        ("train run=R data.shards=S train.crop_size=33", "train.crop_size is 33; it must be a multiple of 8"),
         ("train run=R data.shards=S train.precision=fp16", "train.precision is 'fp16'"),
         ("train run=R data.shards=/nope/*.tar", "nothing matches '/nope/*.tar'"),
         ("train run=R data.shards=/nope/{a", "/nope/{a"),
@@ -236,10 +385,10 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("status", "output is not set"),
         ("status output=O", "is not an output of `tokenmill tokenize`"),
         ("verify output=O", "is not an output of `tokenmill tokenize`"),
-        ("decode output=O to=R", "is not an output of `tokenmill tokenize`"),
-        ("pack shards=R", "source is not set"),
-        ("pack source=/nope shards=R", "/nope is neither a folder nor a .parquet or .csv file"),
-        ("pack source=/nope.parquet shards=R", "/nope.parquet is not there"),
+        ("decode output=O decode.output=R", "is not an output of `tokenmill tokenize`"),
+        ("pack pack.shards=R", "pack.source is not set"),
+        ("pack pack.source=/nope pack.shards=R", "/nope is neither a folder nor a .parquet or .csv file"),
+        ("pack pack.source=/nope.parquet pack.shards=R", "/nope.parquet does not exist"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_ray_starts(
@@ -279,7 +428,45 @@ def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_command_has_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]):
     assert main([command, "whatever.yaml", flag]) == 0
-    assert f"tokenmill {command} CONFIG.yaml... [key=value ...]" in capsys.readouterr().out
+    assert f"Usage: tokenmill {command} [CONFIG ...] [key=value ...]" in capsys.readouterr().out
+
+
+def test_help_shows_only_the_keys_of_the_command(capsys: pytest.CaptureFixture[str]):
+    assert main(["status", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("=")[0] for line in lines if line.startswith("  ")] == [
+        *("  output", "  status.json", "  storage.options", "  storage.create_only")
+    ]
+    [line] = [line for line in lines if line.startswith("  status.json=false")]
+    assert line.endswith("  print JSON for programs; --json is short for it")
+
+
+def test_help_points_to_the_settings_of_the_methods(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "bsq, ema_vq, fsp" in said
+    assert "docs/reference/configuration.md" in said
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tokenmill {importlib.metadata.version('tokenmill')}\n"
+
+
+def test_print_shows_the_merged_configuration_and_stops(write, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    given = ["demo", "train.steps=7", "run=" + str(tmp_path / "run"), "storage.options={s3: {key: secret}}"]
+    assert main(["train", *given, "--print"]) == 0
+    said = capsys.readouterr().out
+    assert "secret" not in said
+    assert "verify" not in said  # a key of another command
+    again, config = load_config([write(said)]), load_config(given)
+    assert (again.run, again.train, again.quantizer) == (config.run, config.train, config.quantizer)
+    assert again.train.steps == 7
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_refuses_mistakes(capsys: pytest.CaptureFixture[str]):
+    assert "did you mean train.steps?" in refused(["train", "--print", "train.stps=3"], capsys)
 
 
 def test_the_shell_sees_exit_code_2_and_no_traceback(tmp_path: Path):
@@ -293,9 +480,10 @@ def test_the_shell_sees_exit_code_2_and_no_traceback(tmp_path: Path):
     assert told.stderr == "tokenmill train: data.shards: nothing matches '/nope/*.tar'\n"
 
 
-def test_help_needs_neither_torch_nor_ray():
+@pytest.mark.parametrize("given", [["--help"], ["train", "--help"]])
+def test_help_needs_neither_torch_nor_ray(given: list[str]):
     """It is what people type first; torch and ray take seconds to import."""
-    code = "import sys; from jobs.__main__ import main; main(['--help']); print({'torch', 'ray'} & set(sys.modules))"
+    code = f"import sys; from jobs.__main__ import main; main({given}); print({{'torch', 'ray'}} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SAMPLES.parent)
     assert told.stdout.endswith("\nset()\n")
 

@@ -25,7 +25,7 @@ def output(tmp_path: Path, tokenizer: str) -> Path:
 
 
 def decode(output: Path, tokenizer: str, *more: str) -> int:
-    return main(["decode", f"output={output}", f"tokenizer={tokenizer}", f"to={output}/../png", *more])
+    return main(["decode", f"output={output}", f"tokenizer={tokenizer}", f"decode.output={output}/../png", *more])
 
 
 def decoded(output: Path) -> dict[str, tuple[int, int]]:
@@ -44,29 +44,29 @@ def test_every_picture_comes_back_in_its_size(output: Path, tokenizer: str, caps
 
 
 def test_a_decoded_picture_is_the_tokenizers_reconstruction(output: Path, tokenizer: str):
-    decode(output, tokenizer, "limit=1")
+    decode(output, tokenizer, "decode.limit=1")
     frozen, original = Tokenizer.from_pretrained(tokenizer), picture(16, 24, seed=0)
     [expected] = frozen.decode(frozen.encode([original]), [{"height": 16, "width": 24}])
     assert np.array_equal(np.asarray(Image.open(output.parent / "png/a-000000-0001.png")), expected)
 
 
 def test_limit_takes_the_first_rows(output: Path, tokenizer: str):
-    decode(output, tokenizer, "limit=3")
+    decode(output, tokenizer, "decode.limit=3")
     assert sorted(decoded(output)) == ["a-000000-0001.png", "a-000001-0002.png", "a-000002-sub_0003.png"]
 
 
 def test_keys_choose_rows_in_every_shard(output: Path, tokenizer: str):
-    assert decode(output, tokenizer, "keys=[sub/0003]") == 0
+    assert decode(output, tokenizer, "decode.keys=[sub/0003]") == 0
     assert sorted(decoded(output)) == ["a-000002-sub_0003.png", "b-000002-sub_0003.png"]
 
 
 def test_keys_of_digits_are_taken_as_they_stand(output: Path, tokenizer: str):
-    assert decode(output, tokenizer, "keys=[0002]") == 0
+    assert decode(output, tokenizer, "decode.keys=[0002]") == 0
     assert sorted(decoded(output)) == ["a-000001-0002.png", "b-000001-0002.png"]
 
 
 def test_an_unknown_key_is_named(output: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]):
-    assert decode(output, tokenizer, "keys=[sub/0003,nope]") == 2
+    assert decode(output, tokenizer, "decode.keys=[sub/0003,nope]") == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("has no rows with keys nope")
 

@@ -29,7 +29,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def pack(source: Path, target: Path, *more: str) -> int:
-    return main(["pack", f"source={source}", f"shards={target}/s-%03d.tar", "samples_per_shard=2", *more])
+    return main(
+        ["pack", f"pack.source={source}", f"pack.shards={target}/s-%03d.tar", "pack.samples_per_shard=2", *more]
+    )
 
 
 def packed(target: Path) -> dict[str, dict[str, bytes]]:
@@ -73,14 +75,14 @@ def test_webdatasets_own_reader_finds_the_same(folder: Path, tmp_path: Path):
 
 def test_packing_twice_gives_the_same_bytes(folder: Path, tmp_path: Path):
     for name in ("one", "two"):
-        pack(folder, tmp_path / name, "shuffle_seed=3")
+        pack(folder, tmp_path / name, "pack.shuffle_seed=3")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
 def test_shuffling_changes_the_order_alone(folder: Path, tmp_path: Path):
     pack(folder, tmp_path / "plain")
-    pack(folder, tmp_path / "shuffled", "shuffle_seed=3")
+    pack(folder, tmp_path / "shuffled", "pack.shuffle_seed=3")
     plain, shuffled = packed(tmp_path / "plain"), packed(tmp_path / "shuffled")
     assert list(plain) == sorted(plain) != list(shuffled)
     assert plain == shuffled
@@ -90,7 +92,7 @@ def test_an_existing_shard_is_refused_and_left_alone(folder: Path, tmp_path: Pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out/s-000.tar").write_bytes(b"mine")
     assert pack(folder, tmp_path / "out") == 2
-    assert "s-000.tar is already there" in told(capsys)
+    assert "s-000.tar already exists" in told(capsys)
     assert (tmp_path / "out/s-000.tar").read_bytes() == b"mine"
 
 
@@ -158,7 +160,7 @@ def test_rows_without_a_key_column_are_numbered(tmp_path: Path):
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pq.write_table(pa.concat_tables([table(), table().slice(1, 1)]), tmp_path / "t.parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
-    assert "key 'p1' is there twice" in told(capsys)
+    assert "key 'p1' occurs twice" in told(capsys)
 
 
 @pytest.mark.parametrize("key", ["a.001", "photo.jpg", ".hidden", "", "a/.b", "folder/"])

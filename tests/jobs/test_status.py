@@ -86,7 +86,7 @@ def test_status_prints_it_all(output: Output, capsys: pytest.CaptureFixture[str]
     assert main(["status", f"output={output.url}"]) == 0
     told = capsys.readouterr().out
     for words in (
-        "2 done, 2 left, 1 of them failed",
+        "2 done, 2 left (1 failed last time)",
         "2 decode BadSample",
         "20s left",
         "cut short",

@@ -316,9 +316,9 @@ def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(t
     ("change", "told"),
     [
         ("train.ema=1", "train.ema is 1.0; it must lie in 0..1, below 1"),
-        ("train.accumulate=3", "train.accumulate is 3; it must divide train.batch_size, 8"),
-        ("train.pictures=0", "train.pictures is 0; it must be 1 or more"),
-        ("train.collapse_below=-1", "train.collapse_below is -1.0; it must be 0 (off) or more"),
+        ("train.grad_accum_steps=3", "train.grad_accum_steps is 3; it must divide train.batch_size, 8"),
+        ("train.num_examples=0", "train.num_examples is 0; it must be 1 or more"),
+        ("train.collapse.perplexity=-1", "train.collapse.perplexity is -1.0; it must be 0 (off) or more"),
     ],
 )
 def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
@@ -330,7 +330,10 @@ def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
     ("changes", "told"),
     [
         (["train.discriminator.weigth=1"], "unknown key train.discriminator.weigth; did you mean"),
-        (["train.discriminator.weight=1"], "train.segment is 32; a discriminator of 4 layers needs 48 pixels or more"),
+        (
+            ["train.discriminator.weight=1"],
+            "train.crop_size is 32; a discriminator of 4 layers needs 48 pixels or more",
+        ),
         (
             ["train.discriminator.weight=1", "model.modality=audio", "model.net.name=seanet"],
             "there is a discriminator for modality image alone, set it to 0 for audio",
@@ -346,7 +349,7 @@ def test_the_alarm_reports_a_lasting_collapse_and_not_after_the_codebook_recover
     alarm = CollapseAlarm(below=10, steps=20)
     told = [alarm.check({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))]
     assert told[:4] == [None] * 4
-    assert "perplexity 8 at step 50, below train.collapse_below=10 for 20 steps" in str(told[4])
+    assert "perplexity 8 at step 50, below train.collapse.perplexity=10 for 20 steps" in str(told[4])
     assert alarm.check({"step": 60, "perplexity": 8}) is None  # it has just reported
     assert alarm.check({"step": 70, "soft_perplexity": 8}) is not None
 

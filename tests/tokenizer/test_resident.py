@@ -49,7 +49,7 @@ def test_a_trial_has_the_same_result_with_resident_pictures():
 @pytest.mark.parametrize(
     ("arrays", "segment", "message"),
     [
-        (pictures(4, side=24), 16, r"\[N, 16, 16, 3\], since train\.segment is 16"),  # would need crops
+        (pictures(4, side=24), 16, r"\[N, 16, 16, 3\], since train\.crop_size is 16"),  # would need crops
         (list(pictures(4)), 16, "one uint8 array"),
         (pictures(4).astype(np.float32), 16, "one uint8 array"),
         (pictures(4, side=18), 18, r"multiple of the net's factor, 4"),  # would need padding

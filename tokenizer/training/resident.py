@@ -25,10 +25,10 @@ def resident_batches(
     if not isinstance(pictures, np.ndarray) or pictures.dtype != np.uint8 or pictures.shape[1:] != (side, side, 3):
         raise ValueError(
             f"to keep the training pictures on the device, pass one uint8 array [N, {side}, {side}, 3], "
-            f"since train.segment is {side}"
+            f"since train.crop_size is {side}"
         )
     if side % factor:
-        raise ValueError(f"train.segment is {side}; it must be a multiple of the net's factor, {factor}")
+        raise ValueError(f"train.crop_size is {side}; it must be a multiple of the net's factor, {factor}")
     return _resident_batches(torch.tensor(pictures, device=device), recipe)
 
 

@@ -164,8 +164,8 @@ def build_gan_loss(recipe: Recipe, modality: Modality, device: torch.device) -> 
         )
     if recipe.segment < settings.smallest_side:
         raise ValueError(
-            f"train.segment is {recipe.segment}; a discriminator of {settings.layers} layers needs "
-            f"{settings.smallest_side} pixels or more: lower train.discriminator.layers, or raise train.segment"
+            f"train.crop_size is {recipe.segment}; a discriminator of {settings.layers} layers needs "
+            f"{settings.smallest_side} pixels or more: lower train.discriminator.layers, or raise train.crop_size"
         )
     return GanLoss(settings, device, recipe.seed, autocast=recipe.precision == "bf16")
 
