@@ -191,5 +191,7 @@ def test_invalid_settings_are_refused(settings: dict, message: str):
 
 
 def test_a_crop_that_is_too_small_for_the_discriminator_is_refused():
-    with pytest.raises(ValueError, match=r"train\.crop_size is 16; a discriminator of 3 layers needs 24 pixels or more"):
+    with pytest.raises(
+        ValueError, match=r"train\.crop_size is 16; a discriminator of 3 layers needs 24 pixels or more"
+    ):
         trainer_of({"weight": 0.1})
