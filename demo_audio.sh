@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole road on the speech in samples/speech; `make demo-audio` runs this file.
+# The whole pipeline on the speech in samples/speech; `make demo-audio` runs this file.
 set -euo pipefail
 cd "$(dirname "$0")"
 config=configs/speech.yaml
 rm -rf runs/speech
 
 echo "Tokenmill on the speech in samples/speech (4.7 minutes to train on, 0.9 held out), on this machine's CPU:"
-echo "  train an FSP codec > freeze it > tokenize to Parquet > prove it > evaluate > decode"
-echo "Some minutes on two idle cores; training is most of it. Everything goes to runs/speech."
+echo "  train an FSP codec > freeze it > tokenize to Parquet > verify > evaluate > decode"
+echo "This takes a few minutes on two idle cores, most of it for training. All results go to runs/speech."
 step() { echo; echo "\$ tokenmill $*"; tokenmill "$@"; }
 
 step train    "$config"
@@ -20,5 +20,5 @@ step decode   "$config"
 
 echo
 echo "Look at and listen to:"
-echo "  runs/speech/reports/evaluate-fsp-K1000.html   held-out clips and what their tokens (1.66 kbit/s) decode to"
-echo "  runs/speech/decoded/                          wav files made from the Parquet rows alone"
+echo "  runs/speech/reports/evaluate-fsp-K1000.html   held-out clips and their reconstructions from tokens (1.66 kbit/s)"
+echo "  runs/speech/decoded/                          wav files decoded from the Parquet rows"
