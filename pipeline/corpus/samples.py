@@ -123,7 +123,7 @@ def _group(archive: tarfile.TarFile) -> Iterator[Sample]:
 
 
 def _parse_name(path: str) -> tuple[str, str, str | None]:
-    """Key, extension, and the reason to quarantine the sample if the name is invalid. The path may not be UTF-8."""
+    """Key, extension, and a reason for quarantine or None. The path may contain bytes that are not UTF-8."""
     readable = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     match = NAME.match(readable)
     if match is None:

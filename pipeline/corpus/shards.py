@@ -86,7 +86,7 @@ def _expand(pattern: str) -> list[Shard]:
     for url in filter(_is_glob, urls):
         matches = storage.glob(url)
         if not matches:
-            raise NoShards(f"data.shards: nothing matches {url!r}; check the path")
+            raise NoShards(f"data.shards: nothing matches {url!r}")
         shards += [Shard(found.url, found.num_bytes, found.version) for found in matches]
     return shards
 

@@ -83,9 +83,8 @@ def training_samples(
     }
     totals = {lane: positions.get(lane, Position()).total for lane in mine}
     while True:
-        lane = min(
-            totals, key=lambda one: (totals[one], one)
-        )  # in turn, and balanced after the number of ranks has changed
+        # in turn, and balanced after the number of ranks has changed
+        lane = min(totals, key=lambda one: (totals[one], one))
         drawn = next(mine[lane])
         totals[lane] = drawn.after.total
         yield drawn

@@ -40,7 +40,7 @@ def environment(options: Options, create_only: str = SERVER) -> dict[str, str]:
 
 
 def configure(options: Options, create_only: str = SERVER) -> None:
-    """Sets the options in this process and in processes that it starts later. Raises ValueError as `environment`."""
+    """Sets the options in this process and in processes that it starts later. Raises ValueError like `environment`."""
     os.environ.update(environment(options, create_only))
     fsspec.config.set_conf_env(fsspec.config.conf)
 
@@ -92,7 +92,7 @@ def request(what: str, url: str, call: Callable[[], R], cancelled: threading.Eve
     """Makes a call to storage with retries, and returns its result.
 
     what: the verb for the error message, such as "read". Raises PermissionError that says which key was refused, and
-    StorageError as `with_retries`.
+    StorageError like `with_retries`.
     """
     try:
         return with_retries(call, url, cancelled)

@@ -41,7 +41,7 @@ def read(url: str, start: int = 0, end: int | None = None) -> bytes:
 
 
 def read_if_exists(url: str) -> bytes | None:
-    """The whole object, or None if it does not exist. Other errors as `read`."""
+    """The whole object, or None if it does not exist. Raises other errors like `read`."""
     try:
         return read(url)
     except FileNotFoundError:

@@ -11,7 +11,7 @@ Fetch = Callable[[int, int, threading.Event], bytes]
 
 
 class ReadAhead(io.RawIOBase):
-    """A file of `num_bytes` bytes. Its blocks come from `fetch(start, end, closed)`, up to BLOCKS_AHEAD in advance.
+    """A file of `num_bytes` bytes. Its blocks come from `fetch(start, end, cancelled)`, up to BLOCKS_AHEAD in advance.
 
     A read waits only if the block at its position has not arrived yet. Seeking drops blocks that are not near the new
     position; formats with a footer need it. An error of a fetch is raised by the read that needs the block.

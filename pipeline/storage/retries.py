@@ -32,13 +32,8 @@ TRANSIENT_NAMES = {
 }
 TRANSIENT_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ESTALE}
 TRANSIENT_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}  # 409: two conditional writes at the same time
-TRANSIENT_CODES = {
-    "RequestTimeout",
-    "IncompleteBody",
-    "BadDigest",
-    "XAmzContentSHA256Mismatch",
-    "SlowDown",
-}  # with status 400
+# error codes that come with status 400
+TRANSIENT_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"}
 
 
 def with_retries(call: Callable[[], R], url: str, cancelled: threading.Event | None = None) -> R:

@@ -98,9 +98,8 @@ def test_a_large_object_is_a_single_put(root: str):
     storage.write_once(f"{root}/x", bytes(101 * 2**20))  # by default s3fs writes more than 100 MiB in parts
     found = storage.find(f"{root}/x")
     assert found
-    assert re.fullmatch(
-        "[0-9a-f]{32}", str(found.version)
-    )  # the ETag of a multipart upload ends in the number of parts
+    # the ETag of a multipart upload ends in the number of parts
+    assert re.fullmatch("[0-9a-f]{32}", str(found.version))
 
 
 def test_one_of_24_racing_writers_wins(root: str):
