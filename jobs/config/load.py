@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from jobs.config.schema import Config, ConfigError, TrainConfig
+from jobs.config.shipped import with_methods_beside
 from tokenizer.modalities.base import MODALITIES
 from tokenizer.nets.base.net import NETS
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
@@ -75,7 +76,7 @@ def _read(file: str) -> Any:
         raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{file} must hold keys and values")
-    return loaded
+    return with_methods_beside(loaded, Path(file).parent)
 
 
 def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:

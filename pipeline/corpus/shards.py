@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
-
 from pipeline import storage
 from pipeline.errors import NoShards
 
@@ -73,6 +71,8 @@ def look_up(urls: list[str]) -> Manifest:
 
 
 def _expand(pattern: str) -> list[Shard]:
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # readers do without it
+
     try:
         urls = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
