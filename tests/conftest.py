@@ -13,9 +13,10 @@ NO_RAY = "this test starts Ray: mark it with @pytest.mark.ray"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()) and item.get_closest_marker("ray") is None:
-            raise pytest.UsageError(f"{item.nodeid}: {NO_RAY}")
+    with_ray = [item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())]
+    unmarked = [item.nodeid for item in with_ray if item.get_closest_marker("ray") is None]
+    if unmarked:
+        raise pytest.UsageError(f"mark with @pytest.mark.ray what uses the fixture ray_cluster: {', '.join(unmarked)}")
 
 
 @pytest.fixture(autouse=True)
