@@ -255,7 +255,7 @@ class VPVAE(TableQuantizer):
 
     def _apply(self, *args: object, **kwargs: object) -> "VPVAE":
         self._index = None  # it lies on the device that the queue is leaving
-        return super()._apply(*args, **kwargs)  # type: ignore[arg-type, return-value]
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_index": None, "_num_indexed": 0}
