@@ -1,11 +1,11 @@
-# Each target installs what it needs into .venv on first use. `make demo` runs the product, `make test` its tests.
+# Each target installs what it needs into .venv on first use. The versions are those of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 SAMPLES := samples/train
-# torch first, and pinned: an unpinned torch, or a package that asks for a newer one, pulls gigabytes of CUDA
+# torch first, and pinned: an unpinned torch, or a package that needs a newer one, downloads gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-audio test check bench faults clean install
+.PHONY: demo demo-audio test check bench faults wheel clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -13,13 +13,14 @@ help:
 	@echo "make demo-audio   the same on the speech in samples/speech"
 	@echo "make test    all tests          make check   format, lint, types"
 	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
-	@echo "make faults  kills and breaks tokenize 114 times (an hour); goes on where it was stopped"
+	@echo "make wheel   the wheel, in dist/"
+	@echo "make faults  kills and breaks tokenize 114 times (an hour); rerun it to continue after a stop"
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "installing into .venv (about 2 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) torch
-	@$(PIP) -e '.[dev,audio]'
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 .venv/installed-readers: .venv/installed
@@ -49,6 +50,9 @@ bench: .venv/installed-readers
 faults: .venv/installed
 	$(BIN)/python -m tests.faults
 
+wheel: .venv/installed
+	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir dist
+
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,9 @@
-"""One local Ray and one S3 server for the whole session: starting Ray takes 5 to 20 s."""
+"""One local Ray and one S3 server for the session, since starting Ray takes 5 to 20 s. Only marked tests start Ray."""
 
 import os
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -9,6 +11,35 @@ from tests.s3 import S3Server, start_s3
 
 # Ray Train looks for checkpoints, and for the end, every 2 s otherwise
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+NO_RAY = "this test starts Ray: mark it with @pytest.mark.ray"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    with_ray = [item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())]
+    unmarked = [item.nodeid for item in with_ray if item.get_closest_marker("ray") is None]
+    if unmarked:
+        raise pytest.UsageError(f"mark with @pytest.mark.ray what uses the fixture ray_cluster: {', '.join(unmarked)}")
+
+
+@pytest.fixture(autouse=True)
+def no_ray_without_its_marker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test without the marker `ray` that starts Ray, in this process or in one that it starts."""
+    if request.node.get_closest_marker("ray"):
+        yield
+        return
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail(NO_RAY)
+
+    monkeypatch.setenv("RAY_ADDRESS", NO_RAY)  # for new processes: Ray refuses an address that it cannot parse
+    had_ray = "ray" in sys.modules  # importing it here would cost every test run a second
+    for module, function in (("ray", "init"), ("jobs.actors.cluster", "start")):
+        if module in sys.modules:
+            monkeypatch.setattr(sys.modules[module], function, refuse)
+    yield
+    if not had_ray and "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        sys.modules["ray"].shutdown()
+        pytest.fail(NO_RAY)
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jobs.config.renames import with_new_names
 from jobs.config.schema import Config, ConfigError, TrainConfig, all_keys
+from jobs.config.shipped import shipped_configs, with_methods_beside
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = shipped_configs()
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -117,7 +118,7 @@ def _read(file: str) -> Any:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{file} must hold keys with values at the top level")
-    return loaded
+    return with_methods_beside(loaded, find_config(file).parent)
 
 
 def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:

