@@ -5,7 +5,7 @@ SAMPLES := samples/train
 # torch first, and pinned: an unpinned torch, or a package that asks for a newer one, pulls gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-audio test check bench faults clean install
+.PHONY: demo demo-audio test check bench faults docs clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make demo-audio   the same on the speech in samples/speech"
 	@echo "make test    all tests          make check   format, lint, types"
 	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
+	@echo "make docs    the documentation as a site in build/site"
 	@echo "make faults  kills and breaks tokenize 114 times (an hour); goes on where it was stopped"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -48,6 +49,10 @@ bench: .venv/installed-readers
 
 faults: .venv/installed
 	$(BIN)/python -m tests.faults
+
+docs: .venv/installed
+	@$(PIP) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
