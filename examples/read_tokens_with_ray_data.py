@@ -1,4 +1,4 @@
-"""Reads token shards with Ray Data. Run it from the root of the repository, after `make demo`."""
+"""Reads token shards with Ray Data. Run it from the repository root, after `make demo`."""
 
 import ray
 

@@ -1,4 +1,4 @@
-"""Runs the frozen tokenizer in your own Ray Data pipeline. Run it from the root of the repository, after `make demo`."""
+"""Runs the frozen tokenizer in your own Ray Data pipeline. Run it from the repository root, after `make demo`."""
 
 import os
 
