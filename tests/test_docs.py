@@ -35,7 +35,7 @@ NOT_RUN = {
 }
 # What the blocks run with, so that they end within seconds. The copy of samples/ is small, too: see `checkout`.
 TINY = {"train": ["train.steps=3", "train.batch_size=4", "train.warmup_steps=1", "workers.cpus=1"]}
-SHARDS, SAMPLES = 2, 8  # of each folder of samples/
+SHARDS, SAMPLES = 2, 4  # of each folder of samples/, and of each shard
 # Written on other branches at the moment; remove each line once the page exists.
 PENDING = {"docs/reference/configuration.md", "docs/token-shards.md", "docs/decisions/ray-data.md"}
 # Sections of new keys that this checkout may not have yet: remove this once they exist.
