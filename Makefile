@@ -5,7 +5,7 @@ SAMPLES := samples/train
 # torch first, and pinned: an unpinned torch, or a package that needs a newer one, downloads gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-audio test check bench faults wheel clean install
+.PHONY: demo demo-audio test check bench faults docs wheel clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make demo-audio   the same on the speech in samples/speech"
 	@echo "make test    all tests          make check   format, lint, types"
 	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
+	@echo "make docs    the documentation as a site in build/site"
 	@echo "make wheel   the wheel, in dist/"
 	@echo "make faults  kills and breaks tokenize 114 times (an hour); rerun it to continue after a stop"
 
@@ -52,6 +53,10 @@ faults: .venv/installed
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir dist
+
+docs: .venv/installed
+	@$(PIP) -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""Runs the frozen tokenizer in your own Ray Data pipeline. Run it in this repository, after `make demo`."""
+"""Runs the frozen tokenizer in your own Ray Data pipeline. Run it from the repository root, after `make demo`."""
 
 import os
 
@@ -6,7 +6,7 @@ import ray
 
 from jobs.actors.tokenizer_actor import TokenizerActor
 
-# Whole paths or URLs, since Ray's workers may have another working directory.
+# Absolute paths or URLs, because Ray's workers may run in another working directory.
 tokenizer = os.path.abspath("runs/demo/tokenizers/vp_vae-K1024")
 photos = ray.data.read_webdataset(os.path.abspath("samples/heldout"), decoder=None)  # None: the JPEGs stay bytes
 tokenized = photos.select_columns(["__key__", "jpg"]).map_batches(

@@ -1,4 +1,4 @@
-"""Ray Data: the examples of README, and the actor that runs a tokenizer in a user's pipeline."""
+"""Ray Data: the examples in docs/tutorials/ray-data.md, and the actor that runs the tokenizer in a user's pipeline."""
 
 import io
 import re
@@ -24,16 +24,17 @@ PHOTOS = jpegs(5) + [(f"wide-{name}", data) for name, data in jpegs(4, 24, 64)]
 BROKEN = PHOTOS[0][1][:200]
 
 
-def code_in_readme() -> list[str]:
-    section = re.search(r"^## Ray Data\n(.*?)^## ", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert section
-    return re.findall(r"^```python\n(.*?)^```", section[1], re.DOTALL | re.MULTILINE)
+TUTORIAL = ROOT / "docs/tutorials/ray-data.md"
 
 
-def run_readme(block: int) -> dict[str, Any]:
+def code_in_tutorial() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", TUTORIAL.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run_tutorial(block: int) -> dict[str, Any]:
     """Runs a block as a script; returns its variables."""
     names: dict[str, Any] = {}
-    exec(compile(code_in_readme()[block], "README.md", "exec"), names)
+    exec(compile(code_in_tutorial()[block], TUTORIAL.name, "exec"), names)
     return names
 
 
@@ -52,26 +53,26 @@ def tokens_by_key(rows: list[dict[str, Any]], key: str = "key") -> dict[str, tup
 
 
 @pytest.mark.parametrize("name", ["read_tokens_with_ray_data", "tokenize_in_your_pipeline"])
-def test_readme_shows_the_examples_as_they_are(name: str):
+def test_tutorial_shows_the_examples_as_they_are(name: str):
     _docstring, code = (ROOT / f"examples/{name}.py").read_text().split('"""\n\n', 1)
-    assert code in code_in_readme()
+    assert code in code_in_tutorial()
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_readme_reads_all_committed_rows_and_no_others(demo: Path, tokenizer: str, capsys: pytest.CaptureFixture):
+def test_tutorial_reads_all_committed_rows_and_no_others(demo: Path, tokenizer: str, capsys: pytest.CaptureFixture):
     output = tokenize_without_ray(f"{demo}/samples/heldout/*.tar", tokenizer, demo / "runs/demo/tokens")
     first = Path(output.tokens_url(output.commits()[0].name))
     (first.parent / "not-committed.parquet").write_bytes(first.read_bytes())
-    rows = run_readme(0)["rows"]
+    rows = run_tutorial(0)["rows"]
     assert "uint8 array of shape (" in capsys.readouterr().out
     assert tokens_by_key(rows.take_all()) == tokens_by_key(rows_of(output.url).to_pylist())
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_readme_pipeline_gives_the_tokens_of_tokenize(demo: Path, tokenizer: str, capsys: pytest.CaptureFixture):
-    rows = run_readme(1)["tokenized"].take_all()
+def test_tutorial_pipeline_gives_the_tokens_of_tokenize(demo: Path, tokenizer: str, capsys: pytest.CaptureFixture):
+    rows = run_tutorial(1)["tokenized"].take_all()
     assert "wide-0003 24 tokens of shape [3, 8]" in capsys.readouterr().out
     expected = rows_without_ray(f"{demo}/samples/heldout/*.tar", tokenizer).to_pylist()
     found = [row for row in rows if row["error"] is None]
