@@ -184,7 +184,7 @@ def test_the_data_are_in_the_order_of_the_rows_and_known_by_their_content(tmp_pa
         (["--heldout", "120"], "--heldout is 120; it must be 1 or more and below the 120 rows"),
         (["--parallel", "0"], "--parallel is 0"),
         (["train.step=5"], "unknown key train.step; did you mean train.steps?"),
-        (["train.crop_size=30"], "train.crop_size is 30; it must be a multiple of 4"),
+        (["train.crop_size=30"], "train.crop_size is 30; it must be a multiple of the net's factor, 4"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, script, capsys, change: list[str], told: str):

@@ -86,7 +86,7 @@ def test_a_sample_that_became_unreadable_differs(output: Output, tokenizer: str)
     broken = [*jpegs(2), ("0002.jpg", b"no picture")]
     Path(shard(output).url).write_bytes(tar_bytes(broken))
     [difference] = audit(output, tokenizer).differing
-    assert "can no longer be tokenized (decode: no picture" in difference
+    assert "can no longer be tokenized (decode: not a picture" in difference
 
 
 def test_a_shard_that_lost_its_end_differs(output: Output, tokenizer: str):

@@ -103,7 +103,7 @@ def test_the_name_of_a_result_depends_on_all_its_settings(tmp_path):
     [
         ({"quantizer": {"name": "vq_va"}}, "bad at 16 codes: .*did you mean 'vq_vae'"),
         ({"quantizer": {"name": "vq_vae", "dimm": 3}}, "bad at 16 codes: unknown key quantizer.dimm"),
-        ({"quantiser": {"name": "vq_vae"}}, "unknown key quantiser; known are: file, quantizer, train"),
+        ({"quantiser": {"name": "vq_vae"}}, "unknown key quantiser; choose from: file, quantizer, train"),
         ("configs/quantizers/nope.yaml", "nope.yaml' is neither a YAML file"),
         ({"quantizer": {"name": "fsq"}, "train": {"loss_weights": {"codebook": 1}}}, "codebook: there is no such loss"),
     ],
@@ -154,7 +154,7 @@ def test_a_frechet_distance_stands_beside_its_number_of_samples(tmp_path):
     name = "rfid-inception-crop256-originals"
     numbers = {"psnr": 20.0, name: 3.25, f"{name}_samples": 1000, f"{name}_features": 2048, "quality": ["psnr", name]}
     one = {"label": "a", "size": 16, "seed": 0, "machine": "m", "finished": "today", "numbers": numbers}
-    one["settings"] = {"recipe": asdict(load_config([config(tmp_path)]).train)}
+    one["settings"] = {"recipe": asdict(load_config([config(tmp_path)]).train.recipe())}
     rows = summarise([one])
     text = markdown(rows, columns_of(rows))
     assert f"| PSNR | {name} | of samples |" in text
@@ -169,7 +169,7 @@ def test_a_frechet_distance_stands_beside_its_number_of_samples(tmp_path):
 def test_a_method_that_was_trained_by_a_recipe_of_its_own_is_named_with_it(tmp_path):
     given = load_config([config(tmp_path)])
     one = {"size": 16, "seed": 0, "machine": "m", "finished": "today", "numbers": {"quality": []}}
-    same = {**one, "label": "VQ-VAE", "settings": {"recipe": asdict(given.train)}}
+    same = {**one, "label": "VQ-VAE", "settings": {"recipe": asdict(given.train.recipe())}}
     other = {**one, "label": "GM-VQ", "settings": {"recipe": asdict(replace(given.train, lr=0.01))}}
     text = notes([same, other, {**other, "seed": 1}], given)
     assert text.count("With a recipe of its own: GM-VQ (lr 0.01).") == 1

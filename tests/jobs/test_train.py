@@ -315,7 +315,7 @@ def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(t
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("train.ema=1", "train.ema is 1.0; it must lie in 0..1, below 1"),
+        ("train.ema=1", "train.ema is 1.0; it must be at least 0 (no average) and below 1"),
         ("train.grad_accum_steps=3", "train.grad_accum_steps is 3; it must divide train.batch_size, 8"),
         ("train.num_examples=0", "train.num_examples is 0; it must be 1 or more"),
         ("train.collapse.perplexity=-1", "train.collapse.perplexity is -1.0; it must be 0 (off) or more"),
@@ -336,7 +336,7 @@ def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
         ),
         (
             ["train.discriminator.weight=1", "model.modality=audio", "model.net.name=seanet"],
-            "there is a discriminator for modality image alone, set it to 0 for audio",
+            "only modality image has a discriminator, set it to 0 for audio",
         ),
     ],
 )

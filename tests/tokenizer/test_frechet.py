@@ -253,7 +253,7 @@ def test_an_unknown_net_lists_the_known_ones():
 
 
 def test_a_report_warns_of_too_few_samples():
-    assert "of 511 samples, lower is better; they are fewer than its 512 features" in about("d", count(511))
+    assert "over 511 samples; lower is better; with fewer samples than features (512)" in about("d", count(511))
     assert "fewer" not in about("d", count(512))
 
 

@@ -261,7 +261,7 @@ def test_commitment_reaches_latents_in_the_unit_of_the_latents():
 def test_losses_are_means_over_the_layers_in_use():
     quantizer = trained("lfq").train()
     z = normals(quantizer)
-    quantizer._draw = lambda: 1
+    quantizer._draw_num_layers = lambda: 1
     first = quantizer(z).losses
     for name, loss in quantizer.layers[0](z).losses.items():
         torch.testing.assert_close(first[name], loss)
@@ -327,8 +327,8 @@ def test_sizes_are_handed_to_the_base_unless_it_sets_or_lacks_them():
         ({"num_quantizers": 1}, r"num_quantizers is 1; it must be 2 or more"),
         ({"base": {}}, r"must name a quantizer"),
         ({"base": {"name": "residual"}}, "raise quantizer.num_quantizers instead"),
-        ({"base": {"name": "product"}}, "use product with residual as its base instead"),
-        ({"base": {"name": "gumbel"}}, "leave no residual"),
+        ({"base": {"name": "product"}}, "use quantizer.name=product with base residual instead"),
+        ({"base": {"name": "gumbel"}}, "no useful residual"),
         ({"base": {"name": "gm_vq"}}, "gm_vq, which reads 128 channels but outputs 64"),
         ({"base": {"name": "token_bridge"}}, "token_bridge, which reads 10 channels but outputs 5"),
         ({"base": {"name": "vq_va"}}, "did you mean 'vq_vae'"),

@@ -355,9 +355,9 @@ def test_a_mask_may_be_zeros_and_ones():
 
 def test_a_mask_of_another_shape_is_refused():
     net = seanet(strides=[3, 2])
-    with pytest.raises(ValueError, match=r"the mask is \[1, 1, 7\], but these clips need \[1, 1, 8\]"):
+    with pytest.raises(ValueError, match=r"the mask has shape \[1, 1, 7\], but these clips need \[1, 1, 8\]"):
         net.encode(clip(net, 8), real(7, 7))
-    with pytest.raises(ValueError, match=r"the mask is \[1, 1, 7\], but these clips need \[1, 1, 8\]"):
+    with pytest.raises(ValueError, match=r"the mask has shape \[1, 1, 7\], but these clips need \[1, 1, 8\]"):
         encode_in_windows(net, clip(net, 8), real(7, 7), 3)
 
 

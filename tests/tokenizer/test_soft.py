@@ -141,7 +141,7 @@ def test_each_training_step_lowers_the_temperature_and_eval_does_not(settings):
 
 @pytest.mark.parametrize(("start", "end", "steps"), [(1.0, 0.0, 10), (0.1, 1.0, 10), (math.nan, 0.1, 10)])
 def test_a_temperature_that_does_not_fall_is_refused(start, end, steps):
-    with pytest.raises(ValueError, match=rf"temperature_start is {start} and temperature_end {end}; allowed is"):
+    with pytest.raises(ValueError, match=rf"temperature_start is {start} and temperature_end {end}; they must satisfy"):
         soft.check_annealing(start, end, steps)
 
 

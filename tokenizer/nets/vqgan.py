@@ -25,7 +25,7 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         if not self.multipliers or min(*self.multipliers, self.width, self.channels, self.patch_size) < 1:
             raise ValueError(
-                f"model.net has multipliers={self.multipliers}, width={self.width}, channels={self.channels} and "
+                f"model.net.multipliers is {self.multipliers}, with width={self.width}, channels={self.channels} and "
                 f"patch_size={self.patch_size}; all must be 1 or more, and multipliers must not be empty"
             )
 
