@@ -24,7 +24,6 @@ from jobs.config import Config, ConfigError, checked, with_method
 from jobs.reports.comparison import write_report
 from jobs.reports.progress import Progress
 from jobs.shards import DecodedSample, decode_sample
-from jobs.training.channel import open_channel
 from jobs.training.checks import check
 from pipeline import storage
 from pipeline.corpus.batches import map_in_threads
@@ -155,6 +154,8 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
 def _run_trials(todo: list[Planned], arrays: dict[str, Any], config: Config) -> dict[str, str]:
     """Runs the trials. Returns the errors by trial. Each task writes its own result, so a lost driver loses none."""
     import ray
+
+    from jobs.training.channel import open_channel
 
     cluster.start()
     channel = open_channel()
