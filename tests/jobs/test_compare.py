@@ -170,9 +170,9 @@ def test_a_method_that_was_trained_by_a_recipe_of_its_own_is_named_with_it(tmp_p
     given = load_config([config(tmp_path)])
     one = {"size": 16, "seed": 0, "machine": "m", "finished": "today", "numbers": {"quality": []}}
     same = {**one, "label": "VQ-VAE", "settings": {"recipe": asdict(given.train.recipe())}}
-    other = {**one, "label": "GM-VQ", "settings": {"recipe": asdict(replace(given.train, lr=0.01))}}
+    other = {**one, "label": "GM-VQ", "settings": {"recipe": asdict(replace(given.train.recipe(), lr=0.01))}}
     text = notes([same, other, {**other, "seed": 1}], given)
-    assert text.count("With a recipe of its own: GM-VQ (lr 0.01).") == 1
+    assert text.count("Has its own recipe: GM-VQ (lr 0.01).") == 1
     assert "VQ-VAE (" not in text
 
 
