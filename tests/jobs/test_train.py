@@ -90,7 +90,7 @@ def test_more_workers_than_a_run_has_lanes_are_refused(
     """Before Ray starts. The run has 2 lanes: 2 workers started it, with a shard each."""
     shutil.copytree(trained / "run/checkpoints", tmp_path / "run/checkpoints")
     assert main(["train", config(tmp_path), "workers.count=3"]) == 2
-    assert "cut into 2 lanes, too few for 3 workers; set workers.count to 2" in capsys.readouterr().err
+    assert "split into 2 lanes, too few for 3 workers; set workers.count to 2" in capsys.readouterr().err
 
 
 @pytest.mark.ray
