@@ -1,7 +1,7 @@
-"""Quality and codebook usage on held-out shards: `tokenizer`, `data.shards`, `metrics`, `limit`.
+"""Quality and codebook usage on held-out shards: `tokenizer`, `data.shards`, `metrics`, `evaluate.num_examples`.
 
-Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstructions) and .png (a sheet of `limit`
-pairs).
+Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstructions) and .png (a sheet of
+`evaluate.num_examples` pairs).
 """
 
 import json
