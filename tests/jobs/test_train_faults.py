@@ -245,6 +245,7 @@ def test_a_killed_node_is_replaced_and_training_continues(cluster: Cluster, tmp_
         assert driver.wait(2 * START_S) == 0, (tmp_path / "log").read_text()[-3000:]
     finally:
         driver.kill()
+        driver.wait()
     assert "resuming from the checkpoint of step" in (tmp_path / "log").read_text()
     assert [row["step"] for row in log(tmp_path)] == list(range(1, STEPS + 1))
 
@@ -267,6 +268,7 @@ def test_a_node_that_is_about_to_be_lost_causes_a_checkpoint(cluster: Cluster, t
         assert driver.poll() is None, (tmp_path / "log").read_text()[-3000:]
     finally:
         driver.kill()
+        driver.wait()
     assert (
         f"a node is about to be lost: saving a checkpoint at step {noted_step(tmp_path)}"
         in (tmp_path / "log").read_text()
