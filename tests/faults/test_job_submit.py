@@ -8,7 +8,6 @@ import urllib.request
 
 import pytest
 
-from pipeline.tokens import Output
 from tests.faults.cluster import RAY, Cluster
 from tests.faults.corpus import Damage
 from tests.faults.lab import JOB_S, ROOT, Lab, Trial
@@ -39,19 +38,13 @@ def job_details(cluster: Cluster, output: str) -> dict:
         return json.load(answer)
 
 
-def worker_pids(trial: Trial) -> set[int]:
-    """Process ids of the workers that committed a shard."""
-    return {entry.worker["pid"] for entry in Output.open(trial.output).commits()}
-
-
 @pytest.mark.faults
-def test_a_submitted_job_runs_on_both_nodes_and_its_log_ends_with_the_result(lab: Lab):
+def test_a_submitted_job_succeeds_and_its_log_ends_with_the_result(lab: Lab):
     trial = lab.trial("submitted")
     done = submit(trial)
     assert done.returncode == 0, done.stdout
     assert "\ntokenize: done\n" in done.stdout
     assert job_details(lab.cluster, done.stdout)["driver_exit_code"] == 0
-    assert len(worker_pids(trial)) == 2  # each worker fills one node
     assert trial.damage() == Damage(0, 0, 0)
 
 
