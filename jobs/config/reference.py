@@ -16,6 +16,7 @@ from jobs.config.schema import Config, Key, all_keys
 from tokenizer.modalities.base import MODALITIES
 from tokenizer.nets.base.net import NETS
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
+from tokenizer.registry import Registry
 
 FILE = Path(__file__).parents[2] / REFERENCE
 DETAILS = {"quantizer": "quantizers", "model.net": "nets", "data.preprocess": "modalities"}  # key to section
@@ -47,9 +48,9 @@ def reference() -> str:
     parts = [HEAD, *_commands(), *_sections()]
     for key, registry, kind in (("quantizer", QUANTIZERS, "Quantizers"), ("model.net", NETS, "Nets")):
         parts += [f"## {kind}\n", f"`{key}.name` selects one. The other keys of `{key}` are its settings.\n"]
-        parts += [_settings(key, name, registry.get(name)) for name in registry.names()]
+        parts += [_settings(key, name, cls) for name, cls in _shipped(registry)]
     parts += ["## Modalities\n", "`model.modality` selects one. The keys of `data.preprocess` are its settings.\n"]
-    parts += [_settings("data.preprocess", name, MODALITIES.get(name)) for name in MODALITIES.names()]
+    parts += [_settings("data.preprocess", name, cls) for name, cls in _shipped(MODALITIES)]
     return "\n".join([*parts, _old_names()])
 
 
@@ -129,6 +130,12 @@ def _text(cls: Any) -> str:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _shipped(registry: Registry[Any]) -> list[tuple[str, Any]]:
+    """Name and class of each entry of the registry's own package; others may be registered beside them."""
+    entries = [(name, registry.get(name)) for name in registry.names()]
+    return [(name, cls) for name, cls in entries if cls.__module__.startswith(f"{registry.package}.")]
 
 
 def _old_names() -> str:
