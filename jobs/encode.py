@@ -30,7 +30,8 @@ def encode_missing(
     if not todo:
         return []
     settings = {"load": load, "output_url": output.url, "options": config.tokens}
-    results = run_shards(command, todo, TokenizeWorker, settings, config.workers)
+    worker = CachedTokenizeWorker if config.tokens.latents else TokenizeWorker
+    results = run_shards(command, todo, worker, settings, config.workers)
     return [result.failure for result in results if result.failure]
 
 
@@ -59,7 +60,6 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
     def __init__(self, output_url: str, **rest: Any):
         super().__init__(**rest)
         self.output = Output.open(output_url)
-        self.cache = Output.open(self.options.latents) if self.options.latents else None
 
     def process(self, shard: Shard) -> ShardResult:
         return self._noted(super().process(shard))
@@ -72,7 +72,7 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
         return None if history is None else Committed.of(shard, history.first)
 
     def work(self, shard: Shard) -> ShardResult:
-        encoded = self._encode(shard)
+        encoded = self.encode(shard)
         with self.ticking(shard):
             commit = commit_shard(
                 self.output,
@@ -85,12 +85,8 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
             )
         return Committed.of(shard, commit)
 
-    def _encode(self, shard: Shard) -> EncodedShard:
-        tick = partial(self.tick, shard)
-        if self.cache is None:
-            return encode_shard(shard, self.encoder, self.options, self.device_lock, tick)
-        assert isinstance(self.encoder, Tokenizer)
-        return tokenize_cached(shard, self.cache, self.encoder, self.options, self.device_lock, tick)
+    def encode(self, shard: Shard) -> EncodedShard:
+        return encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
 
     def _noted(self, result: ShardResult) -> ShardResult:
         """Notes a failure in the output, for `status`. If that fails too, the driver still prints it."""
@@ -98,3 +94,17 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
             with self.ticking(result.shard), contextlib.suppress(OSError):
                 self.output.record_failure(result.shard, result.failure, now=time.time())
         return result
+
+
+class CachedTokenizeWorker(TokenizeWorker):
+    """Makes tokens from the cached latents that tokens.latents names, instead of from the samples."""
+
+    encoder: Tokenizer
+
+    def __init__(self, **rest: Any):
+        super().__init__(**rest)
+        self.cache = Output.open(self.options.latents)
+
+    def encode(self, shard: Shard) -> EncodedShard:
+        tick = partial(self.tick, shard)
+        return tokenize_cached(shard, self.cache, self.encoder, self.options, self.device_lock, tick)

@@ -18,7 +18,7 @@ import psutil  # isort: skip
 from jobs.actors.run import EncodeWorker
 from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import TokensConfig
-from jobs.encode import TokenizeWorker
+from jobs.encode import CachedTokenizeWorker, TokenizeWorker
 from jobs.shards import encode_shard
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
@@ -79,7 +79,8 @@ def tokenize_without_ray(
     inputs = find_shards(shards)
     layout = token_layout(Tokenizer.from_pretrained(tokenizer_url), options)
     output = Output.create(str(output_url), layout, inputs, config={})
-    worker = here(TokenizeWorker, tokenizer_url, output_url=output.url, options=options)
+    kind = CachedTokenizeWorker if options.latents else TokenizeWorker
+    worker = here(kind, tokenizer_url, output_url=output.url, options=options)
     done = output.committed_names()
     failures = [worker.process(shard).failure for shard in inputs.shards if shard.name not in done]
     assert not any(failures), failures
