@@ -203,6 +203,9 @@ class _Ledger:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         return sum(node in alive for node in self.begun[name]), self.stalls[name], name in self.ended
 
+    def ping(self) -> None:
+        """Workers call this: an answer means that their job is still running."""
+
     def idle_s(self) -> float:
         """How long no worker has had a shard."""
         import ray
@@ -244,11 +247,20 @@ class _Actor:
 
     def _watch(self) -> None:
         """Kills this process if a shard stalls. The watchdog does it if this thread cannot run: when the process is
-        stopped, or a call into C holds Python's lock."""
+        stopped, or a call into C holds Python's lock. Also ends with the job: after an exception Ray Data keeps its
+        actors until the driver exits."""
         import ray
 
         assert self.watchdog.stdin is not None
+        answer = self.ledger.ping.remote()
         while True:
+            if ray.wait([answer], timeout=0)[0]:
+                with contextlib.suppress(ray.exceptions.ActorUnavailableError):  # it is being restarted
+                    try:
+                        ray.get(answer)
+                    except ray.exceptions.ActorDiedError:  # the job is over and killed it
+                        ray.kill(ray.get_runtime_context().current_actor)
+                answer = self.ledger.ping.remote()
             in_hand, limit = list(self.in_hand), time.monotonic() - self.limit
             stalled = [name for name in in_hand if self.worker.ticked[name] < limit]
             if stalled:

@@ -1,6 +1,7 @@
 """Shards on real actors that die, hang, fail or are slow."""
 
 import collections
+import contextlib
 import ctypes
 import os
 import signal
@@ -164,18 +165,16 @@ def test_a_ledger_that_is_stopped_is_replaced(tmp_path: Path, monkeypatch: pytes
     assert "restarting the ledger of shards, which did not answer for 1 s" in capsys.readouterr().out
 
 
-def test_an_unhandled_exception_ends_the_job(tmp_path: Path):
-    with pytest.raises(ValueError, match="broken on purpose"):
-        run(tmp_path, ["raise-0"])
-
-
 def test_a_worker_that_cannot_be_built_ends_the_job_with_the_reason(tmp_path: Path):
     with pytest.raises(ray.exceptions.RayActorError, match="this machine has no such thing"):
         run(tmp_path, ["do-0"], worker=NeedsMore)
 
 
-def test_no_actor_is_left_when_the_shards_are_done(tmp_path: Path):
-    run(tmp_path, ["do-0", "do-1"])
+@pytest.mark.parametrize("verb", ["do", "raise"])
+def test_no_actor_is_left_when_the_job_is_over(tmp_path: Path, verb: str):
+    """Even while the exception that ended the job is kept."""
+    with pytest.raises(ValueError, match="broken") if verb == "raise" else contextlib.nullcontext() as _kept:
+        run(tmp_path, [f"{verb}-0", f"{verb}-1"])
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"] and time.monotonic() < deadline:
         time.sleep(0.2)
