@@ -36,7 +36,7 @@ OUTCOMES = {
     143: f"terminated (SIGTERM); {RERUN}",
 }
 HELP = ("-h", "--help")
-SHORT_FLAGS = {"deep": "verify.deep", "json": "status.json"}
+SHORT_FLAGS = {"deep": "verify.deep", "repair": "verify.repair", "dry-run": "verify.dry_run", "json": "status.json"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,13 +4,12 @@ Reads each input shard of the sample once, and writes nothing. Exits with code 3
 can no longer be read or tokenized. `tokenizer`: by default the only one of the run.
 """
 
-import io
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from jobs.actors.run import SHOWN, EncodeWorker, ShardResult, run_shards
 from jobs.artifacts import load_tokenizer, writer_url
@@ -18,9 +17,11 @@ from jobs.config import Config
 from jobs.shards import encode_shard
 from jobs.status import open_output
 from pipeline.corpus.shards import Shard, look_up
+from pipeline.errors import ShardError
 from pipeline.tokens import Commit, Output, TokenRow
 from pipeline.tokens.commit import shard_name
-from pipeline.tokens.schema import tokens_as_lists
+from pipeline.tokens.output import REPAIR_AND_RERUN
+from pipeline.tokens.schema import read_parquet, tokens_as_lists
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -109,13 +110,20 @@ class AuditWorker(EncodeWorker[Tokenizer]):
         """The drawn rows of a shard as committed, by source_index."""
         stored: dict[int, TokenRow] = {}
         for name in (name for name in self.drawn if shard_name(name) == shard.name):
-            data = io.BytesIO(self.output.read_tokens(name))
-            table = pq.read_table(data, columns=["key", "source_index", "tokens", "shape"]).take(self.drawn[name])
+            table = self._table(name).take(self.drawn[name])
             lists = tokens_as_lists(table["tokens"].combine_chunks(), self.output.layout.token_dtype)
             columns = (table[column].to_pylist() for column in ("key", "source_index", "shape"))
             for tokens, key, index, shape in zip(lists, *columns, strict=True):
                 stored[index] = TokenRow(key, index, np.array(tokens.values).reshape(shape), {})
         return stored
+
+    def _table(self, name: str) -> pa.Table:
+        try:
+            return read_parquet(self.output.read_tokens(name), ["key", "source_index", "tokens", "shape"])
+        except FileNotFoundError as error:
+            raise ShardError(f"{self.output.tokens_url(name)} is missing; {REPAIR_AND_RERUN}") from error
+        except ValueError as error:
+            raise ShardError(f"{self.output.tokens_url(name)}: {error}; {REPAIR_AND_RERUN}") from error
 
 
 def _num_differing(tokens: np.ndarray, row: TokenRow | None) -> int:

@@ -12,7 +12,11 @@ from jobs.config import Config
 from jobs.latents.cache import tokenize_cached
 from jobs.shards import EncodedShard, encode_shard
 from pipeline.corpus.shards import Shard
+from pipeline.errors import ShardError
 from pipeline.tokens import Commit, Output, commit_shard
+from pipeline.tokens.commit import NEW
+from pipeline.tokens.repeats import lists_by_url
+from pipeline.tokens.writer import hash_of_shard
 from tokenizer.encoder import LatentEncoder
 from tokenizer.tokenizer import Tokenizer
 
@@ -30,9 +34,21 @@ def encode_missing(
     if not todo:
         return []
     settings = {"load": load, "output_url": output.url, "options": config.tokens}
+    settings["known"] = {} if config.tokens.same_names == NEW else _known_samples(output, todo)
     worker = CachedTokenizeWorker if config.tokens.latents else TokenizeWorker
     results = run_shards(command, todo, worker, settings, config.workers)
     return [result.failure for result in results if result.failure]
+
+
+def _known_samples(output: Output, todo: list[Shard]) -> dict[str, str]:
+    """samples_sha256 of committed shards that another run was given than any of those to do: hash -> URL."""
+    listed = lists_by_url(output.input_lists())
+    ours = set().union(*(listed.get(shard.url, set()) for shard in todo))
+    return {
+        entry.samples_sha256: entry.source_shard
+        for entry in output.commits()
+        if entry.samples_sha256 and listed.get(entry.source_shard, set()) - ours
+    }
 
 
 @dataclass
@@ -57,9 +73,10 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
     in_flight = 2  # one shard is read, decoded and written while the other's batches are on the device
     result = Committed
 
-    def __init__(self, output_url: str, **rest: Any):
+    def __init__(self, output_url: str, known: dict[str, str] | None = None, **rest: Any):
         super().__init__(**rest)
         self.output = Output.open(output_url)
+        self.known = known or {}
 
     def process(self, shard: Shard) -> ShardResult:
         return self._noted(super().process(shard))
@@ -73,6 +90,7 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
 
     def work(self, shard: Shard) -> ShardResult:
         encoded = self.encode(shard)
+        self._refuse_twin(shard, encoded)
         with self.ticking(shard):
             commit = commit_shard(
                 self.output,
@@ -82,8 +100,17 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
                 encoded.seconds,
                 now=time.time(),
                 num_samples=encoded.num_samples,
+                same_names=self.options.same_names,
             )
         return Committed.of(shard, commit)
+
+    def _refuse_twin(self, shard: Shard, encoded: EncodedShard) -> None:
+        other = self.known.get(hash_of_shard(self.output.layout, encoded.rows, encoded.quarantined) or "")
+        if other not in (None, shard.url):
+            raise ShardError(
+                f"{shard.url} holds the same samples as {other}, which {self.output.url} has: it may be the same shard "
+                "under another path. Withdraw its list (`tokenmill verify` says how), or set tokens.same_names=new"
+            )
 
     def encode(self, shard: Shard) -> EncodedShard:
         return encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))

@@ -22,6 +22,7 @@ from pipeline import storage
 from pipeline.corpus.shards import Shard, look_up
 from pipeline.errors import ShardError
 from pipeline.tokens import CommittedShard, Output, Quarantined, TokenRow, commit_retry
+from pipeline.tokens.checks import damaged_files
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -74,6 +75,12 @@ def _outcome(output: Output, failures: list[str], config: Config) -> int:
         return 3
     if untried := {shard.name for shard in output.inputs()} - {shard.first.name for shard in shards}:
         print(f"retry: incomplete: {len(untried)} shards are not tokenized yet; rerun the same `tokenmill tokenize`")
+        return 3
+    if damaged := damaged_files(output, shards):
+        print(
+            f"retry: incomplete: {len(damaged)} files of committed shards are missing or damaged, such as "
+            f"{damaged[0]}; run `tokenmill verify verify.repair=true output={output.url}`"
+        )
         return 3
     allowed = config.tokens.max_bad_fraction
     if quarantined > allowed * max(1, rows + quarantined):

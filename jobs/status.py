@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.config import Config, ConfigError
 from jobs.reports.progress import clock
+from pipeline.tokens.checks import damaged_files
 from pipeline.tokens.commit import Commit, group_by_shard
 from pipeline.tokens.output import Output
 
@@ -59,6 +60,9 @@ def summarise(output: Output) -> dict[str, Any]:
         "quarantined": sum(shard.num_quarantined for shard in shards),
         "reasons": dict(reasons.most_common(TOP_REASONS)),
         "rate": _rate([shard.first for shard in shards], len(left)),
+        "damaged": damaged_files(output, shards),
+        "unfinished_files": len(output.temporary_files()),
+        "stray_files": len(output.strays()),
         "seconds": _seconds(entries),
         "encoder_idle": encoder_idle(entries),
     }
@@ -83,7 +87,17 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["encoder_idle"] is not None:
         lines.append(("encoder", f"idle for {summary['encoder_idle']:.0%} of the workers' time"))
     lines += [("quarantined", f"{count} {reason}") for reason, count in summary["reasons"].items()]
-    return [*lines, *(("failed", message) for message in summary["failed"])]
+    lines += [("failed", message) for message in summary["failed"]]
+    if damaged := summary["damaged"]:
+        lines.append(("damaged", f"{len(damaged)} files; `tokenmill verify verify.repair=true` withdraws their shards"))
+        lines += [("damaged", what) for what in damaged[:TOP_REASONS]]
+    if summary["unfinished_files"]:
+        lines.append(("unfinished", f"{summary['unfinished_files']} files of writers that run or were killed"))
+    if summary["stray_files"]:
+        lines.append(
+            ("stray", f"{summary['stray_files']} files of other programs, such as .DS_Store, were passed over")
+        )
+    return lines
 
 
 def _rate_in_words(rate: dict[str, float]) -> str:

@@ -14,6 +14,7 @@ from jobs.latents.cache import open_cache
 from pipeline import storage
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Output
+from pipeline.tokens.checks import damaged_files
 
 
 def run(config: Config) -> int:
@@ -27,7 +28,8 @@ def run(config: Config) -> int:
         config.tokens.latents = open_cache(config.tokens.latents, tokenizer, inputs.shards, config.tokens).url
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(storage.normalise(config.output))
-    output = Output.create(config.output, layout, inputs, config.to_dict())
+    same_names = config.tokens.same_names
+    output = Output.create(config.output, layout, inputs, config.to_dict(), same_names=same_names)
     failures = encode_missing("tokenize", inputs.shards, output, partial(load_tokenizer, url), config)
     return _outcome(output, inputs.shards, failures, config)
 
@@ -43,14 +45,26 @@ def _refuse_uploaded(shards: list[Shard]) -> None:
 
 def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
     print_failures("tokenize", failures)
-    histories = {history.first.name: history for history in output.committed_shards()}
+    committed = output.committed_shards()
+    histories = {history.first.name: history for history in committed}
     done = [histories[shard.name] for shard in shards if shard.name in histories]
     rows, quarantined = sum(one.num_rows for one in done), sum(one.num_quarantined for one in done)
     print(
         f"tokenize: {rows} samples in {len(done)} of {len(shards)} shards, {quarantined} quarantined, at {output.url}"
     )
+    if elsewhere := {shard.url for shard in output.inputs() if shard.name not in histories} - {s.url for s in shards}:
+        print(
+            f"tokenize: {len(elsewhere)} shards of other runs are not tokenized, such as {min(elsewhere)}; rerun "
+            "`tokenmill tokenize` with them, or withdraw their list (`tokenmill verify` says which)"
+        )
     if len(done) < len(shards):
         print(f"tokenize: incomplete: {len(shards) - len(done)} shards failed; {FIX_AND_RERUN}")
+        return 3
+    if damaged := damaged_files(output, committed):
+        print(
+            f"tokenize: incomplete: {len(damaged)} files of committed shards are missing or damaged, such as "
+            f"{damaged[0]}; run `tokenmill verify verify.repair=true output={output.url}`, then rerun the same command"
+        )
         return 3
     allowed = config.tokens.max_bad_fraction
     if quarantined > allowed * max(1, rows + quarantined):

@@ -29,5 +29,9 @@ class BrokenOutput(ValueError):
     """A file of an output has invalid content."""
 
 
+class BrokenDataset(BrokenOutput):
+    """dataset.json is damaged, so nothing of the output can be read."""
+
+
 class NoShards(ValueError):
     """data.shards matches no shards: a mistake in the configuration."""

@@ -22,6 +22,7 @@ RENAMED: dict[str, tuple[str, ...]] = {  # old name: new names
     "limit": ("decode.limit", "evaluate.num_examples"),  # one key was used by both commands
     "to": ("decode.output",),
     "deep": ("verify.deep",),
+    "repair": ("verify.repair",),
     "json": ("status.json",),
 }
 

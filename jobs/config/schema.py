@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipeline.tokens.commit import NEW, REFUSE
 from pipeline.tokens.schema import ENCODINGS
 
 if TYPE_CHECKING:
@@ -194,6 +195,11 @@ class TokensConfig:
         0.0, "megapixels or seconds of audio per batch, padding included; 0 is the modality's default"
     )
     decode_threads: int = key(2, "threads per worker that decode samples")
+    same_names: str = key(
+        REFUSE,
+        "what to do with a new shard that looks like an earlier one under another path: refuse, or take it as new",
+        ("tokenize", "codebook"),
+    )
     latents: str = key("", "a latent cache (RUN/latents) to make tokens from, instead of the samples", ("tokenize",))
     max_bad_fraction: float = key(
         0.01, "share of quarantined samples, 0 to 1, above which the command exits with code 4", ("tokenize", "retry")
@@ -202,6 +208,8 @@ class TokensConfig:
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
+        if self.same_names not in (REFUSE, NEW):
+            raise ValueError(f"tokens.same_names is {self.same_names!r}; choose one of: {REFUSE}, {NEW}")
 
 
 @dataclass
@@ -242,6 +250,13 @@ class DecodeConfig:
 @dataclass
 class VerifyConfig:
     deep: bool = key(False, "also read all tokens and the input shards again; --deep is short for it")
+    repair: bool = key(
+        False, "read the whole output and remove what is damaged, so that the next tokenize makes it again"
+    )
+    dry_run: bool = key(False, "only show what repair or withdraw would remove")
+    withdraw: list[str] = key(
+        [], "lists of inputs (ids in OUT/inputs) or single shards (URL or name) to remove from the output"
+    )
 
 
 @dataclass

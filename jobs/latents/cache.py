@@ -4,7 +4,6 @@ With it, further codebooks, and tokens from them, need no second pass over the s
 """
 
 import hashlib
-import io
 import itertools
 import threading
 import time
@@ -13,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from jobs.config import ConfigError, TokensConfig
@@ -22,7 +20,7 @@ from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError
 from pipeline.tokens import Output, TokenRow
 from pipeline.tokens.commit import Commit, what_changed
-from pipeline.tokens.schema import LATENT_DTYPE, SIZE_COLUMNS, tokens_as_lists
+from pipeline.tokens.schema import LATENT_DTYPE, SIZE_COLUMNS, read_parquet, tokens_as_lists
 from tokenizer.tokenizer import Tokenizer
 
 MAX_BATCH = 2**18  # numbers (latents times channels) that are quantized together
@@ -124,7 +122,7 @@ def _read_table(cache: Output, entry: Commit, columns: list[str] | None = None) 
             f"{cache.tokens_url(entry.name)} is not the file that was committed; delete {cache.url} and rerun "
             "`tokenmill codebook`"
         )
-    return pq.read_table(io.BytesIO(data), columns=columns)
+    return read_parquet(data, columns)
 
 
 def _flat_latents(table: pa.Table) -> Iterator[np.ndarray]:

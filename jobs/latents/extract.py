@@ -101,7 +101,7 @@ def fill_cache(run_url: str, inputs: ShardList, config: Config) -> Output:
     options = _cache_options(url, encoder, config.tokens)
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(url)
-    cache = Output.create(url, latent_layout(encoder, options), inputs, config.to_dict())
+    cache = Output.create(url, latent_layout(encoder, options), inputs, config.to_dict(), same_names=options.same_names)
     print(f"codebook: caching latents in {cache.url}")
     failures = encode_missing("codebook", inputs.shards, cache, load, replace(config, tokens=options))
     print_failures("codebook", failures)

@@ -1,5 +1,6 @@
 """Finds the shards that a job reads: `data.shards` (a path, glob, braces, or a list of them) to a ShardList."""
 
+import difflib
 import hashlib
 import json
 import re
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import Any
 
 from pipeline import storage
 from pipeline.errors import NoShards
@@ -52,15 +54,27 @@ class ShardList:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ShardList":
-        """Ignores unknown fields, which a newer version may have added."""
-        known = [{name: shard[name] for name in SHARD_FIELDS & shard.keys()} for shard in json.loads(text)]
-        return cls([Shard(**shard) for shard in known])
+        """Ignores unknown fields, which a newer version may have added. Raises ValueError for anything but a list of
+        shards."""
+        listed = json.loads(text)
+        if not isinstance(listed, list) or not all(isinstance(shard, dict) for shard in listed):
+            raise ValueError("it is not a list of shards")
+        return cls([_shard({name: shard[name] for name in SHARD_FIELDS & shard.keys()}) for shard in listed])
+
+
+def _shard(fields: dict[str, Any]) -> Shard:
+    types = {"url": str, "num_bytes": int | None, "version": str | None}
+    if "url" not in fields or not all(isinstance(value, types[name]) for name, value in fields.items()):
+        raise ValueError(f"{fields} is not a shard")
+    return Shard(**{"num_bytes": None, **fields})
 
 
 def find_shards(spec: str | list[str]) -> ShardList:
-    """The shards sorted by URL, without duplicates. Raises NoShards if a glob matches nothing or the list is empty.
+    """The shards sorted by URL, without duplicates.
 
-    A missing shard that is named without a glob stays in the list, so that the job reports it as failed.
+    Raises NoShards for an empty list, and for a pattern or name that leads to no file. Where only some of the names
+    between braces are missing, those stay in the list, so that the job reports them as failed. So does a shard that we
+    may not read.
     """
     shards: dict[str, Shard] = {}
     for pattern in [spec] if isinstance(spec, str) else spec:
@@ -83,12 +97,32 @@ def _expand(pattern: str) -> list[Shard]:
     except UnbalancedBracesError as error:
         raise NoShards(f"data.shards: {error}") from error
     shards = _look_up([storage.normalise(url) for url in urls if not _is_glob(url)])
+    if shards and not any(storage.is_file(shard.url) for shard in shards):
+        raise NoShards(_nothing_at(shards[0].url))
     for url in filter(_is_glob, urls):
         matches = storage.glob(url)
         if not matches:
-            raise NoShards(f"data.shards: nothing matches {url!r}")
+            folder = re.split(r"[*?\[]", storage.normalise(url))[0].rpartition("/")[0]
+            raise NoShards(f"data.shards: nothing matches {url!r}{_did_you_mean(folder)}")
         shards += [Shard(found.url, found.num_bytes, found.version) for found in matches]
     return shards
+
+
+def _nothing_at(url: str) -> str:
+    """Says that there is no shard at this URL, and where the nearest ones are."""
+    what = "is a folder, not a shard" if storage.is_folder(url) else "does not exist"
+    return f"data.shards: {url} {what}{_did_you_mean(url)}"
+
+
+def _did_you_mean(url: str) -> str:
+    """A proposal: the shards in this folder or in a folder of it, or the name most like it; empty if there is none."""
+    for pattern in (f"{url}/*.tar*", f"{url}/*/*.tar*"):
+        if found := storage.glob(pattern):
+            suffix = found[0].url.partition(".tar")[2]
+            return f"; did you mean {found[0].url.rsplit('/', 1)[0]}/*.tar{suffix}?"
+    folder, _, name = url.rpartition("/")
+    near = difflib.get_close_matches(name, [other.rsplit("/", 1)[1] for other in storage.list_files(folder)], n=1)
+    return f"; did you mean {folder}/{near[0]}?" if near else ""
 
 
 def _is_glob(url: str) -> bool:

@@ -73,7 +73,7 @@ def check_create_only(folder: str) -> None:
 
 
 def replace(url: str, data: bytes) -> None:
-    """Writes the object, replacing an existing one. For reports and notes; never for tokens or manifest entries."""
+    """Writes the object, replacing an existing one. For reports, notes, and files that nothing committed."""
     fs, path = locate_once(url)
     if is_local(fs):
         with _temporary_beside(Path(path), data) as temporary:
@@ -83,7 +83,13 @@ def replace(url: str, data: bytes) -> None:
 
 
 def remove(url: str) -> None:
+    """Removes the object; does nothing if there is none. A local folder in its place is removed if it is empty.
+
+    Raises OSError for a folder that holds files.
+    """
     fs, path = locate_once(url)
+    if is_local(fs) and os.path.isdir(path) and not os.path.islink(path):
+        return os.rmdir(path)
     with contextlib.suppress(FileNotFoundError):
         request("remove", url, lambda: fs.rm_file(path))
 

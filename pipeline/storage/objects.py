@@ -5,6 +5,7 @@ import io
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,26 @@ def find(url: str) -> StoredObject | None:
         return None
 
 
+def is_folder(url: str) -> bool:
+    """False if there is nothing, or if we may not look."""
+    return _kind(url) == "directory"
+
+
+def is_file(url: str) -> bool:
+    """True also for a file that we may not read, as far as the storage says so."""
+    return _kind(url) in ("file", "forbidden")
+
+
+def _kind(url: str) -> str:
+    fs, path = locate_once(url)
+    try:
+        return request("look up", url, lambda: fs.info(path))["type"]
+    except FileNotFoundError:
+        return "missing"
+    except PermissionError:
+        return "forbidden"
+
+
 def exists(url: str) -> bool:
     return find(url) is not None
 
@@ -98,6 +119,29 @@ def scan(folder: str) -> list[StoredObject]:
     fs, infos = _listing(folder)
     names = [(file.url.rsplit("/", 1)[1], file) for file in _files(fs, infos, folder)]
     return [file for name, file in names if name and not name.startswith(TEMPORARY)]
+
+
+def temporary_files(folder: str) -> list[str]:
+    """URLs of unfinished files directly in the folder: those of writers that still run or were killed."""
+    fs, infos = _listing(folder)
+    files = [file.url for file in _files(fs, infos, folder)]
+    return [url for url in files if url.rsplit("/", 1)[1].startswith(TEMPORARY)]
+
+
+def age_s(url: str) -> float:
+    """Seconds since the object was last written. Raises FileNotFoundError."""
+    fs, path = locate_once(url)
+    return time.time() - request("look up", url, lambda: fs.modified(path)).timestamp()
+
+
+def same_file(url: str, other: str) -> bool:
+    """Whether two local paths lead to one file, for example through a link or a mount. False for other storage."""
+    if not all(is_local(locate_once(one)[0]) for one in (url, other)):
+        return False
+    try:
+        return os.path.samefile(url, other)
+    except FileNotFoundError:
+        return False
 
 
 def list_files(folder: str) -> list[str]:

@@ -1,6 +1,6 @@
 """The shallow check of one shard: its manifest entries, and the size and footer of its files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow.parquet as pq
@@ -26,39 +26,77 @@ WRONG_COLUMNS = "its columns are not those of the dataset"
 
 @dataclass
 class CheckResult:
-    """The result for one shard. The deep check also fills rows and quarantined: (source_index, key) of each sample."""
+    """The result for one shard.
 
+    problems: of its files, which `repair` solves. input_problems: of the input shard. foreign: an id, a footer or the
+    columns are not those of dataset.json. The deep check also fills rows and quarantined, (source_index, key) of each
+    sample, and samples_sha256.
+    """
+
+    name: str
     problems: list[str] = field(default_factory=list)
+    input_problems: list[str] = field(default_factory=list)
+    foreign: bool = False
     num_without_ranges: int = 0
     rows: list[tuple[int, str]] = field(default_factory=list)
     quarantined: list[tuple[int, str]] = field(default_factory=list)
+    samples_sha256: str | None = None
+
+    def add(self, where: str, problems: Iterable[str]) -> None:
+        for what in problems:  # one by one: an error may end them, and those before it count
+            self.problems.append(f"{where}: {what}")
 
 
 def check_shallow(output: Output, sizes: dict[str, dict[str, int]], shard: CommittedShard) -> CheckResult:
-    """sizes: folder -> name -> bytes of each file in storage."""
-    result = CheckResult(list(check_entries(output, shard)))
+    """sizes: see `Output.file_sizes`."""
+    result = CheckResult(shard_name(shard.first.name), samples_sha256=shard.first.samples_sha256)
+    check_entries(output, shard, result)
     for entry in shard.entries:
         for folder in ("tokens", "quarantine") if entry.quarantine_sha256 else ("tokens",):
+            where = f"{folder}/{entry.name}.parquet"
             try:
-                for what in _check_file(output, sizes[folder], folder, shard, entry, result):
-                    result.problems.append(f"{folder}/{entry.name}.parquet: {what}")
-            except StorageError:
-                raise  # an outage says nothing about the output
+                result.add(where, _check_file(output, sizes, folder, shard, entry, result))
+            except (StorageError, PermissionError):
+                raise  # they say nothing about the output
             except (OSError, ValueError) as error:
-                result.problems.append(f"{folder}/{entry.name}.parquet: {error}")
+                result.add(where, [str(error)])
     return result
+
+
+def damaged_files(output: Output, shards: list[CommittedShard]) -> list[str]:
+    """Missing files and files of another size, with the reason. Reads only the listings."""
+    sizes, problems = output.file_sizes(), []
+    for entry in (entry for shard in shards for entry in shard.entries):
+        for folder in ("tokens", "quarantine") if entry.quarantine_sha256 else ("tokens",):
+            found = _check_size(sizes, folder, entry)
+            problems += [f"{folder}/{entry.name}.parquet: {what}" for what in found]
+    return problems
+
+
+def _check_size(sizes: dict[str, dict[str, int]], folder: str, entry: Commit) -> Iterator[str]:
+    expected = entry.tokens_num_bytes if folder == "tokens" else entry.quarantine_num_bytes
+    found = sizes[folder].get(entry.name)
+    if found is None:
+        yield "the file is missing"
+    elif expected not in (None, found):
+        yield f"the file has {found} bytes, the manifest says {expected}"
 
 
 # -- manifest entries ---------------------------------------------------------------------------------------------
 
 
-def check_entries(output: Output, shard: CommittedShard) -> Iterator[str]:
+def check_entries(output: Output, shard: CommittedShard, result: CheckResult) -> None:
     """Checks ids and counts, and that each retry continues the entry before it."""
+    result.problems += _check_entries(output, shard)
+    result.foreign |= any(tuple(_check_ids(output, entry)) for entry in shard.entries)
+
+
+def _check_entries(output: Output, shard: CommittedShard) -> Iterator[str]:
     settled = [index for entry in shard.entries for index in entry.settled]
     if len(set(settled)) != len(settled):
         yield f"{shard.first.name}: two retries recovered the same sample; lost or doubled"
     for number, entry in enumerate(shard.entries):
-        for what in (*_check_ids(output, entry), *_check_counts(entry)):
+        for what in (*_check_ids(output, entry), *_check_name(entry), *_check_counts(entry)):
             yield f"manifest/{entry.name}.json: {what}"
         if entry.retry != number:
             yield f"manifest/{entry.name}.json: the entry before this retry is missing"
@@ -74,6 +112,9 @@ def _check_ids(output: Output, entry: Commit) -> Iterator[str]:
     for name in ("tokenizer_id", "codebook_id"):
         if getattr(entry, name) != expected[name]:
             yield f"{name} {getattr(entry, name)} is not the dataset's {expected[name]}"
+
+
+def _check_name(entry: Commit) -> Iterator[str]:
     if shard_name(entry.name) != Shard(entry.source_shard, None).name:
         yield f"its name does not belong to its shard {entry.source_shard}"
 
@@ -93,20 +134,23 @@ def _check_counts(entry: Commit) -> Iterator[str]:
 
 
 def _check_file(
-    output: Output, sizes: dict[str, int], folder: str, shard: CommittedShard, entry: Commit, result: CheckResult
+    output: Output,
+    sizes: dict[str, dict[str, int]],
+    folder: str,
+    shard: CommittedShard,
+    entry: Commit,
+    result: CheckResult,
 ) -> Iterator[str]:
-    if entry.name not in sizes:
-        yield "the file is missing"
+    yield from _check_size(sizes, folder, entry)
+    num_bytes = sizes[folder].get(entry.name)
+    if num_bytes is None:
         return
-    num_bytes = sizes[entry.name]
     if folder == "quarantine":
         metadata = read_footer(output.quarantine_url(entry.name), num_bytes)
         yield from check_quarantine_footer(entry, metadata)
     else:
-        if entry.tokens_num_bytes not in (None, num_bytes):
-            yield f"the file has {num_bytes} bytes, the manifest says {entry.tokens_num_bytes}"
         metadata = read_footer(output.tokens_url(entry.name), num_bytes)
-        yield from check_footer(output, entry, metadata)
+        yield from check_footer(output, entry, metadata, result)
     ranges = column_ranges(metadata, "source_index")
     if ranges is None:
         result.num_without_ranges += 1
@@ -117,12 +161,11 @@ def _check_file(
         yield f"rows of samples {ends[:1]} to {ends[1:]}, which are not those in the manifest"
 
 
-def check_footer(output: Output, entry: Commit, metadata: pq.FileMetaData) -> Iterator[str]:
+def check_footer(output: Output, entry: Commit, metadata: pq.FileMetaData, result: CheckResult) -> Iterator[str]:
     """Checks the footer of a token file against dataset.json and the manifest entry."""
     layout, found = output.layout.to_dict(), footer_fields(metadata)
-    for name in FOOTER_IDS:
-        if found.get(name) != str(layout[name]):
-            yield f"footer says {name} {found.get(name)}, the dataset {layout[name]}"
+    foreign = [name for name in FOOTER_IDS if found.get(name) != str(layout[name])]
+    yield from (f"footer says {name} {found.get(name)}, the dataset {layout[name]}" for name in foreign)
     expected = {"source_shard": entry.source_shard, "num_tokens": entry.num_tokens}
     expected |= {"source_num_bytes": entry.source_num_bytes, "source_version": entry.source_version}
     for name, value in expected.items():
@@ -130,8 +173,10 @@ def check_footer(output: Output, entry: Commit, metadata: pq.FileMetaData) -> It
             yield f"footer says {name} {found[name]}, the manifest {value}"
     if metadata.num_rows != entry.num_rows:
         yield f"{metadata.num_rows} rows, the manifest says {entry.num_rows}"
-    if not metadata.schema.to_arrow_schema().equals(output.layout.schema(entry.source_shard)):
+    same_columns = metadata.schema.to_arrow_schema().equals(output.layout.schema(entry.source_shard))
+    if not same_columns:
         yield WRONG_COLUMNS
+    result.foreign |= bool(foreign) or not same_columns
 
 
 def check_quarantine_footer(entry: Commit, metadata: pq.FileMetaData) -> Iterator[str]:

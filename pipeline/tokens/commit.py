@@ -1,13 +1,17 @@
 """Manifest entries: one for the first commit of a shard, and one for each retry of its quarantined samples."""
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline.corpus.shards import Shard
 from pipeline.errors import BrokenOutput
+from pipeline.tokens.fields import wrong_field
 
+REFUSE, NEW = "refuse", "new"  # values of tokens.same_names
 RETRY_NAME = re.compile(r"^(.+)\+([1-9][0-9]*)$")  # a shard's own name ends in a dash and 12 hex digits
 
 
@@ -37,6 +41,9 @@ class Commit:
     reasons: dict[str, int] = field(default_factory=dict)  # "stage error" -> number of quarantined samples
     retry: int = 0
     settled: list[int] = field(default_factory=list)  # retries only: the source_index of each recovered row
+    quarantine_num_bytes: int | None = None
+    samples_sha256: str | None = None  # first commits only: see `hash_samples`; None for a shard without samples
+    same_names: str = REFUSE  # tokens.same_names of the run that committed it
 
 
 COUNTS = tuple(known.name for known in fields(Commit) if known.type is int)
@@ -102,17 +109,32 @@ def parse_commit(name: str, text: bytes) -> Commit:
     try:
         values = json.loads(text)
         entry = Commit(**{known: values[known] for known in KNOWN_FIELDS & values.keys()})
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {error}") from error
     for count in COUNTS:
         value = getattr(entry, count)
         if type(value) is not int or value < 0:
             raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {count} is {value!r}, not a count")
+    if wrong := wrong_field(entry):
+        raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {wrong}")
     if entry.name != name:
         raise BrokenOutput(f"manifest/{name}.json is the entry of {entry.name}: readers would get its rows twice")
     if entry.name != retry_name(shard_name(name), entry.retry):
         raise BrokenOutput(f"manifest/{name}.json says retry {entry.retry}, but its name does not")
     return entry
+
+
+def hash_samples(samples: Iterable[tuple[str, bytes | None]]) -> str | None:
+    """A hash of the keys and tokens of a shard, by which the same shard is recognised under another URL.
+
+    samples: key, and tokens as bytes (None if quarantined), in the order of source_index. None if there are none.
+    """
+    digest, empty = hashlib.sha256(), True
+    for key, tokens in samples:
+        name = key.encode()
+        digest.update(f"{len(name)} {-1 if tokens is None else len(tokens)} ".encode() + name + (tokens or b""))
+        empty = False
+    return None if empty else digest.hexdigest()
 
 
 def what_changed(entry: Commit, shard: Shard) -> str | None:

@@ -7,18 +7,18 @@ sequence is split into consecutive parts, one per stream (ranks times DataLoader
 at most one row. Each stream permutes `shuffle_window` rows at a time; 0 reads everything in order.
 """
 
-import io
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.errors import OutputMismatch
-from pipeline.tokens.output import Output
-from pipeline.tokens.schema import tokens_as_lists
+from pipeline.errors import BrokenOutput, OutputMismatch, StorageError, UnsupportedSchema
+from pipeline.tokens.output import REPAIR_AND_RERUN, Output
+from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
 
 try:  # torch's DataLoader treats every other class as a map-style dataset
     from torch.utils.data import IterableDataset, get_worker_info
@@ -34,6 +34,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
     tokenizer_id: if given, shards of another tokenizer raise OutputMismatch. equal_length: gives every rank the same
     number of rows by skipping up to world_size - 1 rows. Raises UnsupportedSchema if a newer version wrote the output.
+    Reading raises BrokenOutput, with the file's name, for a damaged file and for tokens that the codebook does not have.
 
     One pass is one epoch, and the next pass uses the order of the next epoch. DataLoader workers read in copies of
     the dataset that do not count epochs: call `set_epoch` before each epoch there.
@@ -57,6 +58,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             raise ValueError(f"rank is {rank}; it must be in 0..{world_size - 1}, below world_size")
         self.output = Output.open(url)
         self.layout = self.output.layout
+        if unknown := [name for name in columns if name not in self.layout.schema("").names]:
+            raise ValueError(f"columns: {unknown[0]!r} is not in {url}; choose from {self.layout.schema('').names}")
         if tokenizer_id not in (None, self.layout.tokenizer_id):
             raise OutputMismatch(f"{url} was written by tokenizer {self.layout.tokenizer_id}, not by {tokenizer_id}")
         self.columns = columns
@@ -158,15 +161,57 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         return _Rows(self._open[1].slice(first, last - first), self.layout.token_dtype)
 
     def _read_file(self, name: str) -> pa.Table:
+        """The columns of one token file. Raises BrokenOutput if the file is damaged or does not fit the layout."""
         url = self.output.tokens_url(name)
-        fs, path = storage.locate(url)
-        source = path if storage.is_local(fs) else io.BytesIO(storage.read(url))
-        names = list(dict.fromkeys(["tokens", "shape", "key", *self.columns]))
-        table = pq.read_table(source, columns=names, memory_map=storage.is_local(fs))
-        footer = (table.schema.metadata or {}).get(b"tokenizer_id", b"").decode()
-        if footer != self.layout.tokenizer_id:
-            raise OutputMismatch(f"{url} was written by tokenizer {footer!r}, not by {self.layout.tokenizer_id}")
+        try:
+            table = self._table(url)
+            _check_rows(table, self.layout, dict(self.files)[name])
+        except (StorageError, PermissionError, OutputMismatch):
+            raise
+        except (OSError, ValueError) as error:
+            raise BrokenOutput(f"{url}: {error}; {REPAIR_AND_RERUN}") from error
         return table
+
+    def _table(self, url: str) -> pa.Table:
+        fs, path = storage.locate(url)
+        names = list(dict.fromkeys(["tokens", "shape", "key", *self.columns]))
+        local = storage.is_local(fs)
+        table = read_parquet(path if local else storage.read(url), names, memory_map=local)
+        footer = table.schema.metadata or {}
+        writer = footer.get(b"tokenizer_id", b"").decode(errors="replace")
+        if writer != self.layout.tokenizer_id:
+            raise OutputMismatch(f"{url} was written by tokenizer {writer!r}, not by {self.layout.tokenizer_id}")
+        version = footer.get(b"schema_version", b"1").decode(errors="replace")
+        try:
+            check_schema_version(int(version) if version.isdigit() else version)
+        except UnsupportedSchema as error:
+            raise UnsupportedSchema(f"{url}: {error}") from error
+        return table
+
+
+def _check_rows(table: pa.Table, layout: ShardLayout, num_rows: int) -> None:
+    """Raises ValueError if the table does not hold that many rows of this layout."""
+    if table.num_rows != num_rows:
+        raise ValueError(f"{table.num_rows} rows, the manifest says {num_rows}")
+    expected = layout.schema("")
+    for name in ("tokens", "shape", "key"):
+        found = table.schema.field(name).type if name in table.column_names else None
+        if found != expected.field(name).type:
+            raise ValueError(f"column {name} is {found}, not {expected.field(name).type}")
+    for tokens, shapes in zip(table["tokens"].chunks, table["shape"].chunks, strict=True):
+        _check_grids(tokens_as_lists(tokens, layout.token_dtype), shapes, layout)
+
+
+def _check_grids(tokens: pa.ListArray, shapes: pa.ListArray, layout: ShardLayout) -> None:
+    """Raises ValueError unless tokens are below the size of the codebook, and as many as their shapes say."""
+    values = tokens.flatten().to_numpy(zero_copy_only=False)
+    if layout.codebook_size and len(values) and int(values.max()) >= layout.codebook_size:
+        raise ValueError(f"token {int(values.max())} is not below {layout.codebook_size}, the size of the codebook")
+    sides = shapes.flatten().to_numpy(zero_copy_only=False)
+    if len(sides) and int(sides.min()) < 0:
+        raise ValueError(f"a shape has the side {int(sides.min())}")
+    if [math.prod(shape) for shape in shapes.to_pylist()] != pc.list_value_length(tokens).to_pylist():
+        raise ValueError("a row has another number of tokens than its shape says")
 
 
 class _Rows:

@@ -1,50 +1,77 @@
 """The deep check of one shard: every byte of its files, every sample, and the keys of the input shard."""
 
 import hashlib
-import io
+import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline import storage
 from pipeline.corpus.samples import read_samples
+from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError, StorageError
 from pipeline.tokens.checks import WRONG_COLUMNS, CheckResult, check_entries, check_footer, check_quarantine_footer
-from pipeline.tokens.commit import Commit, CommittedShard
+from pipeline.tokens.commit import Commit, CommittedShard, hash_samples, shard_name, what_changed
+from pipeline.tokens.footer import parse_footer
 from pipeline.tokens.output import Output
-from pipeline.tokens.schema import tokens_as_lists
+from pipeline.tokens.schema import read_parquet, tokens_as_lists
 
 
-def check_deep(output: Output, shard: CommittedShard) -> CheckResult:
-    result = CheckResult(list(check_entries(output, shard)))
+def check_deep(output: Output, shard: CommittedShard, *, read_input: bool = True) -> CheckResult:
+    """read_input: also compares the keys with those of the input shard."""
+    result = CheckResult(shard_name(shard.first.name))
+    check_entries(output, shard, result)
     readable = True
     for entry in shard.entries:
-        readable &= _read_tokens(output, entry, result)
+        tokens = _read_tokens(output, entry, result)
+        readable &= tokens is not None
         readable &= _read_quarantine(output, entry, result)
+        if tokens is not None and not entry.retry:
+            result.samples_sha256 = _hash(tokens, result)
     if readable:
         result.problems += _check_samples(shard, result)
-        result.problems += _check_input(shard.first, dict(result.rows + result.quarantined))
+        if read_input:
+            _check_input(shard.first, dict(result.rows + result.quarantined), result)
     return result
 
 
-def _read_tokens(output: Output, entry: Commit, result: CheckResult) -> bool:
-    """Checks a whole token file. Returns whether its rows could be read."""
+def _read_tokens(output: Output, entry: Commit, result: CheckResult) -> dict[int, bytes] | None:
+    """Checks a whole token file. Returns the tokens of each source_index as bytes; None if it cannot be read."""
     try:
         data = _with_checksum(output.read_tokens(entry.name), entry.tokens_sha256)
-        problems = list(check_footer(output, entry, pq.read_metadata(io.BytesIO(data))))
+        problems = list(check_footer(output, entry, parse_footer(data), result))
         if WRONG_COLUMNS in problems:
             raise ValueError("; ".join(problems))
-        table = pq.read_table(io.BytesIO(data), columns=["key", "source_shard", "source_index", "tokens", "shape"])
+        table = read_parquet(data, ["key", "source_shard", "source_index", "tokens", "shape"])
         problems += _check_tokens(output, entry, table)
-        rows = list(zip(table["source_index"].to_pylist(), table["key"].to_pylist(), strict=True))
-    except StorageError:
-        raise  # an outage says nothing about the output
+        indices = table["source_index"].to_pylist()
+        rows = list(zip(indices, table["key"].to_pylist(), strict=True))
+        tokens = dict(zip(indices, _as_bytes(table["tokens"], output.layout.token_dtype), strict=True))
+    except (StorageError, PermissionError):
+        raise  # they say nothing about the output
     except (OSError, ValueError) as error:
-        problems, rows = [str(error)], None
-    result.problems += [f"tokens/{entry.name}.parquet: {what}" for what in problems]
-    result.rows += rows or []
-    return rows is not None
+        result.add(f"tokens/{entry.name}.parquet", [str(error)])
+        return None
+    result.add(f"tokens/{entry.name}.parquet", problems)
+    result.rows += rows
+    return tokens
+
+
+def _as_bytes(column: pa.ChunkedArray, dtype: np.dtype) -> Iterator[bytes]:
+    """The tokens of each row, little-endian."""
+    for chunk in column.chunks:
+        lists = tokens_as_lists(chunk, dtype)
+        values = lists.values.to_numpy(zero_copy_only=False).astype(dtype.newbyteorder("<"), copy=False)
+        for start, stop in itertools.pairwise(lists.offsets.to_numpy().tolist()):
+            yield values[start:stop].tobytes()
+
+
+def _hash(tokens: dict[int, bytes], result: CheckResult) -> str | None:
+    """See `hash_samples`; of a first commit, whose rows and quarantine result holds."""
+    samples = sorted(result.rows + result.quarantined)
+    return hash_samples((key, tokens.get(index)) for index, key in samples)
 
 
 def _read_quarantine(output: Output, entry: Commit, result: CheckResult) -> bool:
@@ -55,17 +82,17 @@ def _read_quarantine(output: Output, entry: Commit, result: CheckResult) -> bool
         return True
     try:
         data = _with_checksum(output.read_quarantine(entry.name), entry.quarantine_sha256)
-        problems = list(check_quarantine_footer(entry, pq.read_metadata(io.BytesIO(data))))
-        table = pq.read_table(io.BytesIO(data), columns=["source_index", "key"])
-    except StorageError:
-        raise  # an outage says nothing about the output
+        problems = list(check_quarantine_footer(entry, parse_footer(data)))
+        table = read_parquet(data, ["source_index", "key"])
+    except (StorageError, PermissionError):
+        raise  # they say nothing about the output
     except (OSError, ValueError) as error:
-        result.problems.append(f"quarantine/{entry.name}.parquet: {error}")
+        result.add(f"quarantine/{entry.name}.parquet", [str(error)])
         return False
     result.quarantined = list(zip(table["source_index"].to_pylist(), table["key"].to_pylist(), strict=True))
     if entry.retry and result.quarantined != [sample for sample in before if sample[0] not in settled]:
         problems.append("it is not the quarantine before it minus the samples that this retry recovered")
-    result.problems += [f"quarantine/{entry.name}.parquet: {what}" for what in problems]
+    result.add(f"quarantine/{entry.name}.parquet", problems)
     return True
 
 
@@ -87,8 +114,10 @@ def _check_tokens(output: Output, entry: Commit, table: pa.Table) -> Iterator[st
         yield f"{len(values)} tokens, the manifest says {entry.num_tokens}"
     if output.layout.codebook_size and len(values) and int(values.max()) >= output.layout.codebook_size:
         yield f"token {int(values.max())} is not below {output.layout.codebook_size}"
-    shapes = [int(np.prod(shape)) for shape in table["shape"].to_pylist()]
-    if shapes != column.value_lengths().to_pylist():
+    shapes = table["shape"].to_pylist()
+    if any(side < 0 for shape in shapes for side in shape):
+        yield "a row has a shape with a negative side"
+    elif [math.prod(shape) for shape in shapes] != column.value_lengths().to_pylist():
         yield "a row has a different number of tokens than its shape says"
 
 
@@ -98,16 +127,28 @@ def _check_samples(shard: CommittedShard, result: CheckResult) -> Iterator[str]:
     keys = [key for _, key in result.rows]
     if len(set(keys)) != len(keys):
         yield f"{first.name}: a key occurs twice"
+    if first.samples_sha256 not in (None, result.samples_sha256):
+        yield f"{first.name}: its keys and tokens are not those in the manifest"
     if sorted(index for index, _ in result.rows + result.quarantined) != list(range(first.num_samples)):
         yield f"{first.name}: samples 0..{first.num_samples - 1} are not each in one row; lost or doubled"
 
 
-def _check_input(entry: Commit, found: dict[int, str]) -> Iterator[str]:
+def _check_input(entry: Commit, found: dict[int, str], result: CheckResult) -> None:
     """Compares the keys with those of the input shard itself."""
+    url = entry.source_shard
     try:
-        expected = {sample.index: sample.key for sample in read_samples(entry.source_shard)}
+        expected = {sample.index: sample.key for sample in read_samples(url)}
     except ShardError as error:
-        yield str(error)
+        result.input_problems.append(str(error))
         return
-    if found != expected:
-        yield f"{entry.source_shard}: its keys are not those of the output; was it replaced?"
+    if found == expected:
+        return
+    now = storage.find(url)
+    changed = what_changed(entry, Shard(url, now.num_bytes, now.version)) if now else "is gone"
+    if changed:
+        result.input_problems.append(
+            f"{url}: its keys are not those of the output; was it replaced? It {changed}. Restore the old shard, or "
+            f"withdraw its rows with verify.withdraw={url}"
+        )
+    else:
+        result.problems.append(f"{url}: its keys are not those of the output, and it did not change")

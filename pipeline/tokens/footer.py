@@ -2,6 +2,7 @@
 
 import io
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -18,7 +19,17 @@ def read_footer(url: str, num_bytes: int) -> pq.FileMetaData:
         raise ValueError(f"its {num_bytes} bytes do not end in a Parquet footer")
     if length > len(tail):
         tail = _read_end(url, num_bytes, length)
-    return pq.read_metadata(io.BytesIO(MAGIC + tail[-length:]))
+    return parse_footer(MAGIC + tail[-length:])
+
+
+def parse_footer(data: bytes) -> pq.FileMetaData:
+    """The metadata of a Parquet file, or of its magic number and footer alone. Raises OSError or ValueError."""
+    try:
+        metadata = pq.read_metadata(io.BytesIO(data))
+        metadata.schema.to_arrow_schema()  # callers need it, and it may be damaged too
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
+    return metadata
 
 
 def footer_fields(metadata: pq.FileMetaData) -> dict[str, str]:

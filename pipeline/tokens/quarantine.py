@@ -1,10 +1,10 @@
 """Quarantine files: the samples of a shard that could not be tokenized, in Parquet."""
 
-import io
 from dataclasses import asdict, dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+from pipeline.tokens.schema import read_parquet
 
 QUARANTINE_SCHEMA = pa.schema(
     [
@@ -36,6 +36,6 @@ def quarantine_table(source_shard: str, quarantined: list[Quarantined]) -> pa.Ta
 
 
 def parse_quarantine(data: bytes) -> list[Quarantined]:
-    """Raises pa.ArrowInvalid if the data is not a Parquet file."""
-    rows = pq.read_table(io.BytesIO(data), columns=list(Quarantined.__dataclass_fields__)).to_pylist()
+    """Raises OSError or ValueError if the data is damaged."""
+    rows = read_parquet(data, list(Quarantined.__dataclass_fields__)).to_pylist()
     return [Quarantined(**row) for row in rows]

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UnsupportedSchema
+from pipeline.tokens.fields import wrong_field
 
 SCHEMA_VERSION = 1
 ENCODINGS = ("list", "packed")
@@ -102,12 +103,20 @@ class ShardLayout:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ShardLayout":
-        """Ignores fields that it does not know. Raises UnsupportedSchema if a newer schema is needed to read them."""
+        """Ignores fields that it does not know. Raises UnsupportedSchema if a newer schema is needed to read them.
+
+        Raises KeyError, TypeError or ValueError if fields are missing or have values that no layout has.
+        """
         check_schema_version(fields["schema_version"])
         known = {name: fields[name] for name in cls.__dataclass_fields__}
         if fields["token_dtype"] == LATENT_DTYPE.name:
             known |= {"codebook_id": None, "index_order": None}
-        return cls(**{**known, "passthrough": tuple(known["passthrough"])})
+        layout = cls(**{**known, "passthrough": tuple(known["passthrough"])})
+        if wrong := wrong_field(layout):
+            raise ValueError(wrong)
+        if fields["token_dtype"] != layout.token_dtype.name:
+            raise ValueError(f"token_dtype is {fields['token_dtype']!r}; {layout.codebook_size} codes need another")
+        return layout
 
     def schema(self, source_shard: str) -> pa.Schema:
         tokens = pa.binary() if self.encoding == "packed" else pa.list_(pa.from_numpy_dtype(self.token_dtype))
@@ -153,7 +162,7 @@ class ShardLayout:
 
 def check_schema_version(version: Any) -> None:
     """Raises UnsupportedSchema if this program is too old to read it."""
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise UnsupportedSchema(
             f"schema_version is {version!r}; this version of tokenmill reads up to {SCHEMA_VERSION}; upgrade tokenmill"
         )
@@ -184,8 +193,22 @@ def to_parquet(table: pa.Table) -> bytes:
         compression={name: "none" if name in plain else "zstd" for name in _leaves(table.schema)},
         use_dictionary=[name for name in _leaves(table.schema) if name not in plain],
         write_statistics=["source_index"],  # `verify` checks its range in the footers
+        write_page_checksum=True,
     )
     return out.getvalue()
+
+
+def read_parquet(source: Any, columns: Sequence[str] | None = None, *, memory_map: bool = False) -> pa.Table:
+    """Reads a Parquet file, and checks its page checksums if it has any: files of older versions have none.
+
+    source: bytes, or a local path. Raises OSError or ValueError if it is damaged.
+    """
+    source = io.BytesIO(source) if isinstance(source, bytes) else source
+    names = None if columns is None else list(columns)
+    try:
+        return pq.read_table(source, columns=names, memory_map=memory_map, page_checksum_verification=True)
+    except pa.ArrowException as error:  # of several classes, some of which are neither OSError nor ValueError
+        raise ValueError(str(error)) from error
 
 
 def tokens_as_lists(column: pa.Array, dtype: np.dtype) -> pa.ListArray:

@@ -4,13 +4,14 @@ The files of a commit are created in this order: tokens, quarantine, manifest en
 """
 
 import collections
+import contextlib
 import hashlib
 import io
 import os
 import socket
 import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import pyarrow as pa
@@ -18,10 +19,13 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.corpus.shards import Shard
-from pipeline.tokens.commit import Commit, CommittedShard, retry_name
+from pipeline.errors import ShardError
+from pipeline.tokens.commit import REFUSE, Commit, CommittedShard, hash_samples, retry_name
 from pipeline.tokens.output import Output, to_json
 from pipeline.tokens.quarantine import Quarantined, quarantine_table
-from pipeline.tokens.schema import TokenRow, to_parquet
+from pipeline.tokens.schema import ShardLayout, TokenRow, read_parquet, to_parquet
+
+RETRY_S = 3600  # a token file of a retry that is older than this, and not committed, belongs to a retry that died
 
 
 def commit_shard(
@@ -33,11 +37,13 @@ def commit_shard(
     now: float,
     *,
     num_samples: int | None = None,
+    same_names: str = REFUSE,
 ) -> Commit:
     """Writes tokens, quarantine, and last the manifest entry. A second commit of a shard changes nothing.
 
     num_samples: the number of samples that the reader of the shard counted; None if unknown. seconds: by stage, and
-    "total" so far; the time of writing is added. Returns the entry in storage: another worker's if it was first.
+    "total" so far; the time of writing is added. same_names: tokens.same_names of
+    the run. Returns the entry in storage: another worker's if it was first.
     Raises ValueError, and writes nothing, unless each of the samples 0..num_samples - 1 is given exactly once.
     """
     if (existing := output.read_entry(shard.name)) is not None:
@@ -45,10 +51,12 @@ def commit_shard(
     expected = range(len(rows) + len(quarantined) if num_samples is None else num_samples)
     _check_samples(shard, rows, quarantined, expected)
     start, table = time.monotonic(), _tokens_table(output, shard, rows)
-    tokens = _create_file(output, shard.name, output.tokens_url, table, partial(_same_samples, table=table))
-    entry = _write_quarantine(output, shard, 0, tokens, quarantined, now)
+    tokens = _create_file(output, shard.name, output.tokens_url(shard.name), to_parquet(table))
+    entry, quarantine = _write_quarantine(output, shard, 0, tokens.data, quarantined, now)
+    entry.samples_sha256 = hash_of_shard(output.layout, rows, quarantined)
+    entry.same_names = same_names
     entry.seconds = _with_writing(seconds, time.monotonic() - start)
-    committed = _write_entry(output, entry)
+    committed = _write_entry(output, entry, tokens, quarantine)
     if committed is entry:
         output.remove_failure(shard.name)
     return committed
@@ -67,7 +75,7 @@ def commit_retry(
 
     committed: the entries of the shard when the retry started; rows and quarantined are the samples that were in
     quarantine then. Returns None if there are no rows: then nothing is written. Also returns None if another retry
-    was first: its result is kept, and this one is dropped. Raises ValueError like `commit_shard`.
+    was first, or is writing: its result is kept, and this one is dropped. Raises ValueError like `commit_shard`.
     """
     before = output.quarantined(committed.last)
     retried = [sample.source_index for sample in before]
@@ -75,18 +83,18 @@ def commit_retry(
     if not rows:
         return None
     start, retry, table = time.monotonic(), committed.last.retry + 1, _tokens_table(output, shard, rows)
-    # Another retry may have written its token file and died, or may still be running. Removing its file could leave
-    # its entry without one. So we commit its rows instead, and the samples that only we recovered wait for the next
-    # retry.
     name = retry_name(shard.name, retry)
-    accept = partial(_subset_of_samples, table=table, indices=retried)
-    tokens = _create_file(output, name, output.tokens_url, table, accept)
-    settled = set(_source_indices(tokens))
+    url = output.tokens_url(name)
+    try:
+        tokens = _create_file(output, name, url, to_parquet(table), partial(_is_proven, url=url, table=table))
+    except _OtherRetry:
+        return None
+    settled = set(_source_indices(tokens.data))
     reasons = {sample.source_index: sample for sample in [*before, *quarantined]}
     remaining = [sample for index, sample in reasons.items() if index not in settled]
-    entry = _write_quarantine(output, shard, retry, tokens, remaining, now)
+    entry, quarantine = _write_quarantine(output, shard, retry, tokens.data, remaining, now)
     entry.seconds = _with_writing(seconds, time.monotonic() - start)
-    return entry if _write_entry(output, entry) is entry else None
+    return entry if _write_entry(output, entry, tokens, quarantine) is entry else None
 
 
 def _check_samples(
@@ -127,15 +135,17 @@ def _tokens_table(output: Output, shard: Shard, rows: list[TokenRow]) -> pa.Tabl
 
 def _write_quarantine(
     output: Output, shard: Shard, retry: int, tokens: bytes, quarantined: list[Quarantined], now: float
-) -> Commit:
-    """Writes the quarantine file if there is one, and returns the entry to commit. tokens: the written token file."""
-    name, quarantine_sha256 = retry_name(shard.name, retry), None
+) -> "tuple[Commit, _Written | None]":
+    """Writes the quarantine file if there is one. Returns the entry to commit, and the file.
+
+    tokens: the written token file.
+    """
+    name, written = retry_name(shard.name, retry), None
     if quarantined:
-        table = quarantine_table(shard.url, quarantined)
-        written = _create_file(output, name, output.quarantine_url, table, partial(_same_samples, table=table))
-        quarantine_sha256 = _sha256(written)
+        data = to_parquet(quarantine_table(shard.url, quarantined))
+        written = _create_file(output, name, output.quarantine_url(name), data)
     indices = _source_indices(tokens)
-    return Commit(
+    entry = Commit(
         name=name,
         source_shard=shard.url,
         source_num_bytes=shard.num_bytes,
@@ -146,7 +156,8 @@ def _write_quarantine(
         num_tokens=int(pq.read_schema(io.BytesIO(tokens)).metadata[b"num_tokens"]),
         tokens_sha256=_sha256(tokens),
         tokens_num_bytes=len(tokens),
-        quarantine_sha256=quarantine_sha256,
+        quarantine_sha256=_sha256(written.data) if written else None,
+        quarantine_num_bytes=len(written.data) if written else None,
         tokenizer_id=output.layout.tokenizer_id,
         codebook_id=output.layout.codebook_id or "",
         committed_at=now,
@@ -155,15 +166,23 @@ def _write_quarantine(
         retry=retry,
         settled=indices if retry else [],
     )
+    return entry, written
 
 
-def _write_entry(output: Output, entry: Commit) -> Commit:
-    """Commits. Returns the entry in storage: another writer's if it was first."""
+def _write_entry(output: Output, entry: Commit, *written: "_Written | None") -> Commit:
+    """Commits. Returns the entry in storage: another writer's if it was first; its files are then put back.
+
+    written: the files of the entry.
+    """
     try:
         storage.write_once(output.entry_url(entry.name), to_json(asdict(entry)))
     except FileExistsError:
         existing = output.read_entry(entry.name)
-        assert existing is not None
+        if existing is None:  # withdrawn in this moment
+            raise ShardError(f"{entry.source_shard}: its manifest entry was removed during its commit") from None
+        for file in written:
+            if file is not None:
+                file.put_back({existing.tokens_sha256, existing.quarantine_sha256})
         return existing
     return entry
 
@@ -181,42 +200,82 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def hash_of_shard(layout: ShardLayout, rows: list[TokenRow], quarantined: list[Quarantined]) -> str | None:
+    """See `hash_samples`."""
+    samples: list[TokenRow | Quarantined] = sorted([*rows, *quarantined], key=lambda sample: sample.source_index)
+    dtype = layout.token_dtype.newbyteorder("<")
+    return hash_samples(
+        (sample.key, sample.tokens.astype(dtype).tobytes() if isinstance(sample, TokenRow) else None)
+        for sample in samples
+    )
+
+
 # -- files of other writers ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A file in storage. replaced: the bytes of another writer that it replaced."""
+
+    url: str
+    data: bytes
+    replaced: bytes | None = None
+
+    def put_back(self, committed: set[str | None]) -> None:
+        """Restores the replaced file if its checksum is among the committed ones: its writer was still running."""
+        if self.replaced is not None and _sha256(self.replaced) in committed:
+            storage.replace(self.url, self.replaced)
+
+
 def _create_file(
-    output: Output, name: str, url_of: Callable[[str], str], table: pa.Table, accept: Callable[[pa.Table], bool]
-) -> bytes:
-    """Creates the Parquet file and returns the bytes in storage.
+    output: Output, name: str, url: str, data: bytes, accept: Callable[[bytes], bool] = lambda existing: False
+) -> _Written:
+    """Creates the file with these bytes.
 
-    A file of another writer without a manifest entry is kept if `accept` accepts it, so that two writers that race
-    end up committing the same file. A file that is torn or not accepted is replaced.
+    A file without a manifest entry, from a run that died or from another writer, proves nothing: it is kept only if
+    it has the same bytes, or if `accept` can prove its rows. Any other file is replaced.
     """
-    url, data = url_of(name), to_parquet(table)
-    while True:  # another writer may replace the same torn file at the same time
-        try:
-            storage.write_once(url, data)
-            return data
-        except FileExistsError:
-            existing = storage.read_if_exists(url)
-        if existing is None:
-            continue
-        if (parsed := _parse(existing)) is not None and accept(parsed):
-            return existing
-        if output.read_entry(name) is not None:  # never remove a committed file
-            return existing
-        storage.remove(url)
+    try:
+        storage.write_once(url, data)
+        return _Written(url, data)
+    except FileExistsError:
+        existing = storage.read_if_exists(url)
+    if existing is not None and (existing == data or accept(existing)):
+        return _Written(url, existing)
+    if output.read_entry(name) is not None:  # never replace a committed file
+        return _Written(url, data)
+    storage.replace(url, data)
+    return _Written(url, data, existing)
 
 
-def _same_samples(existing: pa.Table, table: pa.Table) -> bool:
-    """Whether both hold the same samples of the same shard, written by the same tokenizer."""
-    return _same_origin(existing, table) and all(existing[name].equals(table[name]) for name in ("key", "source_index"))
+class _OtherRetry(Exception):
+    """Another retry is writing rows that this one does not have."""
 
 
-def _subset_of_samples(existing: pa.Table, table: pa.Table, indices: Collection[int]) -> bool:
-    """Whether the existing file holds some of these samples of the same shard, each once."""
-    found = existing["source_index"].to_pylist() if _same_origin(existing, table) else []
-    return bool(found) and len(set(found)) == len(found) and set(found) <= set(indices)
+def _is_proven(existing: bytes, url: str, table: pa.Table) -> bool:
+    """Whether each row in the file of another retry is one of the table's rows, tokens included.
+
+    Raises _OtherRetry for a recent file with other rows too: we cannot prove these, and if we replaced the file of a
+    retry that still runs, its entry would lack its file. The writer of an old file has died.
+    """
+    parsed = _parse(existing)
+    if parsed is None or not len(parsed) or not _same_origin(parsed, table) or _contradicts(parsed, table):
+        return False
+    indices = parsed["source_index"].to_pylist()
+    if set(indices) <= set(table["source_index"].to_pylist()):
+        return len(set(indices)) == len(indices)
+    with contextlib.suppress(FileNotFoundError):
+        if storage.age_s(url) < RETRY_S:
+            raise _OtherRetry
+    return False
+
+
+def _contradicts(existing: pa.Table, table: pa.Table) -> bool:
+    """Whether they have different rows for the same sample."""
+    ours, theirs = (
+        {row["source_index"]: row for row in one.replace_schema_metadata(None).to_pylist()} for one in (table, existing)
+    )
+    return any(ours[index] != theirs[index] for index in ours.keys() & theirs.keys())
 
 
 def _same_origin(existing: pa.Table, table: pa.Table) -> bool:
@@ -230,6 +289,6 @@ def _origin(table: pa.Table) -> dict[bytes, bytes]:
 
 def _parse(parquet: bytes) -> pa.Table | None:
     try:
-        return pq.read_table(io.BytesIO(parquet))
-    except (pa.ArrowInvalid, OSError):
+        return read_parquet(parquet)
+    except (ValueError, OSError):
         return None

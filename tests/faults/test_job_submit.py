@@ -53,8 +53,8 @@ def test_the_exit_code_of_a_submitted_job_is_in_its_last_line(lab: Lab):
     """`ray job submit` itself exits with 1, whatever the exit code of the job was."""
     done = submit(lab.trial("submitted"), f"data.shards={lab.folder}/missing.tar")
     assert done.returncode == 1, done.stdout
-    assert "\ntokenmill tokenize: exit 3: incomplete" in done.stdout
-    assert job_details(lab.cluster, done.stdout)["driver_exit_code"] == 3
+    assert "\ntokenmill tokenize: exit 2: a mistake" in done.stdout
+    assert job_details(lab.cluster, done.stdout)["driver_exit_code"] == 2
 
 
 @pytest.mark.faults

@@ -155,7 +155,7 @@ QUARANTINED = {  # of the shard "samples": stage and a word of the message
 
 
 def command(corpus: Path, tokenizer: str, output: Path, *more: str) -> list[str]:
-    shards = f"data.shards=[{corpus}/*.tar,{corpus}/missing.tar,{corpus}/forbidden.tar]"
+    shards = f"data.shards=[{corpus}/*.tar,'{corpus}/{{good,missing,forbidden}}.tar']"
     return ["tokenize", f"tokenizer={tokenizer}", shards, f"output={output}", *more]
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from pipeline.errors import BrokenOutput, OutputMismatch, UnsupportedSchema
 from pipeline.tokens import Commit, CommittedShard, Output, commit_retry, commit_shard
 from pipeline.tokens.schema import to_parquet
 from pipeline.tokens.verify import verify
+from pipeline.tokens.writer import _create_file, _tokens_table, _write_entry
 from tests.corpus import layout, quarantined, token_row, token_rows, write_corpus
 
 
@@ -98,23 +100,58 @@ def commit_and_die(output: Output, shard: Shard, rows, bad=()) -> None:
 
 
 def test_the_token_file_of_a_run_that_died_is_reused(output: Output, inputs: list[Shard]):
-    """The device of another driver may round differently. Its file was first, so the entry must describe that file."""
+    commit_and_die(output, inputs[0], token_rows(inputs[0], 4))
+    path = Path(output.tokens_url(inputs[0].name))
+    before = path.stat().st_mtime_ns
+    commit(output, inputs[0], token_rows(inputs[0], 4))
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_token_file_with_one_other_token_is_made_anew(output: Output, inputs: list[Shard]):
+    """Its keys and footer are right, and nothing but the tokens themselves can prove the tokens."""
     other_rows = token_rows(inputs[0], 4)
     other_rows[2].tokens[0, 0] = (other_rows[2].tokens[0, 0] + 1) % 1024
     commit_and_die(output, inputs[0], other_rows)
-    kept = output.read_tokens(inputs[0].name)
     entry = commit(output, inputs[0], token_rows(inputs[0], 4))
-    assert output.read_tokens(inputs[0].name) == kept
-    assert entry.tokens_sha256 == hashlib.sha256(kept).hexdigest()
+    assert rows_of(output, inputs[0]) == [row.tokens.ravel().tolist() for row in token_rows(inputs[0], 4)]
+    assert entry.tokens_sha256 == hashlib.sha256(output.read_tokens(inputs[0].name)).hexdigest()
 
 
-def test_the_quarantine_file_of_a_run_that_died_is_reused(output: Output, inputs: list[Shard]):
+@pytest.mark.parametrize("encoding", ["list", "packed"])
+def test_no_flipped_byte_of_a_token_file_is_committed(tmp_path: Path, inputs: list[Shard], encoding: str):
+    output = Output.create(str(tmp_path / encoding), layout(encoding=encoding), ShardList(inputs), config={})
+    rows = token_rows(inputs[0], 4)
+    commit_and_die(output, inputs[0], rows)
+    good = output.read_tokens(inputs[0].name)
+    for at in range(0, len(good), 97):
+        damaged = bytearray(good)
+        damaged[at] ^= 16
+        Path(output.tokens_url(inputs[0].name)).write_bytes(damaged)
+        commit_and_die(output, inputs[0], rows)
+        assert output.read_tokens(inputs[0].name) == good
+
+
+def test_a_file_that_was_replaced_is_put_back_if_its_writer_commits_first(output: Output, inputs: list[Shard]):
+    """Another driver rounds differently. It wrote its tokens before ours, and its entry after our tokens."""
+    other_rows = token_rows(inputs[0], 4)
+    other_rows[2].tokens[0, 0] = (other_rows[2].tokens[0, 0] + 1) % 1024
+    first = commit(output, inputs[0], other_rows)
+    theirs, entry = output.read_tokens(inputs[0].name), storage.read(output.entry_url(inputs[0].name))
+    storage.remove(output.entry_url(inputs[0].name))
+    table = _tokens_table(output, inputs[0], token_rows(inputs[0], 4))
+    ours = _create_file(output, inputs[0].name, output.tokens_url(inputs[0].name), to_parquet(table))
+    storage.write_once(output.entry_url(inputs[0].name), entry)
+    assert output.read_tokens(inputs[0].name) == ours.data != theirs
+    assert _write_entry(output, replace(first, tokens_sha256="ours"), ours, None) == first
+    assert output.read_tokens(inputs[0].name) == theirs
+
+
+def test_the_quarantine_file_of_a_run_that_died_is_made_anew(output: Output, inputs: list[Shard]):
     bad = [quarantined(inputs[0], 3)]
     commit_and_die(output, inputs[0], token_rows(inputs[0], 3), bad)
-    kept = output.read_quarantine(inputs[0].name)
     bad[0].message = "another message"
-    commit(output, inputs[0], token_rows(inputs[0], 3), bad)
-    assert output.read_quarantine(inputs[0].name) == kept
+    entry = commit(output, inputs[0], token_rows(inputs[0], 3), bad)
+    assert [sample.message for sample in output.quarantined(entry)] == ["another message"]
 
 
 @pytest.mark.parametrize("torn", [b"", b"PAR1 and nothing", None])
@@ -285,17 +322,50 @@ def test_the_first_of_two_retries_wins(output: Output, inputs: list[Shard], with
     assert verify(output, deep=True).problems == []
 
 
-def test_the_rows_of_a_retry_that_died_are_committed(
+def retry_and_die(output: Output, history: CommittedShard, shard: Shard, recovered: list[int]) -> Path:
+    """Leaves the token file of a retry that was killed before its entry. Returns its path."""
+    retry(output, history, shard, recovered)
+    storage.remove(output.entry_url(f"{shard.name}+1"))
+    return Path(output.tokens_url(f"{shard.name}+1"))
+
+
+def test_the_rows_of_a_retry_that_died_are_committed_if_this_one_has_them_too(
     output: Output, inputs: list[Shard], with_quarantine: CommittedShard
 ):
-    """The retry may also still be running. Its file must stay, because its entry may be written at any moment."""
-    retry(output, with_quarantine, inputs[0], [1])
-    kept = output.read_tokens(f"{inputs[0].name}+1")
-    storage.remove(f"{output.url}/manifest/{inputs[0].name}+1.json")
-    entry = retry(output, with_quarantine, inputs[0], [2, 3])
-    assert output.read_tokens(f"{inputs[0].name}+1") == kept
+    file = retry_and_die(output, with_quarantine, inputs[0], [1])
+    kept = file.read_bytes()
+    entry = retry(output, with_quarantine, inputs[0], [1, 2, 3])
+    assert file.read_bytes() == kept
     assert entry is not None
     assert (entry.settled, in_quarantine(output, inputs[0].name)) == ([1], [2, 3])
+    assert verify(output, deep=True).problems == []
+
+
+def test_rows_of_another_retry_that_this_one_cannot_prove_wait_until_its_file_is_old(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard
+):
+    """The other retry may still be running, and its entry may be written at any moment."""
+    file = retry_and_die(output, with_quarantine, inputs[0], [1])
+    kept = file.read_bytes()
+    assert retry(output, with_quarantine, inputs[0], [2, 3]) is None
+    assert file.read_bytes() == kept
+    os.utime(file, (0, 0))
+    entry = retry(output, with_quarantine, inputs[0], [2, 3])
+    assert entry is not None
+    assert entry.settled == [2, 3]
+    assert verify(output, deep=True).problems == []
+
+
+def test_a_retry_replaces_a_file_with_another_token(
+    output: Output, inputs: list[Shard], with_quarantine: CommittedShard
+):
+    file = retry_and_die(output, with_quarantine, inputs[0], [1])
+    rows = [row for row in token_rows(inputs[0], 4) if row.source_index == 1]
+    rows[0].tokens[0, 0] = (rows[0].tokens[0, 0] + 1) % 1024
+    file.write_bytes(to_parquet(_tokens_table(output, inputs[0], rows)))
+    entry = retry(output, with_quarantine, inputs[0], [1, 2])
+    assert entry is not None
+    assert entry.settled == [1, 2]
     assert verify(output, deep=True).problems == []
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.corpus.shards import Shard, ShardList, find_shards
+from pipeline.errors import NoShards
 
 
 @pytest.fixture
@@ -50,14 +51,39 @@ def test_urls_keep_their_protocol():
     assert find_shards("memory://corpus/*.tar").shards == [Shard("memory://corpus/a.tar", 3)]
 
 
-def test_a_missing_shard_stays_in_the_list_if_named(shards: Path):
-    found = find_shards([f"{shards}/train-000.tar", f"{shards}/gone.tar"])
+def test_a_missing_shard_between_braces_stays_in_the_list(shards: Path):
+    found = find_shards(f"{shards}/{{train-000,gone}}.tar")
     assert [(Path(s.url).name, s.num_bytes) for s in found.shards] == [("gone.tar", None), ("train-000.tar", 13)]
 
 
 def test_a_glob_without_matches_is_an_error(shards: Path):
     with pytest.raises(ValueError, match=r"nothing matches .*gone-\*\.tar"):
         find_shards([f"{shards}/train-*.tar", f"{shards}/gone-*.tar"])
+
+
+def test_a_name_that_leads_to_nothing_is_an_error_with_the_nearest_name(shards: Path):
+    with pytest.raises(NoShards, match=r"/train-00\.tar does not exist; did you mean .*/train-00\d\.tar\?"):
+        find_shards([f"{shards}/train-000.tar", f"{shards}/train-00.tar"])
+    with pytest.raises(NoShards, match=r"/gone/\{\.\.\}|/gone/0\.tar does not exist"):
+        find_shards(f"{shards}/gone/{{0..9}}.tar")
+
+
+def test_a_folder_is_an_error_with_the_shards_in_it_or_below(shards: Path):
+    with pytest.raises(NoShards, match=rf"{shards} is a folder, not a shard; did you mean {shards}/\*\.tar\?"):
+        find_shards(str(shards))
+    with pytest.raises(NoShards, match=rf"did you mean {shards}/more/\*\.tar\?"):
+        find_shards([f"{shards}/more"])
+    with pytest.raises(NoShards, match=rf"nothing matches .*; did you mean {shards}/more/\*\.tar\?"):
+        find_shards(f"{shards}/more/*.tgz")
+    (shards / "empty").mkdir()
+    with pytest.raises(NoShards, match=r"empty is a folder, not a shard$"):
+        find_shards(f"{shards}/empty/")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '[{"num_bytes": 3}]', '[{"url": null}]'])
+def test_a_damaged_list_is_an_error(text: str):
+    with pytest.raises(ValueError):  # noqa: PT011  the caller names the file
+        ShardList.from_json(text)
 
 
 @pytest.mark.parametrize("nothing", [[], ()])
@@ -77,7 +103,7 @@ def test_id_changes_with_size_and_list(shards: Path):
 
 
 def test_a_shard_list_round_trips_through_json(shards: Path):
-    shard_list = find_shards([f"{shards}/train-*.tar", f"{shards}/gone.tar"])
+    shard_list = find_shards([f"{shards}/train-*.tar", f"{shards}/{{train-000,gone}}.tar"])
     assert ShardList.from_json(shard_list.to_json()) == shard_list
 
 
