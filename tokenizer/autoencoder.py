@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokenizer.errors import naming_damage
 from tokenizer.nets.base.net import build_net
 from tokenizer.quantizers.base.quantizer import QuantizerOutput, build_quantizer
 
@@ -78,9 +79,12 @@ class Autoencoder(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Autoencoder":
+        """Raises FileNotFoundError if a file is missing, and TokenizerMismatch if one is damaged."""
         folder = Path(folder)
-        autoencoder = cls(json.loads((folder / "config.json").read_text()))
-        autoencoder.load_inference_state(load_file(folder / "model.safetensors"))
+        with naming_damage(folder / "config.json"):
+            autoencoder = cls(json.loads((folder / "config.json").read_text()))
+        with naming_damage(folder / "model.safetensors"):
+            autoencoder.load_inference_state(load_file(folder / "model.safetensors"))
         return autoencoder
 
     def inference_state(self) -> dict[str, Tensor]:

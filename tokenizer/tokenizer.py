@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder, content_hash
-from tokenizer.errors import TokenizerMismatch
+from tokenizer.errors import TokenizerMismatch, naming_damage
 
 SCHEMA_VERSION = 1
 MAX_SAVED_CODES = 2**20  # a scalar quantizer can have more codes than fit in memory; it computes them anyway
@@ -79,28 +79,40 @@ class Tokenizer(LatentEncoder):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Tokenizer":
-        """Raises TokenizerMismatch if the files do not have the ids in tokenizer.json."""
+        """Raises FileNotFoundError if a file is missing, and TokenizerMismatch if one is damaged, written by a newer
+        version, or does not have the ids in tokenizer.json."""
         folder = Path(folder)
-        about = json.loads((folder / "tokenizer.json").read_text())
-        autoencoder = Autoencoder(about["model"])
-        codebook = load_file(folder / "codebook.safetensors")
+        with naming_damage(folder / "tokenizer.json"):
+            about = _read_about(folder / "tokenizer.json")
+            autoencoder = Autoencoder(about["model"])
+        with naming_damage(folder / "codebook.safetensors"):
+            codebook = load_file(folder / "codebook.safetensors")
+        with naming_damage(folder / "model.safetensors"):
+            weights = load_file(folder / "model.safetensors")
         saved_codes = codebook.pop("codebook", None)
         state = {f"quantizer.{name}": tensor for name, tensor in codebook.items()}
         try:
-            autoencoder.load_inference_state(load_file(folder / "model.safetensors") | state)
+            autoencoder.load_inference_state(weights | state)
         except RuntimeError as error:
             raise TokenizerMismatch(
                 f"{folder}: {error}; another version of Tokenmill wrote it: make it again with `tokenmill codebook`"
             ) from error
-        tokenizer = cls(autoencoder, about["preprocessing"])
-        same_codes = saved_codes is None or torch.equal(saved_codes, tokenizer._codebook_state["codebook"])
-        if tokenizer.id != about["tokenizer_id"] or not same_codes:
+        with naming_damage(folder / "tokenizer.json"):
+            tokenizer = cls(autoencoder, about["preprocessing"])
+        if tokenizer.id != about["tokenizer_id"] or not tokenizer._has_codes(saved_codes):
             raise TokenizerMismatch(
                 f"{folder}/tokenizer.json has id {about['tokenizer_id']}, but the other files do not match it; "
                 "a file was changed or mixed up: copy the folder again, or make it with `tokenmill codebook`"
             )
         tokenizer.to(device)
         return tokenizer
+
+    def _has_codes(self, saved: Tensor | None) -> bool:
+        """Whether the codes of codebook.safetensors are those that its state gives."""
+        codes = self._codebook_state.get("codebook")
+        if saved is None or codes is None:
+            return saved is None
+        return saved.dtype == codes.dtype and torch.equal(saved, codes)
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.autoencoder.settings, "preprocessing": self.preprocessing}
@@ -118,6 +130,20 @@ class Tokenizer(LatentEncoder):
             index = torch.zeros(1, quantizer.num_quantizers, dtype=torch.int64, device=self.device)
             quantizer.decode(index)  # raises CodebookMissing if there is none
         return state
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """tokenizer.json. Raises TokenizerMismatch for a newer schema, and other errors if it is damaged."""
+    about = json.loads(path.read_text())
+    version = about["schema_version"]
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise TokenizerMismatch(
+            f"{path}: schema_version is {version}; this version of tokenmill reads up to {SCHEMA_VERSION}; upgrade "
+            "tokenmill"
+        )
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {version!r}, not {SCHEMA_VERSION}")
+    return about
 
 
 def _stacked(codes: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -34,7 +34,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
     tokenizer_id: if given, shards of another tokenizer raise OutputMismatch. equal_length: gives every rank the same
     number of rows by skipping up to world_size - 1 rows. Raises UnsupportedSchema if a newer version wrote the output.
-    Reading raises BrokenOutput, with the file's name, for a damaged file and for tokens that the codebook does not have.
+    Reading raises BrokenOutput, with the file's name, for a damaged file and for tokens outside the codebook.
 
     One pass is one epoch, and the next pass uses the order of the next epoch. DataLoader workers read in copies of
     the dataset that do not count epochs: call `set_epoch` before each epoch there.
@@ -210,8 +210,16 @@ def _check_grids(tokens: pa.ListArray, shapes: pa.ListArray, layout: ShardLayout
     sides = shapes.flatten().to_numpy(zero_copy_only=False)
     if len(sides) and int(sides.min()) < 0:
         raise ValueError(f"a shape has the side {int(sides.min())}")
-    if [math.prod(shape) for shape in shapes.to_pylist()] != pc.list_value_length(tokens).to_pylist():
+    if not np.array_equal(_products(sides, shapes), pc.list_value_length(tokens).to_numpy(zero_copy_only=False)):
         raise ValueError("a row has another number of tokens than its shape says")
+
+
+def _products(sides: np.ndarray, shapes: pa.ListArray) -> np.ndarray:
+    """The number of tokens of each shape. sides: those of all shapes, one after another."""
+    lengths = pc.list_value_length(shapes).to_numpy(zero_copy_only=False)
+    if len(set(lengths.tolist())) == 1:
+        return sides.astype(np.int64).reshape(len(lengths), -1).prod(axis=1)
+    return np.array([math.prod(shape) for shape in shapes.to_pylist()], np.int64)
 
 
 class _Rows:

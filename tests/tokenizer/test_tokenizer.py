@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,71 @@ def test_weights_of_another_net_are_refused_by_their_names(tmp_path: Path):
     (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
     with pytest.raises(TokenizerMismatch, match=r"missing|size mismatch|unexpected"):
         Tokenizer.from_pretrained(tmp_path / "a")
+
+
+JSON_DAMAGE: dict[str, Callable[[dict], object]] = {
+    "a list": lambda about: [about],
+    "null": lambda about: None,
+    "no model": lambda about: {name: value for name, value in about.items() if name != "model"},
+    "no id": lambda about: {name: value for name, value in about.items() if name != "tokenizer_id"},
+    "no preprocessing": lambda about: {name: value for name, value in about.items() if name != "preprocessing"},
+    "model is a word": lambda about: {**about, "model": "vqgan"},
+    "no net": lambda about: {**about, "model": {**about["model"], "net": None}},
+    "unknown net": lambda about: {**about, "model": {**about["model"], "net": {"name": "gone"}}},
+    "unknown setting": lambda about: {**about, "model": {**about["model"], "net": {**about["model"]["net"], "x": 1}}},
+    "unknown quantizer": lambda about: {**about, "model": {**about["model"], "quantizer": {"name": "gone"}}},
+    "negative codebook": lambda about: {
+        **about, "model": {**about["model"], "quantizer": {**about["model"]["quantizer"], "codebook_size": -4}}
+    },
+    "unknown modality": lambda about: {**about, "model": {**about["model"], "modality": "smell"}},
+    "preprocessing is a word": lambda about: {**about, "preprocessing": "none"},
+    "schema_version is a word": lambda about: {**about, "schema_version": "1"},
+    "no schema_version": lambda about: {name: value for name, value in about.items() if name != "schema_version"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", JSON_DAMAGE)
+def test_a_damaged_tokenizer_json_is_named(tmp_path: Path, damage: str):
+    file = saved(tokenizer(), tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps(JSON_DAMAGE[damage](json.loads(file.read_text()))))
+    with pytest.raises(TokenizerMismatch, match=r"tokenizer\.json (is damaged|has id)") as error:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "codebook.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("content", ["empty", "cut", "noise", "one byte flipped in the header", "folder"])
+def test_a_damaged_file_of_a_tokenizer_is_named(tmp_path: Path, file: str, content: str):
+    path = saved(tokenizer(), tmp_path) / file
+    data = bytearray(path.read_bytes())
+    data[8] ^= 1
+    contents = {"empty": b"", "cut": data[: len(data) // 2], "noise": b"\xff\xfe" * 40}
+    path.unlink()
+    if content == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(contents.get(content, data))
+    with pytest.raises(TokenizerMismatch, match=f"{file} is damaged"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "codebook.safetensors", "model.safetensors"])
+def test_a_missing_file_of_a_tokenizer_is_named(tmp_path: Path, file: str):
+    (saved(tokenizer(), tmp_path) / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_tokenizer_with_a_newer_schema_is_refused(tmp_path: Path):
+    file = saved(tokenizer(), tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema_version": 2}))
+    with pytest.raises(TokenizerMismatch, match=r"schema_version is 2; .*upgrade tokenmill"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_file_of_a_trained_model_is_named(tmp_path: Path, file: str):
+    tokenizer().autoencoder.save(tmp_path)
+    (tmp_path / file).write_bytes(b"{")
+    with pytest.raises(TokenizerMismatch, match=f"{file} is damaged"):
+        Autoencoder.load(tmp_path)
