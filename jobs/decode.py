@@ -23,7 +23,7 @@ def run(config: Config) -> int:
     tokenizer = load_tokenizer(writer_url(output, config))
     written = [_write(row, tokenizer, folder) for row in _chosen(config)]
     if missing := set(config.decode.keys) - {key for key, _ in written}:
-        raise ConfigError(f"decode.keys: {output.url} has no rows with {', '.join(_why_missing(output, missing))}")
+        raise ConfigError(f"decode.keys: {output.url} has no rows with keys {', '.join(_why_missing(output, missing))}")
     print(f"decode: {len(written)} files in {folder}")
     return 0
 
@@ -32,12 +32,12 @@ def _why_missing(output: Output, keys: set[str]) -> list[str]:
     """Each key, with the reason if it is in quarantine."""
     histories = [history for history in output.committed_shards() if history.num_quarantined]
     why = {
-        sample.key: f"{sample.key!r} (in quarantine, shard {history.first.source_shard}: {sample.message})"
+        sample.key: f"{sample.key} (in quarantine, shard {history.first.source_shard}: {sample.message})"
         for history in histories
         for sample in output.quarantined(history.last)
         if sample.key in keys
     }
-    return [why.get(key, f"{key!r}") for key in sorted(keys)]
+    return [why.get(key, key) for key in sorted(keys)]
 
 
 def _chosen(config: Config) -> Iterator[dict[str, Any]]:

@@ -36,6 +36,7 @@ def run(config: Config) -> int:
     layout = output.layout
     options = replace(config.tokens, encoding=layout.encoding, passthrough=list(layout.passthrough), latents="")
     config = replace(config, tokens=options)
+    output.input_lists()  # raises for a damaged one now, and not after the work
     shards = output.committed_shards()
     done = {shard.first.name for shard in shards}
     incomplete = [shard.first.source_shard for shard in shards if shard.num_quarantined]

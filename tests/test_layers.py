@@ -115,7 +115,7 @@ from pipeline.tokens.verify import verify
 import io, pyarrow.parquet as pq
 output = Output.open(sys.argv[1])
 [entry] = output.commits()
-print(pq.read_table(io.BytesIO(output.read_tokens(entry.name))).num_rows, verify(output)[0])
+print(pq.read_table(io.BytesIO(output.read_tokens(entry.name))).num_rows, verify(output).problems)
 print([name for name in ("torch", "ray", "webdataset") if name in sys.modules])
 """
     assert python(code, output.url).split("\n")[:2] == ["3 []", "[]"]

@@ -143,6 +143,8 @@ def _read_about(path: Path) -> dict[str, Any]:
         )
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {version!r}, not {SCHEMA_VERSION}")
+    if missing := {"model", "preprocessing", "tokenizer_id"} - about.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} is missing")
     return about
 
 

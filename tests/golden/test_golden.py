@@ -127,7 +127,8 @@ def test_verify_accepts_an_old_output(output: str, deep: str):
 
 
 def test_a_half_done_output_is_resumed(half_done: Path):
-    before = {file: (half_done / file).read_bytes() for file in files_below(half_done)}
+    committed = [file for file in files_below(half_done) if "photos-002" not in file]  # that one may be made anew
+    before = {file: (half_done / file).read_bytes() for file in committed}
     names.tokenize_here(PHOTOS, GOLDEN / RUN_TOKENIZER, half_done, passthrough=["txt"])
     assert names.rows_of(half_done).equals(names.rows_of(GOLDEN / "out"))
     assert files_below(half_done) == files_below(GOLDEN / "out")

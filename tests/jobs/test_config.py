@@ -197,6 +197,7 @@ OLD = {
     "limit": "2",
     "to": "png",
     "deep": "true",
+    "repair": "true",
     "json": "true",
 }
 

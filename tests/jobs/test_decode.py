@@ -1,5 +1,6 @@
 """Token rows back to pictures."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,26 @@ def test_another_tokenizer_is_refused(output: Path, tokenizer: str, tmp_path: Pa
     other = save_tiny_tokenizer(tmp_path / "other", seed=1)
     assert decode(output, other) == 2
     assert Tokenizer.from_pretrained(tokenizer).id in capsys.readouterr().err
+
+
+def test_a_key_in_quarantine_says_so(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.tar").write_bytes(tar_bytes([("good.png", encoded(picture())), ("bad.png", b"no picture")]))
+    output = tmp_path / "out"
+    tokenize_without_ray(f"{tmp_path}/a.tar", tokenizer, output)
+    assert decode(output, tokenizer, "decode.keys=[bad,good,nope]") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"has no rows with keys bad (in quarantine, shard {tmp_path}/a.tar: " in line
+    assert line.endswith(", nope")
+
+
+@pytest.mark.parametrize("key", ["x" * 240, "ä" * 127, "folder/" * 60])
+def test_a_key_longer_than_a_file_name_is_decoded(tmp_path: Path, tokenizer: str, key: str):
+    keys = [f"{key}{end}" for end in ("1", "2")]
+    members = [(f"{name}.png", encoded(picture(16, 24))) for name in keys]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members, kind=tarfile.PAX_FORMAT))
+    output = tmp_path / "out"
+    tokenize_without_ray(f"{tmp_path}/a.tar", tokenizer, output)
+    assert decode(output, tokenizer, *(f"decode.keys=[{','.join(keys)}]",)) == 0
+    names = sorted(decoded(output))
+    assert len(names) == 2
+    assert all(name.startswith(f"a-00000{i}-{key[:20].replace('/', '_')}") for i, name in enumerate(names))
