@@ -1,16 +1,21 @@
 """TokenDataset: every row once, in a reproducible order, and resumable at every row."""
 
+import contextlib
 import itertools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
-from pipeline.errors import OutputMismatch
+from pipeline.errors import BrokenOutput, OutputMismatch, UnsupportedSchema
 from pipeline.tokens import Output, TokenDataset
 from tests.corpus import token_rows, write_tokens
 
@@ -311,3 +316,94 @@ def test_another_file_system_gives_the_same_rows(output: Output):
     for path in Path(output.url).rglob("*.*"):
         memory.pipe_file(f"/copied/{path.relative_to(output.url)}", path.read_bytes())
     assert epochs(Output.open("memory://copied"), shuffle_window=4) == epochs(output, shuffle_window=4)
+
+
+# -- damaged files ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["list", "packed"])
+def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Output:
+    return write_tokens(tmp_path, (5,), encoding=request.param)
+
+
+def the_file(output: Output) -> Path:
+    return Path(output.tokens_url(output.commits()[0].name))
+
+
+def read(output: Output) -> list[dict]:
+    return list(TokenDataset(output.url))
+
+
+def column(name: str, values: list, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(table.column_names.index(name), name, pa.array(values, kind))
+
+
+def footer(**values: str) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.replace_schema_metadata(
+        {**table.schema.metadata, **{k.encode(): v for k, v in values.items()}}
+    )
+
+
+def flat(table: pa.Table, token: int | float, kind: pa.DataType) -> pa.Table:
+    """Each token replaced by this one, in the encoding of the table."""
+    counts = [math.prod(shape) for shape in table["shape"].to_pylist()]
+    if pa.types.is_binary(table.schema.field("tokens").type):
+        return column("tokens", [np.full(n, token, "<u2").tobytes() for n in counts], pa.binary())(table)
+    return column("tokens", [[token] * n for n in counts], pa.list_(kind))(table)
+
+
+WRONG: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "an id that is no code": (lambda t: flat(t, 1024, pa.uint16()), "token 1024 is not below 1024"),
+    "the highest id": (lambda t: flat(t, 65535, pa.uint16()), "token 65535 is not below 1024"),
+    "floats": (lambda t: column("tokens", [[0.5]] * 5, pa.list_(pa.float32()))(t), "column tokens is list<"),
+    "text": (lambda t: column("tokens", ["0"] * 5, pa.string())(t), "column tokens is string"),
+    "a negative shape": (lambda t: column("shape", [[-2, -3]] * 5, pa.list_(pa.int32()))(t), "a shape has the side -3"),
+    "another shape": (lambda t: column("shape", [[9, 9]] * 5, pa.list_(pa.int32()))(t), "another number of tokens"),
+    "no column of shapes": (lambda t: t.drop_columns(["shape"]), "column shape is None"),
+    "fewer rows": (lambda t: t.slice(1), "4 rows, the manifest says 5"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_file_that_does_not_fit_the_layout_is_refused_with_its_name(fresh: Output, what: str):
+    path = the_file(fresh)
+    change, message = WRONG[what]
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(BrokenOutput, match=f"{path.name}: .*{message}.*verify.repair=true"):
+        read(fresh)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and nothing", None])
+def test_a_torn_or_missing_file_is_named(fresh: Output, content: bytes | None):
+    path = the_file(fresh)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BrokenOutput, match=rf"{path.name}.*verify\.repair=true"):
+        read(fresh)
+
+
+def test_no_flipped_byte_of_the_pages_is_read(fresh: Output):
+    """The page checksums find it before it becomes a token, a key or a shape."""
+    path = the_file(fresh)
+    good, rows = path.read_bytes(), repr(read(fresh))
+    for at in range(4, len(good), 61):
+        damaged = bytearray(good)
+        damaged[at] ^= 4
+        path.write_bytes(damaged)
+        with contextlib.suppress(BrokenOutput, OutputMismatch):
+            assert repr(read(fresh)) == rows
+
+
+def test_a_file_without_page_checksums_is_read(fresh: Output):
+    path, rows = the_file(fresh), repr(read(fresh))
+    pq.write_table(pq.read_table(path), path)
+    assert repr(read(fresh)) == rows
+
+
+@pytest.mark.parametrize("version", ["2", "x"])
+def test_a_single_shard_with_a_newer_schema_is_refused(fresh: Output, version: str):
+    path = the_file(fresh)
+    pq.write_table(footer(schema_version=version)(pq.read_table(path)), path)
+    with pytest.raises(UnsupportedSchema, match=f"{path.name}: schema_version is .*upgrade tokenmill"):
+        read(fresh)
