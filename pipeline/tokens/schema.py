@@ -208,7 +208,7 @@ def read_parquet(source: Any, columns: Sequence[str] | None = None, *, memory_ma
     try:
         return pq.read_table(source, columns=names, memory_map=memory_map, page_checksum_verification=True)
     except pa.ArrowException as error:  # of several classes, some of which are neither OSError nor ValueError
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).splitlines()[0]) from error  # further lines are Arrow's schema
 
 
 def tokens_as_lists(column: pa.Array, dtype: np.dtype) -> pa.ListArray:
