@@ -20,7 +20,10 @@ FOOTER_IDS = (
     "encoding",
     "schema_version",
     "index_order",
+    "modality",
+    "preprocessing",
 )
+MISSING = "the file is missing"
 WRONG_COLUMNS = "its columns are not those of the dataset"
 
 
@@ -64,8 +67,9 @@ def check_shallow(output: Output, sizes: dict[str, dict[str, int]], shard: Commi
 
 
 def damaged_files(output: Output, shards: list[CommittedShard]) -> list[str]:
-    """Missing files and files of another size, with the reason. Reads only the listings."""
-    sizes, problems = output.file_sizes(), []
+    """What the entries and the listings alone show: missing files, files of another size, counts that disagree."""
+    sizes = output.file_sizes()
+    problems = [what for shard in shards for what in _check_entries(output, shard)]
     for entry in (entry for shard in shards for entry in shard.entries):
         for folder in ("tokens", "quarantine") if entry.quarantine_sha256 else ("tokens",):
             found = _check_size(sizes, folder, entry)
@@ -77,7 +81,7 @@ def _check_size(sizes: dict[str, dict[str, int]], folder: str, entry: Commit) ->
     expected = entry.tokens_num_bytes if folder == "tokens" else entry.quarantine_num_bytes
     found = sizes[folder].get(entry.name)
     if found is None:
-        yield "the file is missing"
+        yield MISSING
     elif expected not in (None, found):
         yield f"the file has {found} bytes, the manifest says {expected}"
 

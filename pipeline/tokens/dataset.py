@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
+from pipeline.corpus.shards import Shard
 from pipeline.errors import BrokenOutput, OutputMismatch, StorageError, UnsupportedSchema
+from pipeline.tokens.commit import shard_name
 from pipeline.tokens.output import REPAIR_AND_RERUN, Output
 from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
 
@@ -66,7 +68,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self.rank, self.world_size = rank, world_size
         self.seed, self.window, self.equal_length = seed, shuffle_window, equal_length
         self.files = [(entry.name, entry.num_rows) for entry in self.output.commits() if entry.num_rows]
-        self.num_rows = sum(rows for _, rows in self.files)
+        self._num_rows = dict(self.files)
+        self.num_rows = sum(self._num_rows.values())
         self.epoch = self.position = 0
         self._open: tuple[str, pa.Table] | None = None  # the last file read: windows are often smaller than files
         self._resumed = 0  # rows of the epoch that were yielded before the loaded state was saved
@@ -165,9 +168,12 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         url = self.output.tokens_url(name)
         try:
             table = self._table(url)
-            _check_rows(table, self.layout, dict(self.files)[name])
+            _check_rows(table, self.layout, self._num_rows[name])
+            _check_shard(table, name)
         except (StorageError, PermissionError, OutputMismatch):
             raise
+        except FileNotFoundError as error:
+            raise BrokenOutput(f"{url}: the file is missing; {REPAIR_AND_RERUN}") from error
         except (OSError, ValueError) as error:
             raise BrokenOutput(f"{url}: {error}; {REPAIR_AND_RERUN}") from error
         return table
@@ -187,6 +193,13 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         except UnsupportedSchema as error:
             raise UnsupportedSchema(f"{url}: {error}") from error
         return table
+
+
+def _check_shard(table: pa.Table, name: str) -> None:
+    """Raises ValueError if the table is the one of another shard than its file name says."""
+    source = (table.schema.metadata or {}).get(b"source_shard", b"").decode(errors="replace")
+    if Shard(source, None).name != shard_name(name):
+        raise ValueError(f"it holds the rows of {source}")
 
 
 def _check_rows(table: pa.Table, layout: ShardLayout, num_rows: int) -> None:

@@ -12,7 +12,14 @@ from pipeline import storage
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError, StorageError
-from pipeline.tokens.checks import WRONG_COLUMNS, CheckResult, check_entries, check_footer, check_quarantine_footer
+from pipeline.tokens.checks import (
+    MISSING,
+    WRONG_COLUMNS,
+    CheckResult,
+    check_entries,
+    check_footer,
+    check_quarantine_footer,
+)
 from pipeline.tokens.commit import Commit, CommittedShard, hash_samples, shard_name, what_changed
 from pipeline.tokens.footer import parse_footer
 from pipeline.tokens.output import Output
@@ -51,6 +58,9 @@ def _read_tokens(output: Output, entry: Commit, result: CheckResult) -> dict[int
         tokens = dict(zip(indices, _as_bytes(table["tokens"], output.layout.token_dtype), strict=True))
     except (StorageError, PermissionError):
         raise  # they say nothing about the output
+    except FileNotFoundError:
+        result.add(f"tokens/{entry.name}.parquet", [MISSING])
+        return None
     except (OSError, ValueError) as error:
         result.add(f"tokens/{entry.name}.parquet", [str(error)])
         return None
@@ -86,6 +96,9 @@ def _read_quarantine(output: Output, entry: Commit, result: CheckResult) -> bool
         table = read_parquet(data, ["source_index", "key"])
     except (StorageError, PermissionError):
         raise  # they say nothing about the output
+    except FileNotFoundError:
+        result.add(f"quarantine/{entry.name}.parquet", [MISSING])
+        return False
     except (OSError, ValueError) as error:
         result.add(f"quarantine/{entry.name}.parquet", [str(error)])
         return False

@@ -156,6 +156,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {  # what verify must 
     "dataset.json of another tokenizer": (FOOTERS, lambda f: edit_layout(f, tokenizer_id="tok-b")),
     "dataset.json of another size": (FOOTERS, lambda f: edit_layout(f, codebook_size=1000)),
     "dataset.json of another encoding": (FOOTERS, lambda f: edit_layout(f, encoding="packed")),
+    "dataset.json with other preprocessing": (FOOTERS, lambda f: edit_layout(f, preprocessing="{}")),
     "dataset.json with a column": (FOOTERS, lambda f: edit_layout(f, passthrough=["txt"])),
     "note of a failure damaged": (FOOTERS, lambda f: storage.replace(str(file(f, "failed")), b"{")),
     "everything at once": (

@@ -360,6 +360,7 @@ WRONG: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "a negative shape": (lambda t: column("shape", [[-2, -3]] * 5, pa.list_(pa.int32()))(t), "a shape has the side -3"),
     "another shape": (lambda t: column("shape", [[9, 9]] * 5, pa.list_(pa.int32()))(t), "another number of tokens"),
     "no column of shapes": (lambda t: t.drop_columns(["shape"]), r"No match for FieldRef\.Name\(shape\)"),
+    "another shard": (lambda t: footer(source_shard="/other.tar")(t), "it holds the rows of /other.tar"),
     "fewer rows": (lambda t: t.slice(1), "4 rows, the manifest says 5"),
 }
 
