@@ -69,6 +69,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self.seed, self.window, self.equal_length = seed, shuffle_window, equal_length
         self.files = [(entry.name, entry.num_rows) for entry in self.output.commits() if entry.num_rows]
         self._num_rows = dict(self.files)
+        self._checked: set[str] = set()  # names of files that fit the layout
         self.num_rows = sum(self._num_rows.values())
         self.epoch = self.position = 0
         self._open: tuple[str, pa.Table] | None = None  # the last file read: windows are often smaller than files
@@ -168,8 +169,10 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         url = self.output.tokens_url(name)
         try:
             table = self._table(url)
-            _check_rows(table, self.layout, self._num_rows[name])
-            _check_shard(table, name)
+            if name not in self._checked:  # once: shuffling reads a file several times
+                _check_rows(table, self.layout, self._num_rows[name])
+                _check_shard(table, name)
+                self._checked.add(name)
         except (StorageError, PermissionError, OutputMismatch):
             raise
         except FileNotFoundError as error:

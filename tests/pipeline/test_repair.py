@@ -22,6 +22,7 @@ from pipeline.tokens.schema import to_parquet
 from pipeline.tokens.verify import DEEP, FILES, FOOTERS, verify
 from tests.corpus import layout, quarantined, samples_of, token_rows, write_corpus, write_tar
 from tests.pipeline.test_verify import with_column
+from tests.s3 import S3Server
 
 SIZES = (5, 4, 3)
 
@@ -424,3 +425,30 @@ def test_keys_that_repeat_across_shards_of_one_run_are_counted_but_no_problem(tm
     proof = verify(output, level=DEEP)
     assert proof.problems == []
     assert proof.notes[0].startswith(f"3 keys occur in more than one shard, such as in {shards[0].url}")
+
+
+@pytest.mark.s3
+def test_a_repair_and_a_withdrawal_work_on_s3(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    s3.use(monkeypatch)
+    shards = write_corpus(tmp_path / "in", SIZES)
+    output = Output.create(f"{s3.url}/repair/out", layout(), ShardList(shards), config={})
+
+    def commit_all() -> None:
+        for shard, count in zip(shards, SIZES, strict=True):
+            commit_shard(output, shard, token_rows(shard, count)[:-1], [quarantined(shard, count - 1)], {}, now=1.0)
+
+    commit_all()
+    storage.replace(output.tokens_url(shards[0].name), b"cut")
+    storage.remove(output.quarantine_url(shards[1].name))
+    storage.write_once(f"{output.url}/tokens/.tmp-probe-x", b"young")
+    removals = plan_repair(output, verify(output, level=FILES))
+    assert sorted(one.what for one in removals) == sorted(f"shard {shard.name}" for shard in shards[:2])
+    for removal in removals:
+        removal.remove()
+    commit_all()
+    proof = verify(output, level=DEEP)
+    assert (proof.problems, len(proof.temporary)) == ([], 1)
+    [listed] = output.input_lists()
+    for removal in plan_withdrawal(output, listed):
+        removal.remove()
+    assert (output.committed_names(), output.input_lists()) == (set(), {})
