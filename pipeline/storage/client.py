@@ -89,7 +89,9 @@ def _unknown_storage(url: str, error: Exception) -> UnknownStorage:
     if isinstance(error, ImportError):
         return UnknownStorage(f"{url}: {protocol}:// needs another package. {error}")
     if protocol not in fsspec.available_protocols():
-        return UnknownStorage(f"{url}: unknown protocol {protocol!r}; use a local path, s3://, gs://, az:// or http(s)://")
+        return UnknownStorage(
+            f"{url}: unknown protocol {protocol!r}; use a local path, s3://, gs://, az:// or http(s)://"
+        )
     given = ", ".join(options_of(protocol)) or "none"
     return UnknownStorage(f"{url}: {error}; check the URL and storage.options.{protocol} (keys given: {given})")
 
@@ -112,7 +114,9 @@ def request(what: str, url: str, call: Callable[[], R], cancelled: threading.Eve
     try:
         return with_retries(call, url, cancelled)
     except Exception as error:
-        if isinstance(error, TypeError) and options_of(url.partition("://")[0]):  # clients pass options on when first used
+        if isinstance(error, TypeError) and options_of(
+            url.partition("://")[0]
+        ):  # clients pass options on when first used
             raise _unknown_storage(url, error) from error
         if s3.is_s3(url) and (refused := s3.permission_error(error, what, url, options_of("s3"))) is not None:
             raise refused from error

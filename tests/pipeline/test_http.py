@@ -58,12 +58,12 @@ def test_a_missing_shard_has_no_size(url: str):
 
 
 def test_a_refused_shard_is_not_reported_as_missing(url: str):
-    with pytest.raises(PermissionError, match="refused to read .*secret.tar .status 403"):
+    with pytest.raises(PermissionError, match=r"refused to read .*secret.tar .status 403"):
         storage.read(f"{url}/secret.tar")
 
 
 @pytest.mark.parametrize("pattern", ["http://127.0.0.1:1/a.tar", "http://127.0.0.1:1/*.tar"])
 def test_a_server_that_is_down_is_an_error_and_not_a_missing_shard(pattern: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(retries, "RETRY_FOR_S", 0.5)
-    with pytest.raises(StorageError, match="127.0.0.1:1.*check the endpoint and the network"):
+    with pytest.raises(StorageError, match=r"127.0.0.1:1.*check the endpoint and the network"):
         find_shards(pattern)
