@@ -61,7 +61,7 @@ def _check_reachable(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
         except (OSError, OverflowError) as error:
-            if time.monotonic() - start > CONNECT_S or isinstance(error, OverflowError | socket.gaierror):
+            if time.monotonic() - start > CONNECT_S or isinstance(error, socket.gaierror) or int(port) > 65535:
                 raise ConfigError(
                     f"RAY_ADDRESS is {address}, but nothing answers there ({error}); start that cluster, correct the "
                     "address, or unset RAY_ADDRESS to run on this machine"
@@ -79,9 +79,10 @@ def check_room(workers: WorkersConfig, ranks: int = 1) -> None:
     needs = {"CPU": (workers.cpus or 1) * ranks, "GPU": workers.gpus * ranks}
     for kind, needed in needs.items():
         if needed > total.get(kind, 0):
+            who = "a worker needs" if ranks == 1 else f"{ranks} workers need"
             raise ConfigError(
-                f"{ranks} worker{'s' * (ranks != 1)} with {described(workers)} each need {needed:g} {kind}s, but this "
-                f"machine has {total.get(kind, 0):g}; lower workers.count, workers.cpus or workers.gpus"
+                f"{who} {needed:g} {kind}{'s' * (needed != 1)}, but this machine has {total.get(kind, 0):g}; lower "
+                "workers.count, workers.cpus or workers.gpus, or set RAY_ADDRESS to a cluster"
             )
 
 

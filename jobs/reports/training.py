@@ -90,6 +90,10 @@ class CollapseAlarm:
         self.below, self.steps = below, steps
         self._since: int | None = None  # the step of the first row below the limit, or of the last report
 
+    def is_blind(self, row: dict[str, Any]) -> bool:
+        """Whether the alarm is set, but the method logs no perplexity."""
+        return bool(self.below) and not {"perplexity", "soft_perplexity"} & row.keys()
+
     def check(self, row: dict[str, Any]) -> str | None:
         """A message if the row of the log shows a collapse. Some methods log a soft perplexity, or none."""
         perplexity = row.get("perplexity", row.get("soft_perplexity"))
