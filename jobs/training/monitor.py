@@ -60,6 +60,9 @@ class Monitor:
         row |= {"bad_samples": state.data.num_skipped, "seconds_per_step": seconds, "samples_per_s": samples_per_s}
         self.report.log(row)
         state.send({"row": row})
+        if self.alarm.is_blind(row) and len(self.report.history) == 1:
+            name = state.config.quantizer["name"]
+            state.send({"message": f"train.collapse has no effect: {name} logs no perplexity while it trains"})
         collapse = self.alarm.check(row)
         if collapse is not None:
             state.send({"message": collapse})

@@ -126,7 +126,8 @@ def _did_you_mean(url: str) -> str:
 
 
 def _is_glob(url: str) -> bool:
-    return any(wild in url for wild in "*?[")
+    wildcards = "*[" if url.lower().startswith(("http://", "https://")) else "*?["  # there, ? begins the query
+    return any(wild in url for wild in wildcards)
 
 
 def _look_up(urls: list[str]) -> list[Shard]:

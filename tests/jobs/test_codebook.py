@@ -206,6 +206,9 @@ def test_a_codebook_made_with_other_settings_is_refused(place: Path, capsys):
     assert "already exists" in capsys.readouterr().out
     assert main(["codebook", file, "codebook.full=true"]) == 2
     assert "was made with another codebook.full: False, not True; delete it" in capsys.readouterr().err
+    assert main(["codebook", file, "codebook.size=5000"]) == 2
+    told = "a codebook of 5000 codes needs as many latents, but there are 200; lower codebook.size"
+    assert told in capsys.readouterr().err
     assert main(["codebook", file, f"data.shards={place}/in/[01].tar"]) == 2
     assert "another data.shards" in capsys.readouterr().err
 

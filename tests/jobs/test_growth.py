@@ -82,6 +82,24 @@ def test_a_job_waits_for_a_node_says_so_and_uses_each_node_that_joins(cluster: C
     assert min(second) - joined < 30
 
 
+def test_a_job_gives_up_when_no_node_joins_in_time(cluster: Cluster, tmp_path: Path):
+    """With the exit code of an incomplete job, so that it can be repeated."""
+    for node in cluster.nodes[1:]:
+        cluster.kill(node)
+    net = "{name: vqgan, width: 8, multipliers: [1, 1], res_blocks: 1, channels: 8, patch_size: 4, attention: false}"
+    command = [sys.executable, "-m", "jobs", "train", f"model.net={net}", f"run={tmp_path}/run", "workers.wait_s=3"]
+    shards = [f"data.shards={ROOT}/samples/heldout/*.tar", "quantizer={name: fsq}"]
+    train = subprocess.run(
+        [*command, *shards], cwd=ROOT, env=cluster.client_environment(), capture_output=True, text=True, timeout=120
+    )
+    assert train.returncode == 3, train.stderr
+    line = "no worker has started for 3 s (workers.wait_s). A worker needs 1 CPU (workers.cpus); the cluster has 0 of 0"
+    assert line in train.stderr
+    with job(tmp_path, cluster.client_environment(), "4", "1", "workers.wait_s=3") as waiting:
+        assert waiting.process.wait(120) == 1
+    assert f"NoRoom: {line}" in waiting.log.read_text()
+
+
 def test_rays_page_and_metrics_name_the_job_and_count_its_shards_and_ray_is_quiet(cluster: Cluster, tmp_path: Path):
     if len(cluster.nodes) == 1:
         cluster.start_node()

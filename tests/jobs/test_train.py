@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from jobs.__main__ import main
 from jobs.config import ConfigError, load_config
+from jobs.evaluate import _base as evaluation_base
 from jobs.reports.training import CollapseAlarm
 from jobs.train import _absolute, _claim, _remove_orphans
 from jobs.training.checks import check
@@ -202,7 +203,8 @@ def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path
     assert page.count("class=pair") == 3
     assert "http" not in page.replace("data:image/png;base64", "")  # it needs no other file
 
-    decode = ["decode", str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", f"to={tmp_path}", "limit=108"]
+    # the run has two tokenizers; the output knows which one wrote it
+    decode = ["decode", str(tokenized / "config.yaml"), f"decode.output={tmp_path}", "decode.limit=108"]
     assert main(decode) == 0
     assert numbers["psnr"] == pytest.approx(np.mean(_psnr_of_decoded(tmp_path)), abs=0.01)
 
@@ -221,6 +223,20 @@ def _psnr_of_decoded(folder: Path) -> list[float]:
                 original = np.asarray(Image.open(io.BytesIO(jpg)).convert("RGB"), dtype=np.float64)
                 found.append(-10 * np.log10(np.mean((original - np.asarray(Image.open(png))) ** 2) / 255**2))
     return found
+
+
+@pytest.mark.parametrize("changed", ["tokenizer_id", "input_manifest_id"])
+def test_a_report_of_another_tokenizer_or_corpus_stays(tmp_path: Path, changed: str):
+    """And the key `run` decides where it is written, not the tokenizer's folder."""
+    config = load_config(["quantizer.name=fsp", f"run={tmp_path}/a"])
+    numbers = {"tokenizer_id": "0123456789abcdef", "input_manifest_id": "fedcba9876543210"}
+    base = evaluation_base(f"{tmp_path}/b/tokenizers/fsp-K16", config, numbers)
+    assert base == f"{tmp_path}/a/reports/evaluate-fsp-K16"
+    Path(base).parent.mkdir(parents=True)
+    Path(f"{base}.json").write_text(json.dumps(numbers))
+    assert evaluation_base(f"{tmp_path}/b/tokenizers/fsp-K16", config, numbers) == base
+    Path(f"{base}.json").write_text(json.dumps({**numbers, changed: "other"}))
+    assert evaluation_base(f"{tmp_path}/b/tokenizers/fsp-K16", config, numbers) == f"{base}-01234567-fedcba98"
 
 
 # -- other methods, and accidents ---------------------------------------------------------------------------------
@@ -268,9 +284,16 @@ def test_a_killed_training_resumes_with_the_same_result(
     assert all(killed[name].equal(calm[name]) for name in calm)
 
 
+def make_a_checkpoint(run: Path) -> None:
+    """What makes a run keep its configuration."""
+    (run / "checkpoints/checkpoint_0").mkdir(parents=True)
+    (run / "checkpoints/checkpoint_0/lanes.json").write_text("{}")
+
+
 def test_a_run_that_began_before_a_key_existed_uses_its_default(tmp_path: Path):
     loaded = load_config([config(tmp_path)])
     _claim(str(tmp_path / "run"), loaded)
+    make_a_checkpoint(tmp_path / "run")
     file = tmp_path / "run/config.yaml"
     file.write_text(file.read_text().replace("  ema: 0.0\n", ""))
     _claim(str(tmp_path / "run"), loaded)
@@ -282,6 +305,7 @@ def test_a_run_keeps_the_loss_weights_that_it_began_with(tmp_path: Path):
     """Also the default ones, which another version may change."""
     gm_vq = [config(tmp_path), "quantizer.name=gm_vq", "quantizer.dim=4"]
     _claim(str(tmp_path / "run"), load_config(gm_vq))
+    make_a_checkpoint(tmp_path / "run")
     file = tmp_path / "run/config.yaml"
     noted = yaml.safe_load(file.read_text())["train"]["loss_weights"]
     assert noted["prior"] == pytest.approx(1 / 192)  # factor 8
@@ -305,6 +329,7 @@ def test_a_run_that_recorded_no_default_loss_weights_says_which_it_uses(tmp_path
 def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(tmp_path: Path):
     sq_vae = [config(tmp_path), "quantizer.name=sq_vae", "quantizer.dim=4"]
     _claim(str(tmp_path / "run"), load_config(sq_vae))
+    make_a_checkpoint(tmp_path / "run")
     file = tmp_path / "run/config.yaml"
     file.write_text(file.read_text().replace("  theta_lr: 1.0\n", ""))
     _claim(str(tmp_path / "run"), load_config(sq_vae))
@@ -352,6 +377,12 @@ def test_the_alarm_reports_a_lasting_collapse_and_not_after_the_codebook_recover
     assert "perplexity 8 at step 50, below train.collapse.perplexity=10 for 20 steps" in str(told[4])
     assert alarm.check({"step": 60, "perplexity": 8}) is None  # it has just reported
     assert alarm.check({"step": 70, "soft_perplexity": 8}) is not None
+
+
+def test_an_alarm_without_a_perplexity_is_blind_unless_it_is_off():
+    assert CollapseAlarm(below=10, steps=1).is_blind({"step": 1, "loss": 0.5})
+    assert not CollapseAlarm(below=10, steps=1).is_blind({"step": 1, "soft_perplexity": 3.0})
+    assert not CollapseAlarm(below=0, steps=1).is_blind({"step": 1, "loss": 0.5})
 
 
 def test_an_alarm_that_is_off_never_reports():
