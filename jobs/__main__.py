@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from jobs.reports.terminal import printing_safely
+
 COMMANDS = {  # name: (module, summary); a module is imported only to run its command, since torch and ray are slow
     "pack": ("jobs.pack", "pack a folder of files, a Parquet file or a CSV file into WebDataset shards"),
     "train": ("jobs.train", "train an autoencoder on shards"),
@@ -42,7 +44,12 @@ SHORT_FLAGS = {"deep": "verify.deep", "json": "status.json"}
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. The last line that it prints says in words what a non-zero code
     means."""
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with printing_safely():
+        return _main((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+
+
+def _main(arguments: list[str]) -> int:
+    command, *rest = arguments
     if command in (*HELP, "help"):
         print(_help())
         return 0
@@ -68,6 +75,7 @@ def version() -> str:
 
 def _run(command: str, arguments: list[str]) -> int:
     from jobs.config import ConfigError, load_config, to_yaml
+    from jobs.config.secrets import take_url_secrets
     from pipeline import storage
     from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnsafeStorage
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
@@ -76,11 +84,12 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         with _raising_at_sigterm():
             config = load_config([_as_setting(argument) for argument in arguments if argument != "--print"])
+            url_secrets = take_url_secrets(config)
             if "--print" in arguments:
                 print(to_yaml(config, command), end="")
                 return 0
             job = importlib.import_module(COMMANDS[command][0])
-            storage.configure(config.storage.options, config.storage.create_only)
+            storage.configure(config.storage.options, config.storage.create_only, url_secrets)
             return _finish(command, job.run(config))
     except (*mistakes, PermissionError) as error:
         return _finish(command, 2, str(error))

@@ -10,21 +10,22 @@ import json
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from jobs.actors import cluster
-from jobs.config import Config, ConfigError, TrainConfig, with_new_names
+from jobs.config import Config, ConfigError, StorageConfig, TrainConfig, with_new_names
+from jobs.config.secrets import with_written
 from jobs.reports.progress import Progress
 from jobs.training.channel import open_channel
 from jobs.training.checkpoint import LANES_FILE
 from jobs.training.checks import check, loss_weights
 from jobs.training.loop import train_worker
 from pipeline import storage
-from pipeline.corpus.shards import find_shards
+from pipeline.corpus.shards import Shard, find_shards
 from pipeline.corpus.streams import Lanes
 from tokenizer.modalities.base import MODALITIES
 from tokenizer.nets.base.net import NETS
@@ -54,7 +55,7 @@ def run(config: Config) -> int:
     config.train.losses = _absolute(config.train.losses)
     _remove_orphans(url)
     cluster.start()
-    stopped = _fit(url, {"config": config, "shards": shards}, config)
+    stopped = _fit(url, shards, config)
     if stopped is not None:
         print(f"train: stopped: {stopped}")
         return 3
@@ -76,7 +77,7 @@ def _claim(url: str, config: Config) -> None:
     """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not."""
     given = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
     given["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
-    text = OmegaConf.to_yaml(OmegaConf.create(given))
+    text = OmegaConf.to_yaml(OmegaConf.create(with_written(given, config.written)))
     place = storage.join(url, "config.yaml")
     try:
         storage.write_once(place, text.encode())
@@ -149,7 +150,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def _fit(url: str, settings: dict[str, Any], config: Config) -> str | None:
+def _fit(url: str, shards: list[Shard], config: Config) -> str | None:
     """Trains. Returns why training stopped before its last step, or None."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -157,9 +158,12 @@ def _fit(url: str, settings: dict[str, Any], config: Config) -> str | None:
     channel = open_channel()
     workers, ranks = config.workers, config.workers.count or 1
     resources = {"CPU": cluster.cpus_per_rank(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
+    # Ray writes these settings to files and shows them on its pages
+    public = replace(config, storage=StorageConfig())
+    settings = {"config": public, "shards": shards, "run": url, "channel": channel}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={**settings, "run": url, "channel": channel},
+        train_loop_config=settings,
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu=bool(workers.gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name="checkpoints",

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jobs.config.renames import with_new_names
 from jobs.config.schema import Config, ConfigError, TrainConfig, all_keys
+from jobs.config.secrets import from_environment
 from jobs.config.shipped import shipped_configs, with_methods_beside
 
 CONFIGS = shipped_configs()
@@ -76,6 +77,7 @@ def _build(parts: list[DictConfig]) -> Config:
     _refuse_unknown(given, Config, prefix="")
     config = _typed(Config, given, "")
     _type_dicts(config)
+    config.written = from_environment(merged)
     return config
 
 

@@ -15,6 +15,7 @@ from pipeline.storage.client import (
     join,
     locate,
     normalise,
+    setter,
 )
 from pipeline.storage.create import check_create_only, remove, replace, upload, write_once
 from pipeline.storage.objects import (
@@ -31,6 +32,7 @@ from pipeline.storage.objects import (
     read_if_exists,
     scan,
 )
+from pipeline.storage.urls import redacted, without_secrets
 
 __all__ = [
     "CHECKED",
@@ -55,9 +57,12 @@ __all__ = [
     "open_stream",
     "read",
     "read_if_exists",
+    "redacted",
     "remove",
     "replace",
     "scan",
+    "setter",
     "upload",
+    "without_secrets",
     "write_once",
 ]
