@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from jobs.actors import cluster
 from jobs.config import Config, ConfigError, StorageConfig, TrainConfig, with_new_names
-from jobs.config.secrets import with_written
+from jobs.config.written import with_written
 from jobs.reports.progress import Progress
 from jobs.training.channel import open_channel
 from jobs.training.checkpoint import LANES_FILE
@@ -153,7 +153,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _fit(url: str, shards: list[Shard], config: Config) -> str | None:
     """Trains. Returns why training stopped before its last step, or None."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.training.loopback import LoopbackTorchConfig
 
     channel = open_channel()
     workers, ranks = config.workers, config.workers.count or 1
@@ -161,9 +163,11 @@ def _fit(url: str, shards: list[Shard], config: Config) -> str | None:
     # Ray writes these settings to files and shows them on its pages
     public = replace(config, storage=StorageConfig())
     settings = {"config": public, "shards": shards, "run": url, "channel": channel}
+    torch_config = LoopbackTorchConfig() if cluster.is_local() else TorchConfig()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
+        torch_config=torch_config,
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu=bool(workers.gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name="checkpoints",

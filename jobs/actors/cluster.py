@@ -46,9 +46,16 @@ def start() -> None:
         signal.signal(signal.SIGTERM, handler)  # Ray has replaced it by its own
 
 
+def is_local() -> bool:
+    """Whether Ray runs on this machine only."""
+    import ray
+
+    return ray.util.get_node_ip_address() == LOOPBACK
+
+
 def _want_token() -> None:
     """Lets a local Ray accept only processes that know a new random token: this one and its children."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     Config.initialize("")  # Ray has read these variables when it was imported

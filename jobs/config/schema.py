@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jobs.config.written import with_written
 from pipeline.tokens.schema import ENCODINGS
 
 if TYPE_CHECKING:
@@ -302,8 +303,6 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """For artifacts: without `storage`, which may hold secrets, and without values of environment variables."""
-        from jobs.config.secrets import with_written  # imports this module
-
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
         return with_written(settings, self.written)
 

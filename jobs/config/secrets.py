@@ -59,17 +59,6 @@ def from_environment(merged: DictConfig) -> dict[str, str]:
     return texts
 
 
-def with_written(settings: dict[str, Any], written: dict[str, str]) -> dict[str, Any]:
-    """Nested settings, with these keys as they are written."""
-    if not written:
-        return settings
-    given = OmegaConf.create(settings)
-    for key, text in written.items():
-        if OmegaConf.select(given, key, throw_on_missing=False) is not None:
-            OmegaConf.update(given, key, text)
-    return OmegaConf.to_container(given, resolve=False)  # type: ignore[return-value]
-
-
 def _leaves(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(value, dict):
         pairs = [(f"{prefix}.{key}" if prefix else str(key), inner) for key, inner in value.items()]
