@@ -26,13 +26,14 @@ from tests.s3 import S3Server
 
 STRANGER = """
 import sys, ray
-ray.init(address=sys.argv[1], logging_level=50, log_to_driver=False)
+address, mark = sys.argv[1:]
+ray.init(address=address, logging_level=50, log_to_driver=False)
 @ray.remote
-def run():
-    open(sys.argv[2], "w").close()
-ray.get(run.remote())
+def run(mark):
+    open(mark, "w").close()
+ray.get(run.remote(mark))
 """
-REFUSED_S = 45  # Ray's client asks again for minutes
+REFUSED_S = 30  # Ray's client asks again for minutes
 WAIT_S = 400
 SETTINGS = {
     "model": {"net": {**TINY_NET, "patch_size": 4}},
