@@ -20,6 +20,7 @@ def take_url_secrets(config: Config) -> dict[str, str]:
     for field in dataclasses.fields(config):
         if field.name != "storage":
             setattr(config, field.name, _cleaned(getattr(config, field.name), secrets))
+    config.written = {key: without_secrets(text)[0] for key, text in config.written.items()}
     return secrets
 
 

@@ -81,6 +81,12 @@ def test_secrets_of_urls_leave_the_configuration():
     assert config.storage.options == {"s3": {"secret": "kept"}}
 
 
+def test_a_password_beside_a_variable_is_not_saved_either(tmp_path: Path):
+    config = load(tmp_path, {"output": "https://me:passw0rd@host/${oc.env:PLACE}"})
+    assert take_url_secrets(config) == {"https://host": "me:passw0rd"}
+    assert config.to_dict()["output"] == "https://host/${oc.env:PLACE}"
+
+
 def test_two_passwords_for_one_server_are_refused():
     config = Config(run="https://me:one@host/run", output="https://me:two@host/out")
     with pytest.raises(ConfigError, match="https://host is given with two different passwords"):
