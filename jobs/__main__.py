@@ -16,6 +16,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from jobs.reports.terminal import printing_safely
+
 COMMANDS = {  # name: (module, summary); a module is imported only to run its command, since torch and ray are slow
     "pack": ("jobs.pack", "pack a folder of files, a Parquet file or a CSV file into WebDataset shards"),
     "train": ("jobs.train", "train an autoencoder on shards"),
@@ -46,16 +48,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. The last line that it prints says in words what a non-zero code
     means."""
     try:
-        code = _main(arguments)
-        sys.stdout.flush()
+        with printing_safely():
+            code = _main((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again as it exits
         return 128 + signal.SIGPIPE
 
 
-def _main(arguments: list[str] | None) -> int:
-    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+def _main(arguments: list[str]) -> int:
+    command, *rest = arguments
     if command in (*HELP, "help"):
         print(_help())
         return 0
@@ -82,6 +85,7 @@ def version() -> str:
 def _run(command: str, arguments: list[str]) -> int:
     from jobs.actors.cluster import NoRoom
     from jobs.config import ConfigError, load_config, to_yaml
+    from jobs.config.secrets import take_url_secrets
     from pipeline import storage
     from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnknownStorage, UnsafeStorage
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
@@ -91,12 +95,13 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         with _raising_at_sigterm():
             config = load_config([_as_setting(argument) for argument in arguments if argument != "--print"])
+            url_secrets = take_url_secrets(config)
             if "--print" in arguments:
                 print(to_yaml(config, command), end="")
                 return 0
             _refuse_uploaded(config)
             job = importlib.import_module(COMMANDS[command][0])
-            storage.configure(config.storage.options, config.storage.create_only)
+            storage.configure(config.storage.options, config.storage.create_only, url_secrets)
             return _finish(command, job.run(config))
     except mistakes as error:
         return _finish(command, 2, str(error))

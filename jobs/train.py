@@ -14,14 +14,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from jobs.actors import cluster
-from jobs.config import Config, ConfigError, TrainConfig, WorkersConfig, with_new_names
+from jobs.config import Config, ConfigError, StorageConfig, TrainConfig, WorkersConfig, with_new_names
+from jobs.config.written import with_written
 from jobs.reports.progress import Progress
 from jobs.reports.training import SKIPPED
 from jobs.training.channel import open_channel
@@ -29,7 +30,7 @@ from jobs.training.checkpoint import LANES_FILE
 from jobs.training.checks import check, loss_weights
 from jobs.training.loop import train_worker
 from pipeline import storage
-from pipeline.corpus.shards import find_shards
+from pipeline.corpus.shards import Shard, find_shards
 from pipeline.corpus.streams import Lanes
 from tokenizer.modalities.base import MODALITIES
 from tokenizer.nets.base.net import NETS
@@ -61,7 +62,7 @@ def run(config: Config) -> int:
     _remove_orphans(url)
     cluster.start()
     cluster.check_room(config.workers, ranks=config.workers.count or 1)
-    stopped, received = _fit(url, {"config": config, "shards": shards}, config)
+    stopped, received = _fit(url, shards, config)
     if stopped is not None:
         print(f"train: stopped: {stopped}")
         return 128 + received if received else 3
@@ -101,7 +102,7 @@ def _claim(url: str, config: Config) -> None:
     """
     given = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
     given["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
-    text = OmegaConf.to_yaml(OmegaConf.create(given))
+    text = OmegaConf.to_yaml(OmegaConf.create(with_written(given, config.written)))
     place = storage.join(url, "config.yaml")
     try:
         storage.write_once(place, text.encode())
@@ -207,17 +208,24 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def _fit(url: str, settings: dict[str, Any], config: Config) -> tuple[str | None, int]:
+def _fit(url: str, shards: list[Shard], config: Config) -> tuple[str | None, int]:
     """Trains. Returns why training stopped before its last step, or None, and the signal that stopped it, or 0."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.training.loopback import LoopbackTorchConfig
 
     channel = open_channel()
     workers, ranks = config.workers, config.workers.count or 1
     resources = {"CPU": cluster.cpus_per_rank(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
+    # Ray writes these settings to files and shows them on its pages
+    public = replace(config, storage=StorageConfig())
+    settings = {"config": public, "shards": shards, "run": url, "channel": channel}
+    torch_config = LoopbackTorchConfig() if cluster.is_local() else TorchConfig()
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={**settings, "run": url, "channel": channel},
+        train_loop_config=settings,
+        torch_config=torch_config,
         scaling_config=ScalingConfig(num_workers=ranks, use_gpu=bool(workers.gpus), resources_per_worker=resources),
         run_config=RunConfig(
             name="checkpoints",

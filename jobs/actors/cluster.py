@@ -1,17 +1,25 @@
 """Starts Ray on a laptop or joins a cluster, and says how many workers fit on it."""
 
+import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
+import stat
+import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, WorkersConfig
 from pipeline import storage
 
 CONNECT_S = 20.0  # Ray itself would try for minutes
+LOOPBACK = "127.0.0.1"
 
 
 class NoRoom(RuntimeError):
@@ -19,7 +27,7 @@ class NoRoom(RuntimeError):
 
 
 def start() -> None:
-    """Joins the cluster in RAY_ADDRESS, which `ray job submit` sets, or starts a local one.
+    """Joins the cluster in RAY_ADDRESS, which `ray job submit` sets, or starts a local one that only we can use.
 
     Raises ConfigError if nothing listens at that address.
     """
@@ -30,22 +38,21 @@ def start() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     _check_reachable(address)
     if address == "local":
-        # otherwise it would depend on whether there is a token file in the home directory
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        # without a dashboard, Ray Train's cleanup would look for one for 12 s at the end of each training
-        os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+        _want_token()
+        os.environ.update(_local_environment())
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it reports each actor of Ray Data as an error
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     handler = signal.getsignal(signal.SIGTERM)
-    # workers print only messages of Ray itself: results, progress and errors come back as values and exceptions
-    ray.init(
-        address=address,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        include_dashboard=None if address != "local" else False,
-        runtime_env=_runtime_env(),
-    )
+    with _on_loopback() if address == "local" else contextlib.nullcontext():
+        # workers print only messages of Ray itself: results, progress and errors come back as values and exceptions
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env=_runtime_env(),
+            **(_local_options() if address == "local" else {}),
+        )
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has replaced it by its own
 
@@ -73,7 +80,7 @@ def check_room(workers: WorkersConfig, ranks: int = 1) -> None:
     """Raises ConfigError if this command's own Ray, which cannot grow, will never have room for so many workers."""
     import ray
 
-    if os.environ.get("RAY_ADDRESS", "local") != "local":
+    if not is_local():
         return
     total = ray.cluster_resources()
     needs = {"CPU": (workers.cpus or 1) * ranks, "GPU": workers.gpus * ranks}
@@ -86,12 +93,88 @@ def check_room(workers: WorkersConfig, ranks: int = 1) -> None:
             )
 
 
-def _runtime_env() -> dict[str, dict[str, str]] | None:
-    """Passes the storage options of this command to workers on other machines."""
-    given = {name: value for name, value in os.environ.items() if name.startswith("FSSPEC_")}
-    if os.environ.get(storage.CREATE_ONLY, storage.SERVER) != storage.SERVER:
-        given[storage.CREATE_ONLY] = os.environ[storage.CREATE_ONLY]
-    return {"env_vars": given} if given else None
+def is_local() -> bool:
+    """Whether Ray runs on this machine only."""
+    import ray
+
+    return ray.util.get_node_ip_address() == LOOPBACK
+
+
+def _want_token() -> None:
+    """Lets a local Ray accept only processes that know a new random token: this one and its children."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    Config.initialize("")  # Ray has read these variables when it was imported
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _local_environment() -> dict[str, str]:
+    """Settings of a local Ray and its workers. Ranks of a training connect by loopback."""
+    loopback = "lo" if sys.platform == "linux" else "lo0"
+    return {
+        # without a dashboard, Ray Train's cleanup would look for one for 12 s at the end of each training
+        "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1",
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+    }
+
+
+def _local_options() -> dict[str, Any]:
+    """Options of ray.init for a local Ray: no dashboard, and files in a folder of our own."""
+    options: dict[str, Any] = {"include_dashboard": False}
+    if "RAY_TMPDIR" not in os.environ:
+        options["_temp_dir"] = str(private_folder() / "ray")  # Ray makes this folder itself accessible to everyone
+    return options
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Inside, Ray starts with all its ports on 127.0.0.1. Raises RuntimeError if it did not.
+
+    ray.init replaces a loopback address that it is given by the machine's outer one. Only this constant prevents that;
+    Ray sets it on macOS and Windows.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+    if (address := ray.util.get_node_ip_address()) != LOOPBACK:
+        ray.shutdown()
+        raise RuntimeError(
+            f"the local Ray listens on {address} instead of {LOOPBACK}; Ray {ray.__version__} is not supported"
+        )
+
+
+def private_folder() -> Path:
+    """A folder that only this user can enter. Its path is short, because Ray keeps sockets in it.
+
+    Raises PermissionError if somebody else made it, or can enter it.
+    """
+    place = Path(tempfile.gettempdir() if sys.platform == "linux" else "/tmp")
+    folder = place / f"tokenmill-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(0o700)
+    about = folder.lstat()
+    if about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o077 or not stat.S_ISDIR(about.st_mode):
+        raise PermissionError(
+            f"{folder} must be a folder that only you can enter (mode 0700), because Ray keeps its logs and sockets "
+            "there; remove it, or set RAY_TMPDIR to a folder of your own"
+        )
+    return folder
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """Makes every worker, on any machine, set this command's storage settings.
+
+    The function travels through Ray's table of functions. Environment variables would be written to Ray's log files.
+    """
+    setter = storage.setter()
+    return {"worker_process_setup_hook": setter} if setter else None
 
 
 def cpus_per_rank(workers: WorkersConfig) -> float:

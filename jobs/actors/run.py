@@ -9,6 +9,7 @@ from jobs.actors import cluster
 from jobs.actors.pool import Named, ShardWorker, map_shards
 from jobs.config import TokensConfig, WorkersConfig
 from jobs.reports.progress import Progress
+from pipeline import storage
 from pipeline.corpus.shards import Shard
 from pipeline.errors import ShardError
 from tokenizer.encoder import LatentEncoder
@@ -50,9 +51,10 @@ class EncodeWorker(ShardWorker, Generic[E]):
         try:
             return self.work(shard)
         except ShardError as error:
-            return self.result(shard, failure=str(error))
+            return self.result(shard, failure=storage.redacted(str(error)))
         except Exception as error:
-            return self.result(shard, failure=f"{shard.url}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+            failure = f"{shard.url}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+            return self.result(shard, failure=storage.redacted(failure))
 
     def failed(self, shard: Shard, reason: str) -> ShardResult:
         return self.result(shard, failure=f"{shard.url}: {reason}")

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jobs.config.renames import with_new_names
 from jobs.config.schema import Config, ConfigError, TrainConfig, all_keys
+from jobs.config.secrets import from_environment
 from jobs.config.shipped import shipped_configs, with_methods_beside
 
 CONFIGS = shipped_configs()
@@ -102,6 +103,7 @@ def _build(parts: list[DictConfig]) -> Config:
     config = _typed(Config, given, "")
     _type_dicts(config)
     _refuse_infinite(dataclasses.asdict(config), "")
+    config.written = from_environment(merged)
     return config
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from jobs.config.written import with_written
 from pipeline.tokens.commit import NEW, REFUSE
 from pipeline.tokens.schema import ENCODINGS
 
@@ -287,6 +288,9 @@ class StorageConfig:
     def __post_init__(self) -> None:
         if self.create_only not in ("server", "checked"):
             raise ValueError(f"storage.create_only is {self.create_only!r}; choose one of: server, checked")
+        for protocol, options in self.options.items():
+            if not isinstance(options, dict):  # without the value, which may be a secret
+                raise ValueError(f"storage.options.{protocol} must hold keys, such as storage.options.s3.endpoint_url")
 
 
 @dataclass
@@ -315,9 +319,13 @@ class Config:
     status: StatusConfig = key(StatusConfig, "the progress of an output", ("status",))
     storage: StorageConfig = key(StorageConfig, "access to object storage", ALL)
 
+    def __post_init__(self) -> None:
+        self.written: dict[str, str] = {}  # keys from environment variables, as they are written; load_config sets it
+
     def to_dict(self) -> dict[str, Any]:
-        """For artifacts: without `storage`, which may hold secrets."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
+        """For artifacts: without `storage`, which may hold secrets, and without values of environment variables."""
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
+        return with_written(settings, self.written)
 
     def require(self, *keys: str) -> None:
         """Raises ConfigError that names the first of these keys that is empty."""

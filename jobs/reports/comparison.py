@@ -133,9 +133,10 @@ def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
     shown = ", ".join(f"{key} {recipe[key]}" for key in RECIPE_SHOWN)
     numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})
     seeds = ", ".join(str(seed) for seed in config.compare.seeds)
-    evaluated = config.compare.others[name] if name else config.compare.heldout
+    saved = config.to_dict()
+    evaluated = saved["compare"]["others"][name] if name else saved["compare"]["heldout"]
     lines = [
-        f"Trained on {config.data.shards}, evaluated on {evaluated}: "
+        f"Trained on {saved['data']['shards']}, evaluated on {evaluated}: "
         f"{numbers.get('num_samples')} samples, {numbers.get('num_tokens')} tokens.",
         f"Net {config.model.net}; {shown}; seeds {seeds}. With one seed, all methods start from the same weights and "
         "see the same samples and crops in the same order.",

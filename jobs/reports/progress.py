@@ -3,6 +3,8 @@
 import sys
 import time
 
+from jobs.reports.terminal import erase_line
+
 LOG_EVERY_S = 10.0
 
 
@@ -37,8 +39,9 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Prints a message on a line of its own, above the progress line."""
-        erase = "\r\033[K" if self._is_terminal else ""
-        print(f"{erase}{self.command}: {message}", flush=True)
+        if self._is_terminal:
+            erase_line()
+        print(f"{self.command}: {message}", flush=True)
 
     def close(self) -> None:
         """Leaves the last line on the screen or in the log."""
@@ -48,8 +51,9 @@ class Progress:
             print()
 
     def _print(self) -> None:
-        print(f"\r\033[K{self._line}" if self._is_terminal else self._line, end="" if self._is_terminal else "\n")
-        sys.stdout.flush()
+        if self._is_terminal:
+            erase_line()
+        print(self._line, end="" if self._is_terminal else "\n", flush=True)
         self._printed_line, self._printed_at = self._line, time.monotonic()
 
 

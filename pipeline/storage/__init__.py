@@ -15,6 +15,7 @@ from pipeline.storage.client import (
     join,
     locate,
     normalise,
+    setter,
 )
 from pipeline.storage.create import check_create_only, remove, replace, upload, write_once
 from pipeline.storage.objects import (
@@ -36,6 +37,7 @@ from pipeline.storage.objects import (
     scan,
     temporary_files,
 )
+from pipeline.storage.urls import redacted, without_secrets
 
 __all__ = [
     "CHECKED",
@@ -63,11 +65,14 @@ __all__ = [
     "open_stream",
     "read",
     "read_if_exists",
+    "redacted",
     "remove",
     "replace",
     "same_file",
     "scan",
+    "setter",
     "temporary_files",
     "upload",
+    "without_secrets",
     "write_once",
 ]

@@ -17,33 +17,65 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import StorageError, UnknownStorage
 from pipeline.storage import s3
 from pipeline.storage.retries import http_status, with_retries
+from pipeline.storage.urls import with_secrets
 
 R = TypeVar("R")
 Options = dict[str, dict[str, Any]]  # protocol -> arguments of its fsspec file system
 CREATE_ONLY = "TOKENMILL_CREATE_ONLY"  # environment variable: SERVER (the default) or CHECKED
 SERVER, CHECKED = "server", "checked"
+URL_SECRETS = "tokenmill-urls"  # in fsspec's settings, so that they travel to workers with the other options
 TRIES = 3  # requests per call, where the client itself retries
 
 
 def environment(options: Options, create_only: str = SERVER) -> dict[str, str]:
-    """Environment variables that pass these options to other processes, for example to Ray workers in `runtime_env`.
+    """Environment variables that pass these options to other processes. They may hold secrets.
 
     options: for example {"s3": {"endpoint_url": "http://127.0.0.1:8333", "profile": "lab"}}. Settings in the usual
     AWS_* variables need not be repeated. create_only: see `write_once`. Raises ValueError if JSON cannot hold them.
     """
     if create_only not in (SERVER, CHECKED):
         raise ValueError(f"create_only is {create_only!r}; choose {SERVER!r} or {CHECKED!r}")
-    try:
-        given = {f"FSSPEC_{protocol.upper()}": json.dumps(kwargs) for protocol, kwargs in options.items()}
-    except TypeError as error:
-        raise ValueError(f"storage options {options}: {error}; use only text, numbers, lists and mappings") from error
+    given = {}
+    for protocol, kwargs in options.items():
+        try:
+            given[f"FSSPEC_{protocol.upper()}"] = json.dumps(kwargs)
+        except TypeError as error:  # without the values, which may be secrets
+            raise ValueError(
+                f"storage options of {protocol}: {error}; use only text, numbers, lists and mappings"
+            ) from error
     return {**given, CREATE_ONLY: create_only}
 
 
-def configure(options: Options, create_only: str = SERVER) -> None:
-    """Sets the options in this process and in processes that it starts later. Raises ValueError like `environment`."""
+def configure(options: Options, create_only: str = SERVER, url_secrets: dict[str, str] | None = None) -> None:
+    """Sets the options in this process and in processes that it starts later. Raises ValueError like `environment`.
+
+    url_secrets: see `without_secrets`. Processes that start later do not have them.
+    """
     os.environ.update(environment(options, create_only))
     fsspec.config.set_conf_env(fsspec.config.conf)
+    fsspec.config.conf.pop(URL_SECRETS, None)
+    if url_secrets:
+        fsspec.config.conf[URL_SECRETS] = url_secrets
+
+
+def setter() -> Callable[[], None] | None:
+    """A function that sets the options of this process in another one; None if there are none.
+
+    Pickled by value, it needs fsspec, but not this package, which Ray's workers find only later. It may hold secrets.
+    """
+    settings, create_only, name = dict(fsspec.config.conf), os.environ.get(CREATE_ONLY, SERVER), CREATE_ONLY
+    if not settings and create_only == SERVER:
+        return None
+
+    def set_storage_options() -> None:
+        import os
+
+        import fsspec
+
+        os.environ[name] = create_only
+        fsspec.config.conf.update(settings)
+
+    return set_storage_options
 
 
 def normalise(url: str) -> str:
@@ -73,12 +105,18 @@ def locate_once(url: str, tries: int = 1) -> tuple[Any, str]:
     options: dict[str, Any] = {"use_listings_cache": False}
     if s3.is_s3(url):
         options["config_kwargs"] = s3.client_settings(options_of("s3"), tries)
+    plain = normalise(url)
+    url, login = with_secrets(plain, options_of(URL_SECRETS))
+    if "client_kwargs" in login:  # else these would replace those of the user
+        given = options_of(url.partition("://")[0]).get("client_kwargs", {})
+        login["client_kwargs"]["headers"] = {**given.get("headers", {}), **login["client_kwargs"]["headers"]}
+        login["client_kwargs"] = {**given, **login["client_kwargs"]}
     try:
-        fs, path = fsspec.core.url_to_fs(normalise(url), **options)
+        fs, path = fsspec.core.url_to_fs(url, **options, **login)
     except OSError:
         raise
     except Exception as error:  # each file system raises its own
-        raise _unknown_storage(url, error) from error
+        raise _unknown_storage(plain, error) from error
     if s3.is_s3(url):
         fs.retries = tries
     return fs, path

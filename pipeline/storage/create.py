@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import os
-import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +125,15 @@ def _create_local(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_beside(path: Path, data: bytes):
+def _temporary_beside(path: Path, data: bytes) -> Iterator[Path]:
     """A temporary file with the data in the same folder, flushed to disk. It is removed afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # unlike tempfile's, it gets the permissions that the umask allows
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         yield temporary
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pipeline.errors import StorageError
+from pipeline.storage.urls import redacted
 
 R = TypeVar("R")
 RETRY_FOR_S = 300.0  # long enough for a server restart, a network outage or a throttled bucket
@@ -119,4 +120,4 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _describe(error: BaseException) -> str:
     """The error and its root cause: outer layers say little, and FSTimeoutError nothing at all."""
     lines = [" ".join(f"{type(cause).__name__}: {cause}".rstrip(": ").split()) for cause in _causes(error)]
-    return lines[0] if len(lines) == 1 else f"{lines[0]} ({lines[-1]})"
+    return redacted(lines[0] if len(lines) == 1 else f"{lines[0]} ({lines[-1]})")

@@ -41,7 +41,7 @@ def job_details(cluster: Cluster, output: str) -> dict:
 @pytest.mark.faults
 def test_a_submitted_job_succeeds_and_its_log_ends_with_the_result(lab: Lab):
     trial = lab.trial("submitted")
-    done = submit(trial)
+    done = submit(trial, "storage.options.s3.config_kwargs.read_timeout=20")  # options reach the workers of a job
     assert done.returncode == 0, done.stdout
     assert "\ntokenize: done\n" in done.stdout
     assert job_details(lab.cluster, done.stdout)["driver_exit_code"] == 0

@@ -1,6 +1,9 @@
 """Objects are written whole and once. All kinds of fsspec URLs behave the same."""
 
 import os
+import stat
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from ray import cloudpickle
 
 from pipeline import storage
 from pipeline.errors import ReplacedObject, UnknownStorage
@@ -248,3 +252,42 @@ def test_an_option_that_the_client_does_not_know_is_named(monkeypatch: pytest.Mo
     monkeypatch.setitem(fsspec.config.conf, "s3", {"colour": "red"})
     with pytest.raises(UnknownStorage, match=r"colour.*storage.options.s3 \(keys given: colour\)"):
         storage.read("s3://bucket/a")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o007, 0o660)])
+def test_files_have_the_permissions_that_the_umask_allows(tmp_path: Path, umask: int, mode: int):
+    before = os.umask(umask)
+    try:
+        storage.write_once(f"{tmp_path}/created", b"x")
+        storage.replace(f"{tmp_path}/replaced", b"x")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {mode}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_options_travel_in_a_function_that_needs_only_fsspec(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fsspec.config, "conf", {"s3": {"secret": "s3cret"}})
+    monkeypatch.setenv(storage.CREATE_ONLY, storage.CHECKED)
+    setter = storage.setter()
+    assert setter is not None
+    code = (
+        "import pickle, sys, os, fsspec; pickle.load(sys.stdin.buffer)();"
+        "print(fsspec.config.conf['s3'], os.environ['TOKENMILL_CREATE_ONLY'], 'pipeline' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=cloudpickle.dumps(setter), cwd="/", env={}, capture_output=True, check=True
+    )
+    assert done.stdout.decode() == "{'secret': 's3cret'} checked False\n"
+
+
+def test_without_options_there_is_nothing_to_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    monkeypatch.delenv(storage.CREATE_ONLY, raising=False)
+    assert storage.setter() is None
+
+
+def test_an_error_about_options_does_not_show_them():
+    with pytest.raises(ValueError, match="storage options of s3: Object of type bytes") as caught:
+        storage.environment({"s3": {"secret": "s3cret", "key": b"x"}})
+    assert "s3cret" not in str(caught.value)
