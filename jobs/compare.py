@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def run(config: Config) -> int:
     train, heldout = find_shards(config.data.shards), find_shards(config.compare.heldout)
     others = {name: find_shards(shards) for name, shards in config.compare.others.items()}
     corpora = {"train": train, "heldout": heldout, **{f"others.{name}": shards for name, shards in others.items()}}
-    planned = plan(config, url, json.dumps({name: manifest.id for name, manifest in corpora.items()}))
+    planned = plan(config, url, _corpus_id(corpora, config.data.member))
     modality = build_modality(config.model.modality, config.data.preprocess)
     with checked("metrics"):
         modality.metrics(config.metrics)
@@ -72,6 +73,12 @@ def run(config: Config) -> int:
     for name, reason in failed.items():
         print(f"compare: failed trial {name}: {reason}")
     return 3 if failed else 0
+
+
+def _corpus_id(corpora: dict[str, ShardList], member: str) -> str:
+    """Identifies the samples: the shards, and the member if one is chosen."""
+    ids = {name: manifest.id for name, manifest in corpora.items()}
+    return json.dumps(ids | ({"data.member": member} if member else {}))
 
 
 def plan(config: Config, url: str, corpus: str) -> list[Planned]:
@@ -128,9 +135,10 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
     limit = min(limit or config.compare.max_samples, config.compare.max_samples)
     arrays: list[np.ndarray] = []
     num_skipped = 0
+    decode = partial(decode_sample, modality=modality, member=config.data.member)
     for shard in manifest.shards:
         try:
-            for outcome in map_in_threads(lambda sample: decode_sample(sample, modality), read_samples(shard.url), 2):
+            for outcome in map_in_threads(decode, read_samples(shard.url), 2):
                 if not isinstance(outcome, DecodedSample):
                     num_skipped += 1
                 elif len(arrays) < limit:

@@ -30,6 +30,7 @@ def encode_missing(
     if not todo:
         return []
     settings = {"load": load, "output_url": output.url, "options": config.tokens}
+    settings["member"] = output.layout.member
     worker = CachedTokenizeWorker if config.tokens.latents else TokenizeWorker
     results = run_shards(command, todo, worker, settings, config.workers)
     return [result.failure for result in results if result.failure]
@@ -82,11 +83,13 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
                 encoded.seconds,
                 now=time.time(),
                 num_samples=encoded.num_samples,
+                notes=encoded.notes,
             )
         return Committed.of(shard, commit)
 
     def encode(self, shard: Shard) -> EncodedShard:
-        return encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
+        tick = partial(self.tick, shard)
+        return encode_shard(shard, self.encoder, self.options, self.device_lock, tick, member=self.member)
 
     def _noted(self, result: ShardResult) -> ShardResult:
         """Notes a failure in the output, for `status`. If that fails too, the driver still prints it."""

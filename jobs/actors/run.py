@@ -33,13 +33,15 @@ class ShardResult:
 class EncodeWorker(ShardWorker, Generic[E]):
     """Holds an encoder and processes shards with it. A failed shard gives a result, and the job continues.
 
-    load: from a device to the encoder. Subclasses define `work`, and `result`, the class that it returns.
+    load: from a device to the encoder. member: see decode_sample. Subclasses define `work`, and `result`, the class
+    that it returns.
     """
 
     result: ClassVar[type[ShardResult]] = ShardResult
 
-    def __init__(self, load: Callable[[str], E], options: TokensConfig, **resources: Any):
+    def __init__(self, load: Callable[[str], E], options: TokensConfig, member: str = "", **resources: Any):
         super().__init__(**resources)
+        self.member = member
         self.encoder = load(self.device)
         self.options = options
 

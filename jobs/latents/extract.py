@@ -33,6 +33,7 @@ def draw_latents(run_url: str, inputs: ShardList, config: Config) -> tuple[np.nd
     settings = {
         "load": partial(load_encoder, run_url, config.data.preprocess),
         "options": replace(config.tokens, passthrough=[]),
+        "member": config.data.member,
     }
     settings |= {"capacity": options.max_latents, "seed": options.seed, "bound": bound}
     failures = []
@@ -84,7 +85,8 @@ class SampleWorker(EncodeWorker[LatentEncoder]):
     def work(self, shard: Shard) -> ShardResult:
         import ray
 
-        encoded = encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
+        tick = partial(self.tick, shard)
+        encoded = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, member=self.member)
         sampled = Sampled(shard, num_quarantined=len(encoded.quarantined))
         sampled.sample = Reservoir(self.capacity, self.seed, ray.get(self.bound.get.remote()))
         latents = [row.tokens.reshape(-1, row.tokens.shape[-1]) for row in encoded.rows]
@@ -101,7 +103,7 @@ def fill_cache(run_url: str, inputs: ShardList, config: Config) -> Output:
     options = _cache_options(url, encoder, config.tokens)
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(url)
-    cache = Output.create(url, latent_layout(encoder, options), inputs, config.to_dict())
+    cache = Output.create(url, latent_layout(encoder, options, config.data.member), inputs, config.to_dict())
     print(f"codebook: caching latents in {cache.url}")
     failures = encode_missing("codebook", inputs.shards, cache, load, replace(config, tokens=options))
     print_failures("codebook", failures)

@@ -37,6 +37,7 @@ class TrainingData:
     rank: int
     world_size: int
     on_bad_shard: Callable[[ShardError], None]
+    member: str = ""  # see decode_sample
     positions: dict[int, Position] = field(default_factory=dict)  # after the last batch that was trained on
     num_skipped: int = 0
 
@@ -80,20 +81,22 @@ class TrainingData:
 
     def _segment(self, drawn: LaneSample) -> tuple[np.ndarray | None, LaneSample]:
         """A random segment of the sample, the same in every run; None if the sample cannot be decoded."""
-        decoded = decode_sample(drawn.sample, self.modality)
+        decoded = decode_sample(drawn.sample, self.modality, self.member)
         if not isinstance(decoded, DecodedSample):
             return None, drawn
         rng = np.random.default_rng([self.options.seed, drawn.before.epoch, drawn.lane, drawn.before.sample])
         return self.modality.segment(decoded.decoded.array, self.options.crop_size, rng), drawn
 
 
-def fixed_samples(shards: list[Shard], modality: Modality, segment: int, count: int) -> list[tuple[str, np.ndarray]]:
+def fixed_samples(
+    shards: list[Shard], modality: Modality, segment: int, count: int, member: str = ""
+) -> list[tuple[str, np.ndarray]]:
     """Keys and segments of the first `count` samples that can be decoded, the same in every run over a corpus."""
     segments: list[tuple[str, np.ndarray]] = []
     for shard in shards:
         try:
             for sample in read_samples(shard.url):
-                decoded = decode_sample(sample, modality)
+                decoded = decode_sample(sample, modality, member)
                 if isinstance(decoded, DecodedSample):
                     rng = np.random.default_rng(0)
                     segments.append((sample.key, modality.segment(decoded.decoded.array, segment, rng)))
