@@ -7,6 +7,7 @@ reconstructions of the same images by every method.
 """
 
 import base64
+import collections
 import dataclasses
 import hashlib
 import json
@@ -21,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from jobs.actors import cluster
+from jobs.actors.run import print_notes
 from jobs.config import Config, ConfigError, checked, with_method
 from jobs.reports.comparison import write_report
 from jobs.reports.progress import Progress
-from jobs.shards import DecodedSample, decode_sample
+from jobs.shards import DecodedSample, decode_sample, passed_over_notes
 from jobs.training.checks import check
 from pipeline import storage
 from pipeline.corpus.batches import map_in_threads
@@ -134,11 +136,11 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
     """The samples in the order of the shards: one array [N, ...] if they have one shape, else a list of arrays."""
     limit = min(limit or config.compare.max_samples, config.compare.max_samples)
     arrays: list[np.ndarray] = []
-    num_skipped = 0
+    num_skipped, passed_over = 0, collections.Counter[str]()
     decode = partial(decode_sample, modality=modality, member=config.data.member)
     for shard in manifest.shards:
         try:
-            for outcome in map_in_threads(decode, read_samples(shard.url), 2):
+            for outcome in map_in_threads(decode, read_samples(shard.url, passed_over=passed_over), 2):
                 if not isinstance(outcome, DecodedSample):
                     num_skipped += 1
                 elif len(arrays) < limit:
@@ -151,6 +153,7 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
             break
     if not arrays:
         raise ConfigError("the corpus gave no samples: every shard failed or is empty; see the messages above")
+    print_notes("compare", passed_over_notes(passed_over))
     if num_skipped:
         print(f"compare: skipped {num_skipped} samples that cannot be decoded")
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays

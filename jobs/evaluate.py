@@ -106,7 +106,7 @@ class EvaluateWorker(EncodeWorker[Tokenizer]):
                 self.tick(shard)
         except ShardError as error:  # the samples before the error count
             result.failure = str(error)
-        result.num_quarantined = len(reader.quarantined)
+        result.num_quarantined, result.notes = len(reader.quarantined), reader.notes
         return result
 
     def _add(self, batch: list[DecodedSample], result: Evaluated, quarantined: list[Quarantined]) -> None:

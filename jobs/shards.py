@@ -3,7 +3,7 @@
 import collections
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -79,13 +79,8 @@ def encode_shard(
         reader.quarantined,
         reader.num_samples,
         {stage: round(spent, 4) for stage, spent in seconds.items()},
-        notes_on(rows, options.passthrough, reader.passed_over),
+        reader.notes | passthrough_notes(rows, options.passthrough),
     )
-
-
-def notes_on(rows: list[TokenRow], passthrough: Sequence[str], passed_over: dict[str, int]) -> dict[str, int]:
-    """The notes of a commit. passed_over: members that belong to no sample, by what they are."""
-    return {f"members passed over: {what}": n for what, n in passed_over.items()} | passthrough_notes(rows, passthrough)
 
 
 @dataclass
@@ -99,7 +94,7 @@ class DecodedSample:
 class ShardReader:
     """One pass over a shard. The counts are complete once the last batch was taken.
 
-    passed_over: members that belong to no sample, by what they are.
+    passed_over: members that belong to no sample, by what they are. notes: the same as in Commit.
     quarantined: samples that could not be decoded. num_samples: all that were read, skipped and quarantined ones too.
     read_s, decode_s: seconds; decode_s is summed over all threads. only: indices of the samples to decode; the others
     are counted, but neither decoded nor quarantined. tick: called for each sample read. member: see decode_sample.
@@ -121,6 +116,10 @@ class ShardReader:
         self.passed_over: collections.Counter[str] = collections.Counter()
         self.num_samples = 0
         self.read_s = self.decode_s = 0.0
+
+    @property
+    def notes(self) -> dict[str, int]:
+        return passed_over_notes(self.passed_over)
 
     def batches(self) -> Iterator[list[DecodedSample]]:
         """Batches of one shape each, read and decoded in threads beside the caller's work.
@@ -158,6 +157,11 @@ class ShardReader:
     def _decode(self, sample: Sample) -> tuple[DecodedSample | Quarantined, float]:
         start = time.monotonic()
         return decode_sample(sample, self.modality, self.member), time.monotonic() - start
+
+
+def passed_over_notes(passed_over: Mapping[str, int]) -> dict[str, int]:
+    """As sentences. passed_over: members that belong to no sample, by what they are."""
+    return {f"members passed over: {what}": count for what, count in passed_over.items()}
 
 
 def decode_sample(sample: Sample, modality: Modality, member: str = "") -> DecodedSample | Quarantined:

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from functools import partial
 
-from jobs.actors.run import FIX_AND_RERUN, print_failures
+from jobs.actors.run import FIX_AND_RERUN, print_failures, print_notes
 from jobs.artifacts import check_member, load_tokenizer, token_layout, tokenizer_url
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.encode import encode_missing
@@ -82,8 +82,7 @@ def _outcome(output: Output, shards: list[Shard], failures: list[str], config: C
     print(
         f"tokenize: {rows} samples in {len(done)} of {len(shards)} shards, {quarantined} quarantined, at {output.url}"
     )
-    for note, count in sum((one.notes for one in done), collections.Counter[str]()).items():
-        print(f"tokenize: {'all ' if count == rows else ''}{count} {note}")
+    print_notes("tokenize", sum((one.notes for one in done), collections.Counter()), rows)
     if len(done) < len(shards):
         print(f"tokenize: incomplete: {len(shards) - len(done)} shards failed; {FIX_AND_RERUN}")
         return 3

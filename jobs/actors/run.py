@@ -1,8 +1,9 @@
 """The code that all commands over shards share: run a worker over the shards, show progress, report failures."""
 
+import collections
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from jobs.actors import cluster
@@ -20,10 +21,11 @@ FIX_AND_RERUN = "fix the cause and rerun the same command"
 
 @dataclass
 class ShardResult:
-    """The result of a shard. failure: why it could not be processed, or None."""
+    """The result of a shard. failure: why it could not be processed, or None. notes: as in Commit, to be printed."""
 
     shard: Shard
     failure: str | None = None
+    notes: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     def counts(self) -> dict[str, float]:
         """Amounts by name, which the progress line adds up."""
@@ -71,11 +73,19 @@ def run_shards(
     cluster.start()
     if not shards:
         return
-    progress = Progress(command, total=len(shards), unit="shards")
+    progress, notes = Progress(command, total=len(shards), unit="shards"), collections.Counter[str]()
     for result in map_shards(shards, worker, settings, workers, job=command):
         progress.advance(**result.counts())
+        notes.update(result.notes)
         yield result
     progress.close()
+    print_notes(command, notes)
+
+
+def print_notes(command: str, notes: Mapping[str, int], num_rows: int = 0) -> None:
+    """Prints each note with its count. num_rows: in all, if known."""
+    for note, count in notes.items():
+        print(f"{command}: {'all ' if note.startswith('rows') and count == num_rows else ''}{count} {note}")
 
 
 def print_failures(command: str, failures: Sequence[str]) -> None:

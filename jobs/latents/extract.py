@@ -1,5 +1,6 @@
 """One pass over a corpus for its latents: a sample of them for the driver, or all of them in a cache."""
 
+import collections
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jobs.actors import cluster
-from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
+from jobs.actors.run import EncodeWorker, ShardResult, print_failures, print_notes, run_shards
 from jobs.artifacts import latent_layout, load_encoder
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.encode import encode_missing
@@ -87,7 +88,7 @@ class SampleWorker(EncodeWorker[LatentEncoder]):
 
         tick = partial(self.tick, shard)
         encoded = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, member=self.member)
-        sampled = Sampled(shard, num_quarantined=len(encoded.quarantined))
+        sampled = Sampled(shard, num_quarantined=len(encoded.quarantined), notes=encoded.notes)
         sampled.sample = Reservoir(self.capacity, self.seed, ray.get(self.bound.get.remote()))
         latents = [row.tokens.reshape(-1, row.tokens.shape[-1]) for row in encoded.rows]
         if latents:
@@ -107,6 +108,7 @@ def fill_cache(run_url: str, inputs: ShardList, config: Config) -> Output:
     print(f"codebook: caching latents in {cache.url}")
     failures = encode_missing("codebook", inputs.shards, cache, load, replace(config, tokens=options))
     print_failures("codebook", failures)
+    print_notes("codebook", sum((one.notes for one in cache.committed_shards()), collections.Counter()))
     return cache
 
 

@@ -1,5 +1,6 @@
 """Batches for one training rank, decoded in background threads, with the position in the corpus after each batch."""
 
+import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -40,6 +41,7 @@ class TrainingData:
     member: str = ""  # see decode_sample
     positions: dict[int, Position] = field(default_factory=dict)  # after the last batch that was trained on
     num_skipped: int = 0
+    passed_over: collections.Counter[str] = field(default_factory=collections.Counter)  # see training_samples
 
     def __post_init__(self) -> None:
         self.lanes = Lanes.for_ranks(self.world_size, len(self.shards), self.options.shuffle_buffer, self.options.seed)
@@ -62,7 +64,12 @@ class TrainingData:
     def _make_batches(self, pinned: bool) -> Iterator[TrainBatch]:
         place = {"rank": self.rank, "world_size": self.world_size}
         stream = training_samples(
-            self.shards, self.lanes, **place, positions=dict(self.positions), on_bad_shard=self.on_bad_shard
+            self.shards,
+            self.lanes,
+            **place,
+            positions=dict(self.positions),
+            on_bad_shard=self.on_bad_shard,
+            passed_over=self.passed_over,
         )
         arrays: list[np.ndarray] = []
         batch = TrainBatch(Tensor(), [], {}, 0)

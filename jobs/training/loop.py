@@ -9,6 +9,7 @@ import ray.train
 import torch
 import torch.distributed
 
+from jobs.shards import passed_over_notes
 from jobs.stopwatch import Stopwatch
 from jobs.training.checkpoint import load_checkpoint, save_checkpoint
 from jobs.training.data import TrainBatch
@@ -115,6 +116,8 @@ class TrainLoop:
     def _finish(self) -> None:
         """Rank 0 writes the reports, and then the model: a run with a model is finished."""
         state = self.state
+        for note, count in passed_over_notes(state.data.passed_over).items():
+            state.send({"message": f"{count} {note}" + (f" (rank {state.rank})" if state.world_size > 1 else "")})
         if self.monitor is None:
             return
         self.monitor.report.close()
