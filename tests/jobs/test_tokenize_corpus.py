@@ -143,7 +143,7 @@ BREAKS = {
 }
 QUARANTINED = {  # of the shard "samples": stage and a word of the message
     "textonly": ("decode", "needs one member"),
-    "two": ("decode", "needs one member"),
+    "two": ("decode", "has several image members: jpg, png; set data.member to one of them"),
     "broken": ("decode", "truncated"),
     "noise": ("decode", "not a picture"),
     "empty": ("decode", "the file is empty"),
