@@ -8,6 +8,7 @@ from pipeline.errors import OutputMismatch
 from pipeline.tokens import Output, ShardLayout
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder
+from tokenizer.modalities.base import Modality
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
 
@@ -81,7 +82,15 @@ def _tokenizers(run: str) -> list[str]:
     return storage.list_folders(storage.join(storage.normalise(run), "tokenizers"))
 
 
-def token_layout(tokenizer: Tokenizer, options: TokensConfig) -> ShardLayout:
+def check_member(member: str, modality: Modality) -> None:
+    """Raises ConfigError if data.member is no file of this modality."""
+    if member and member.rsplit(".", 1)[-1] not in modality.extensions:
+        raise ConfigError(
+            f"data.member is {member!r}; it must end in one of: {', '.join(modality.extensions)}, such as left.jpg"
+        )
+
+
+def token_layout(tokenizer: Tokenizer, options: TokensConfig, member: str = "") -> ShardLayout:
     """The layout of every token shard that this tokenizer writes. Raises ConfigError if the options do not fit it."""
     try:
         return ShardLayout.for_tokens(
@@ -93,16 +102,18 @@ def token_layout(tokenizer: Tokenizer, options: TokensConfig) -> ShardLayout:
             preprocessing=tokenizer.preprocessing,
             encoding=options.encoding,
             passthrough=options.passthrough,
+            member=member,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def latent_layout(encoder: LatentEncoder, options: TokensConfig) -> ShardLayout:
+def latent_layout(encoder: LatentEncoder, options: TokensConfig, member: str = "") -> ShardLayout:
     """The layout of every shard of latents that this encoder writes."""
     return ShardLayout.for_latents(
         encoder_id=encoder.encoder_id,
         modality=encoder.modality.name,
         preprocessing=encoder.preprocessing,
         passthrough=options.passthrough,
+        member=member,
     )

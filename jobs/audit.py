@@ -48,7 +48,7 @@ def run(config: Config) -> int:
     shards = look_up(urls).shards
     output.refuse_replaced(shards)
     settings = {"load": partial(load_tokenizer, url), "options": replace(config.tokens, passthrough=[])}
-    settings |= {"output_url": output.url, "drawn": drawn}
+    settings |= {"output_url": output.url, "drawn": drawn, "member": output.layout.member}
     results = list(run_shards("audit", shards, AuditWorker, settings, config.workers)) if shards else []
     return _outcome(results, output)
 
@@ -93,8 +93,9 @@ class AuditWorker(EncodeWorker[Tokenizer]):
 
     def work(self, shard: Shard) -> ShardResult:
         stored = self._stored(shard)
+        tick = partial(self.tick, shard)
         encoded = encode_shard(
-            shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard), only=stored
+            shard, self.encoder, self.options, self.device_lock, tick, only=stored, member=self.member
         )
         again = {row.source_index: row for row in encoded.rows}
         reasons = {sample.source_index: f"{sample.stage}: {sample.message}" for sample in encoded.quarantined}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.actors import cluster
 from jobs.actors.run import FIX_AND_RERUN
-from jobs.artifacts import load_tokenizer, load_trained
+from jobs.artifacts import check_member, load_tokenizer, load_trained
 from jobs.config import Config, ConfigError
 from jobs.latents.extract import draw_latents, fill_cache
 from jobs.latents.sharded import CachedLatents
@@ -26,10 +26,12 @@ from pipeline import storage
 from pipeline.corpus.shards import ShardList, find_shards
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.latents import InMemory, Latents
+from tokenizer.modalities.base import build_modality
 from tokenizer.tokenizer import Tokenizer
 from tokenizer.usage import digit_usage, quantization_sums, usage
 
 IDENTITY = ("settings", "max_latents", "seed", "full", "warm_start")  # keys that decide what a codebook is
+KEYS = {"input_manifest_id": "data.shards (its list of shards)", "member": "data.member"}
 SHOWN_LATENTS = 1_000_000  # of all latents: for the scatter plot and the perturbation ratio
 PLOTTED_LATENTS = 4000
 SHOWN = ("mse", "cvu", "perplexity", "dead_codes", "perturbation_ratio")
@@ -39,6 +41,7 @@ def run(config: Config) -> int:
     config.require("run", "data.shards")
     run_url = storage.normalise(config.run)
     autoencoder, inputs = load_trained(run_url), find_shards(config.data.shards)
+    check_member(config.data.member, build_modality(autoencoder.settings["modality"], {}))
     sizes = _sizes(config.codebook.size)
     try:
         autoencoder.change_fit(config.codebook.settings)
@@ -48,6 +51,7 @@ def run(config: Config) -> int:
         raise ConfigError(f"codebook: {error}") from error
     urls = {size: _tokenizer_url(run_url, autoencoder, size, config) for size in sizes}
     made_by = {name: getattr(config.codebook, name) for name in IDENTITY} | {"input_manifest_id": inputs.id}
+    made_by["member"] = config.data.member
     existing = {size for size, url in urls.items() if _exists(url, made_by)}
     if existing == set(urls):
         return 0
@@ -98,12 +102,13 @@ def _exists(url: str, made_by: dict[str, Any]) -> bool:
     if not storage.exists(storage.join(url, "tokenizer.json")):
         return False
     try:
-        before = json.loads(storage.read(_report_url(url, "json"))).get("made_by", made_by)
+        report = json.loads(storage.read(_report_url(url, "json")))
+        before = {"member": ""} | report.get("made_by", made_by)  # reports of older versions have no member
     except FileNotFoundError:
         before = made_by
     for name, value in made_by.items():
         if before.get(name) != value:
-            key = "data.shards (its list of shards)" if name == "input_manifest_id" else f"codebook.{name}"
+            key = KEYS.get(name, f"codebook.{name}")
             raise ConfigError(
                 f"{url} was made with another {key}: {before.get(name)}, not {value}; delete it to make it again, or "
                 "restore the value"

@@ -7,6 +7,7 @@ reconstructions of the same images by every method.
 """
 
 import base64
+import collections
 import dataclasses
 import hashlib
 import json
@@ -15,15 +16,17 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from jobs.actors import cluster
+from jobs.actors.run import print_notes
 from jobs.config import Config, ConfigError, checked, with_method
 from jobs.reports.comparison import write_report
 from jobs.reports.progress import Progress
-from jobs.shards import DecodedSample, decode_sample
+from jobs.shards import DecodedSample, decode_sample, passed_over_notes
 from jobs.training.checks import check
 from pipeline import storage
 from pipeline.corpus.batches import map_in_threads
@@ -57,7 +60,7 @@ def run(config: Config) -> int:
     train, heldout = find_shards(config.data.shards), find_shards(config.compare.heldout)
     others = {name: find_shards(shards) for name, shards in config.compare.others.items()}
     corpora = {"train": train, "heldout": heldout, **{f"others.{name}": shards for name, shards in others.items()}}
-    planned = plan(config, url, json.dumps({name: manifest.id for name, manifest in corpora.items()}))
+    planned = plan(config, url, _corpus_id(corpora, config.data.member))
     modality = build_modality(config.model.modality, config.data.preprocess)
     with checked("metrics"):
         modality.metrics(config.metrics)
@@ -72,6 +75,12 @@ def run(config: Config) -> int:
     for name, reason in failed.items():
         print(f"compare: failed trial {name}: {reason}")
     return 3 if failed else 0
+
+
+def _corpus_id(corpora: dict[str, ShardList], member: str) -> str:
+    """Identifies the samples: the shards, and the member if one is chosen."""
+    ids = {name: manifest.id for name, manifest in corpora.items()}
+    return json.dumps(ids | ({"data.member": member} if member else {}))
 
 
 def plan(config: Config, url: str, corpus: str) -> list[Planned]:
@@ -127,10 +136,11 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
     """The samples in the order of the shards: one array [N, ...] if they have one shape, else a list of arrays."""
     limit = min(limit or config.compare.max_samples, config.compare.max_samples)
     arrays: list[np.ndarray] = []
-    num_skipped = 0
+    num_skipped, passed_over = 0, collections.Counter[str]()
+    decode = partial(decode_sample, modality=modality, member=config.data.member)
     for shard in manifest.shards:
         try:
-            for outcome in map_in_threads(lambda sample: decode_sample(sample, modality), read_samples(shard.url), 2):
+            for outcome in map_in_threads(decode, read_samples(shard.url, passed_over=passed_over), 2):
                 if not isinstance(outcome, DecodedSample):
                     num_skipped += 1
                 elif len(arrays) < limit:
@@ -143,6 +153,7 @@ def _load(manifest: ShardList, modality: Modality, config: Config, limit: int = 
             break
     if not arrays:
         raise ConfigError("the corpus gave no samples: every shard failed or is empty; see the messages above")
+    print_notes("compare", passed_over_notes(passed_over))
     if num_skipped:
         print(f"compare: skipped {num_skipped} samples that cannot be decoded")
     return np.stack(arrays) if len({array.shape for array in arrays}) == 1 else arrays

@@ -35,6 +35,7 @@ def encode_missing(
         return []
     settings = {"load": load, "output_url": output.url, "options": config.tokens}
     settings["known"] = {} if config.tokens.same_names == NEW else _known_samples(output, todo)
+    settings["member"] = output.layout.member
     worker = CachedTokenizeWorker if config.tokens.latents else TokenizeWorker
     results = run_shards(command, todo, worker, settings, config.workers)
     return [result.failure for result in results if result.failure]
@@ -101,6 +102,7 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
                 now=time.time(),
                 num_samples=encoded.num_samples,
                 same_names=self.options.same_names,
+                notes=encoded.notes,
             )
         return Committed.of(shard, commit)
 
@@ -113,7 +115,8 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
             )
 
     def encode(self, shard: Shard) -> EncodedShard:
-        return encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
+        tick = partial(self.tick, shard)
+        return encode_shard(shard, self.encoder, self.options, self.device_lock, tick, member=self.member)
 
     def _noted(self, result: ShardResult) -> ShardResult:
         """Notes a failure in the output, for `status`. If that fails too, the driver still prints it."""

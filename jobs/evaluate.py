@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
-from jobs.artifacts import load_tokenizer, tokenizer_url
+from jobs.artifacts import check_member, load_tokenizer, tokenizer_url
 from jobs.config import Config, ConfigError, checked
 from jobs.reports.html import Example, page, picture, side_by_side, table
 from jobs.reports.plots import latents_png, sheet_png, usage_png
@@ -34,6 +34,7 @@ def run(config: Config) -> int:
     config.require("data.shards")
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
+    check_member(config.data.member, tokenizer.modality)
     inputs = find_shards(config.data.shards)
     shards = inputs.shards
     with checked("metrics"):
@@ -42,6 +43,7 @@ def run(config: Config) -> int:
         "load": partial(load_tokenizer, url),
         "options": config.tokens,
         "metrics": config.metrics,
+        "member": config.data.member,
         "num_examples": -(-config.evaluate.num_examples // len(shards)),
     }
     by_url: dict[str, Evaluated] = {}
@@ -99,14 +101,14 @@ class EvaluateWorker(EncodeWorker[Tokenizer]):
 
     def work(self, shard: Shard) -> ShardResult:
         result = Evaluated(shard, evaluation=Evaluation.empty(self.encoder))
-        reader = ShardReader(shard, self.encoder.modality, self.options)
+        reader = ShardReader(shard, self.encoder.modality, self.options, member=self.member)
         try:
             for batch in reader.batches():
                 self._add(batch, result, reader.quarantined)
                 self.tick(shard)
         except ShardError as error:  # the samples before the error count
             result.failure = str(error)
-        result.num_quarantined = len(reader.quarantined)
+        result.num_quarantined, result.notes = len(reader.quarantined), reader.notes
         return result
 
     def _add(self, batch: list[DecodedSample], result: Evaluated, quarantined: list[Quarantined]) -> None:

@@ -58,7 +58,7 @@ def _retry_samples(urls: list[str], load: Callable[[str], Tokenizer], output: Ou
         return []
     shards = look_up(urls).shards
     output.refuse_replaced(shards)
-    settings = {"load": load, "output_url": output.url, "options": config.tokens}
+    settings = {"load": load, "output_url": output.url, "options": config.tokens, "member": output.layout.member}
     results = list(run_shards("retry", shards, RetryWorker, settings, config.workers))
     if lost := sum(not result.won for result in results):
         print(f"retry: another retry committed {lost} shards first; its result stands")
@@ -117,11 +117,20 @@ class RetryWorker(EncodeWorker[Tokenizer]):
         assert history is not None, f"{shard.name} was committed when this command began"
         before = {sample.source_index: sample.key for sample in self.output.quarantined(history.last)}
         tick = partial(self.tick, shard)
-        encoded = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, only=before)
+        encoded = encode_shard(
+            shard, self.encoder, self.options, self.device_lock, tick, only=before, member=self.member
+        )
         self._refuse_replaced(shard, history, before, encoded)
         with self.ticking(shard):
             commit = commit_retry(
-                self.output, shard, history, encoded.rows, encoded.quarantined, encoded.seconds, now=time.time()
+                self.output,
+                shard,
+                history,
+                encoded.rows,
+                encoded.quarantined,
+                encoded.seconds,
+                now=time.time(),
+                notes=encoded.notes,
             )
         if commit is None:
             return Recovered(shard, num_quarantined=len(encoded.quarantined), won=not encoded.rows)

@@ -1,9 +1,10 @@
 """Reads a shard into batches of decoded samples, and encodes these to rows of tokens or latents."""
 
+import collections
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from pipeline.corpus.batches import in_buckets, map_in_threads, prefetch
 from pipeline.corpus.samples import Sample, read_samples
 from pipeline.corpus.shards import Shard
 from pipeline.tokens import Quarantined, TokenRow
-from pipeline.tokens.schema import passthrough_value
+from pipeline.tokens.schema import passthrough_notes
 from tokenizer.encoder import LatentEncoder
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import Decoded, Modality
@@ -28,13 +29,14 @@ class EncodedShard:
     """All rows of a shard in its order, the quarantined samples, and how many samples the reader counted.
 
     seconds: read and decode, summed over the threads that run beside the encoder; wait, for data; queue, for the
-    device while another shard has it; encode; total.
+    device while another shard has it; encode; total. notes: as in Commit.
     """
 
     rows: list[TokenRow]
     quarantined: list[Quarantined]
     num_samples: int
     seconds: dict[str, float]
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 def encode_shard(
@@ -45,16 +47,18 @@ def encode_shard(
     tick: Callable[[], None] = lambda: None,
     *,
     only: Collection[int] | None = None,
+    member: str = "",
 ) -> EncodedShard:
     """Reads, decodes and encodes a shard: to tokens if encoder is a tokenizer, else to latents.
 
     device_lock: held while a batch is encoded. tick: called for each sample read, for each batch encoded, and while
     another shard has the device. only: indices of the samples to encode; the others are counted and skipped.
+    member: the member of each sample to encode; empty for its only one.
 
     Raises ShardError if the shard cannot be read to its end.
     """
     device_lock = device_lock or threading.Lock()
-    reader = ShardReader(shard, encoder.modality, options, only=only, tick=tick)
+    reader = ShardReader(shard, encoder.modality, options, only=only, tick=tick, member=member)
     rows: list[TokenRow] = []
     watch = Stopwatch()
     for batch in reader.batches():
@@ -75,6 +79,7 @@ def encode_shard(
         reader.quarantined,
         reader.num_samples,
         {stage: round(spent, 4) for stage, spent in seconds.items()},
+        reader.notes | passthrough_notes(rows, options.passthrough),
     )
 
 
@@ -89,9 +94,10 @@ class DecodedSample:
 class ShardReader:
     """One pass over a shard. The counts are complete once the last batch was taken.
 
+    passed_over: members that belong to no sample, by what they are. notes: the same as in Commit.
     quarantined: samples that could not be decoded. num_samples: all that were read, skipped and quarantined ones too.
     read_s, decode_s: seconds; decode_s is summed over all threads. only: indices of the samples to decode; the others
-    are counted, but neither decoded nor quarantined. tick: called for each sample read.
+    are counted, but neither decoded nor quarantined. tick: called for each sample read. member: see decode_sample.
     """
 
     def __init__(
@@ -102,11 +108,18 @@ class ShardReader:
         *,
         only: Collection[int] | None = None,
         tick: Callable[[], None] = lambda: None,
+        member: str = "",
     ):
+        self.member = member
         self.shard, self.modality, self.options, self.only, self.tick = shard, modality, options, only, tick
         self.quarantined: list[Quarantined] = []
+        self.passed_over: collections.Counter[str] = collections.Counter()
         self.num_samples = 0
         self.read_s = self.decode_s = 0.0
+
+    @property
+    def notes(self) -> dict[str, int]:
+        return passed_over_notes(self.passed_over)
 
     def batches(self) -> Iterator[list[DecodedSample]]:
         """Batches of one shape each, read and decoded in threads beside the caller's work.
@@ -129,7 +142,8 @@ class ShardReader:
                 yield outcome
 
     def _samples(self) -> Iterator[Sample]:
-        samples = read_samples(self.shard.url, self.shard.version)
+        passed_over = self.passed_over if self.only is None else None  # else the first pass has counted them
+        samples = read_samples(self.shard.url, self.shard.version, passed_over=passed_over)
         while True:
             start = time.monotonic()
             sample = next(samples, None)
@@ -142,21 +156,41 @@ class ShardReader:
 
     def _decode(self, sample: Sample) -> tuple[DecodedSample | Quarantined, float]:
         start = time.monotonic()
-        return decode_sample(sample, self.modality), time.monotonic() - start
+        return decode_sample(sample, self.modality, self.member), time.monotonic() - start
 
 
-def decode_sample(sample: Sample, modality: Modality) -> DecodedSample | Quarantined:
-    """Decodes the sample's one member of this modality. A sample without one, or with a bad one, is quarantined."""
+def passed_over_notes(passed_over: Mapping[str, int]) -> dict[str, int]:
+    """As sentences. passed_over: members that belong to no sample, by what they are."""
+    return {f"members passed over: {what}": count for what, count in passed_over.items()}
+
+
+def decode_sample(sample: Sample, modality: Modality, member: str = "") -> DecodedSample | Quarantined:
+    """Decodes the sample's member of that name, or if it is empty its one member of this modality.
+
+    A sample without it, or with a bad one, is quarantined.
+    """
     if sample.quarantine_reason:
         return Quarantined(sample.key, sample.index, "read", "BadSample", sample.quarantine_reason)
-    media = [name for name in sample.members if name.rsplit(".", 1)[-1] in modality.extensions]
     try:
-        if len(media) != 1:
-            members = ", ".join(sample.members) or "nothing"
-            raise BadSample(f"needs one member of {', '.join(modality.extensions)}; it has {members}")
-        return DecodedSample(sample, modality.read(sample.members[media[0]], media[0].rsplit(".", 1)[-1]))
+        name = member or _only_medium(sample, modality)
+        if name not in sample.members:
+            raise BadSample(f"has no member {name} (data.member); it has {_members(sample)}")
+        return DecodedSample(sample, modality.read(sample.members[name], name.rsplit(".", 1)[-1]))
     except BadSample as error:
         return Quarantined(sample.key, sample.index, "decode", type(error.__cause__ or error).__name__, str(error))
+
+
+def _only_medium(sample: Sample, modality: Modality) -> str:
+    media = [name for name in sample.members if name.rsplit(".", 1)[-1] in modality.extensions]
+    if not media:
+        raise BadSample(f"needs one member of {', '.join(modality.extensions)}; it has {_members(sample)}")
+    if len(media) > 1:
+        raise BadSample(f"has several {modality.name} members: {', '.join(media)}; set data.member to one of them")
+    return media[0]
+
+
+def _members(sample: Sample) -> str:
+    return ", ".join(sample.members) or "nothing"
 
 
 def encode_batch(
@@ -174,15 +208,7 @@ def encode_batch(
     for one, grid in apply_or_quarantine(encode, batch, quarantined):
         sample = one.sample
         kept = {name: sample.members[name] for name in passthrough if name in sample.members}
-        row = TokenRow(sample.key, sample.index, grid, one.decoded.size, kept)
-        try:
-            for name in kept:
-                passthrough_value(name, row)
-        except ValueError as error:
-            reason = type(error.__cause__ or error).__name__
-            quarantined.append(Quarantined(sample.key, sample.index, "passthrough", reason, str(error)))
-            continue
-        rows.append(row)
+        rows.append(TokenRow(sample.key, sample.index, grid, one.decoded.size, kept))
     return rows
 
 

@@ -58,6 +58,7 @@ def summarise(output: Output) -> dict[str, Any]:
         "samples": sum(shard.num_rows for shard in shards),
         "tokens": sum(shard.num_tokens for shard in shards),
         "quarantined": sum(shard.num_quarantined for shard in shards),
+        "notes": dict(sum((shard.notes for shard in shards), collections.Counter())),
         "reasons": dict(reasons.most_common(TOP_REASONS)),
         "rate": _rate([shard.first for shard in shards], len(left)),
         "damaged": damaged_files(output, shards),
@@ -87,6 +88,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["encoder_idle"] is not None:
         lines.append(("encoder", f"idle for {summary['encoder_idle']:.0%} of the workers' time"))
     lines += [("quarantined", f"{count} {reason}") for reason, count in summary["reasons"].items()]
+    lines += [("note", f"{count} {note}") for note, count in summary["notes"].items()]
     lines += [("failed", message) for message in summary["failed"]]
     if damaged := summary["damaged"]:
         lines.append(("damaged", f"{len(damaged)} files; `tokenmill verify verify.repair=true` withdraws their shards"))

@@ -4,17 +4,24 @@ Each shard without a commit goes to an actor, one per device. The actor reads th
 batches of one shape, writes tokens and quarantine, and commits. Only a small row of counts comes back.
 """
 
+import collections
+import contextlib
+import itertools
 from functools import partial
 
-from jobs.actors.run import FIX_AND_RERUN, print_failures
-from jobs.artifacts import load_tokenizer, token_layout, tokenizer_url
-from jobs.config import Config, ConfigError
+from jobs.actors.run import FIX_AND_RERUN, print_failures, print_notes
+from jobs.artifacts import check_member, load_tokenizer, token_layout, tokenizer_url
+from jobs.config import Config, ConfigError, TokensConfig
 from jobs.encode import encode_missing
 from jobs.latents.cache import open_cache
 from pipeline import storage
+from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard, find_shards
+from pipeline.errors import ShardError
 from pipeline.tokens import Output
 from pipeline.tokens.checks import damaged_files
+
+LOOK_AT = 100  # samples
 
 
 def run(config: Config) -> int:
@@ -23,13 +30,16 @@ def run(config: Config) -> int:
     tokenizer = load_tokenizer(url)
     inputs = find_shards(config.data.shards)
     _refuse_uploaded(inputs.shards)
-    layout = token_layout(tokenizer, config.tokens)
+    check_member(config.data.member, tokenizer.modality)
+    layout = token_layout(tokenizer, config.tokens, config.data.member)
     if config.tokens.latents:
-        config.tokens.latents = open_cache(config.tokens.latents, tokenizer, inputs.shards, config.tokens).url
+        member = config.data.member
+        config.tokens.latents = open_cache(config.tokens.latents, tokenizer, inputs.shards, config.tokens, member).url
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(storage.normalise(config.output))
     same_names = config.tokens.same_names
     output = Output.create(config.output, layout, inputs, config.to_dict(), same_names=same_names)
+    warn_of_absent(inputs.shards, output, config.tokens)
     failures = encode_missing("tokenize", inputs.shards, output, partial(load_tokenizer, url), config)
     return _outcome(output, inputs.shards, failures, config)
 
@@ -43,6 +53,29 @@ def _refuse_uploaded(shards: list[Shard]) -> None:
             )
 
 
+def warn_of_absent(shards: list[Shard], output: Output, options: TokensConfig) -> None:
+    """Prints a line before the work begins if the first samples lack a member of tokens.passthrough: a typing error?
+
+    Later samples may have it, so this is no mistake. The last lines of the job count the rows that lack it.
+    """
+    absent, found, count = set(options.passthrough), set[str](), 0
+    done = output.committed_names() if absent else set()
+    first = next((shard for shard in shards if shard.name not in done), None)
+    if first is None or not absent or options.latents:  # the cache of latents has been checked
+        return
+    with contextlib.suppress(ShardError):  # its worker reports it
+        for sample in itertools.islice(read_samples(first.url, first.version), LOOK_AT):
+            absent, found, count = absent - sample.members.keys(), found | sample.members.keys(), count + 1
+            if not absent:
+                return
+    for name in sorted(absent) if count else []:
+        print(
+            f"tokenize: warning: none of the first {count} samples of {first.url} has a member {name} "
+            f"(tokens.passthrough); they have: {', '.join(sorted(found)) or 'nothing'}",
+            flush=True,
+        )
+
+
 def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
     print_failures("tokenize", failures)
     committed = output.committed_shards()
@@ -52,6 +85,7 @@ def _outcome(output: Output, shards: list[Shard], failures: list[str], config: C
     print(
         f"tokenize: {rows} samples in {len(done)} of {len(shards)} shards, {quarantined} quarantined, at {output.url}"
     )
+    print_notes("tokenize", sum((one.notes for one in done), collections.Counter()), rows)
     if elsewhere := {shard.url for shard in output.inputs() if shard.name not in histories} - {s.url for s in shards}:
         print(
             f"tokenize: {len(elsewhere)} shards of other runs are not tokenized, such as {min(elsewhere)}; rerun "

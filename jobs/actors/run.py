@@ -1,8 +1,9 @@
 """The code that all commands over shards share: run a worker over the shards, show progress, report failures."""
 
+import collections
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 from jobs.actors import cluster
@@ -21,10 +22,11 @@ FIX_AND_RERUN = "fix the cause and rerun the same command"
 
 @dataclass
 class ShardResult:
-    """The result of a shard. failure: why it could not be processed, or None."""
+    """The result of a shard. failure: why it could not be processed, or None. notes: as in Commit, to be printed."""
 
     shard: Shard
     failure: str | None = None
+    notes: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     def counts(self) -> dict[str, float]:
         """Amounts by name, which the progress line adds up."""
@@ -34,13 +36,15 @@ class ShardResult:
 class EncodeWorker(ShardWorker, Generic[E]):
     """Holds an encoder and processes shards with it. A failed shard gives a result, and the job continues.
 
-    load: from a device to the encoder. Subclasses define `work`, and `result`, the class that it returns.
+    load: from a device to the encoder. member: see decode_sample. Subclasses define `work`, and `result`, the class
+    that it returns.
     """
 
     result: ClassVar[type[ShardResult]] = ShardResult
 
-    def __init__(self, load: Callable[[str], E], options: TokensConfig, **resources: Any):
+    def __init__(self, load: Callable[[str], E], options: TokensConfig, member: str = "", **resources: Any):
         super().__init__(**resources)
+        self.member = member
         self.encoder = load(self.device)
         self.options = options
 
@@ -72,11 +76,19 @@ def run_shards(
     if not shards:
         return
     cluster.check_room(workers)
-    progress = Progress(command, total=len(shards), unit="shards")
+    progress, notes = Progress(command, total=len(shards), unit="shards"), collections.Counter[str]()
     for result in map_shards(shards, worker, settings, workers, job=command):
         progress.advance(**result.counts())
+        notes.update(result.notes)
         yield result
     progress.close()
+    print_notes(command, notes)
+
+
+def print_notes(command: str, notes: Mapping[str, int], num_rows: int = 0) -> None:
+    """Prints each note with its count. num_rows: in all, if known."""
+    for note, count in notes.items():
+        print(f"{command}: {'all ' if note.startswith('rows') and count == num_rows else ''}{count} {note}")
 
 
 def print_failures(command: str, failures: Sequence[str]) -> None:

@@ -48,6 +48,14 @@ class DataConfig:
     preprocess: dict[str, Any] = key(
         {}, "settings of the modality, such as short_side or sample_rate", ("pack", *TRAINING, "codebook")
     )
+    member: str = key(
+        "",
+        "the member to read where a sample has several images or sounds, such as jpg or left.jpg; empty: the only one",
+        (*TRAINING, *POOLS[:3]),
+    )
+
+    def __post_init__(self) -> None:
+        self.member = self.member.lower().removeprefix(".")
 
 
 @dataclass

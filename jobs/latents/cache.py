@@ -26,7 +26,7 @@ from tokenizer.tokenizer import Tokenizer
 MAX_BATCH = 2**18  # numbers (latents times channels) that are quantized together
 
 
-def open_cache(url: str, tokenizer: Tokenizer, shards: list[Shard], options: TokensConfig) -> Output:
+def open_cache(url: str, tokenizer: Tokenizer, shards: list[Shard], options: TokensConfig, member: str = "") -> Output:
     """Opens the cache. Raises ConfigError if it cannot give this tokenizer's tokens of these shards."""
     try:
         cache = Output.open(url)
@@ -40,6 +40,10 @@ def open_cache(url: str, tokenizer: Tokenizer, shards: list[Shard], options: Tok
         raise ConfigError(
             f"tokens.latents: {url} was written by encoder {cache.layout.tokenizer_id}, but the tokenizer has encoder "
             f"{tokenizer.encoder_id}: the nets or data.preprocess differ; use a cache of the same run"
+        )
+    if cache.layout.member != member:
+        raise ConfigError(
+            f"tokens.latents: {url} was made with data.member={cache.layout.member!r}, not {member!r}; set that value"
         )
     if unknown := sorted(set(options.passthrough) - set(cache.layout.passthrough)):
         raise ConfigError(
@@ -79,7 +83,8 @@ def tokenize_cached(
         rows += [replace(row, tokens=grid) for row, grid in zip(batch, grids, strict=True)]
     total = time.monotonic() - start
     seconds = {"read": read_s, "encode": total - read_s, "total": total}
-    return EncodedShard(rows, cache.quarantined(history.first), history.first.num_samples, seconds)
+    first = history.first
+    return EncodedShard(rows, cache.quarantined(first), first.num_samples, seconds, first.notes)
 
 
 def _batches(rows: list[TokenRow]) -> Iterator[list[TokenRow]]:

@@ -1,5 +1,6 @@
 """One pass over a corpus for its latents: a sample of them for the driver, or all of them in a cache."""
 
+import collections
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jobs.actors import cluster
-from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
+from jobs.actors.run import EncodeWorker, ShardResult, print_failures, print_notes, run_shards
 from jobs.artifacts import latent_layout, load_encoder
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.encode import encode_missing
@@ -33,6 +34,7 @@ def draw_latents(run_url: str, inputs: ShardList, config: Config) -> tuple[np.nd
     settings = {
         "load": partial(load_encoder, run_url, config.data.preprocess),
         "options": replace(config.tokens, passthrough=[]),
+        "member": config.data.member,
     }
     settings |= {"capacity": options.max_latents, "seed": options.seed, "bound": bound}
     failures = []
@@ -84,8 +86,9 @@ class SampleWorker(EncodeWorker[LatentEncoder]):
     def work(self, shard: Shard) -> ShardResult:
         import ray
 
-        encoded = encode_shard(shard, self.encoder, self.options, self.device_lock, partial(self.tick, shard))
-        sampled = Sampled(shard, num_quarantined=len(encoded.quarantined))
+        tick = partial(self.tick, shard)
+        encoded = encode_shard(shard, self.encoder, self.options, self.device_lock, tick, member=self.member)
+        sampled = Sampled(shard, num_quarantined=len(encoded.quarantined), notes=encoded.notes)
         sampled.sample = Reservoir(self.capacity, self.seed, ray.get(self.bound.get.remote()))
         latents = [row.tokens.reshape(-1, row.tokens.shape[-1]) for row in encoded.rows]
         if latents:
@@ -101,10 +104,12 @@ def fill_cache(run_url: str, inputs: ShardList, config: Config) -> Output:
     options = _cache_options(url, encoder, config.tokens)
     if config.storage.create_only == storage.SERVER:
         storage.check_create_only(url)
-    cache = Output.create(url, latent_layout(encoder, options), inputs, config.to_dict(), same_names=options.same_names)
+    layout = latent_layout(encoder, options, config.data.member)
+    cache = Output.create(url, layout, inputs, config.to_dict(), same_names=options.same_names)
     print(f"codebook: caching latents in {cache.url}")
     failures = encode_missing("codebook", inputs.shards, cache, load, replace(config, tokens=options))
     print_failures("codebook", failures)
+    print_notes("codebook", sum((one.notes for one in cache.committed_shards()), collections.Counter()))
     return cache
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import torch
 
+from jobs.artifacts import check_member
 from jobs.config import Config, ConfigError, checked
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
@@ -18,6 +19,7 @@ def check(config: Config) -> None:
         build_gan_loss(config.train.recipe(), modality, torch.device("cpu"))
     except (ValueError, TypeError, ImportError) as error:  # TypeError: settings of a residual quantizer's base
         raise ConfigError(str(error)) from error
+    check_member(config.data.member, modality)
     known, factor = known_losses(autoencoder, modality), autoencoder.factor
     for name in config.train.loss_weights:
         if name not in known:

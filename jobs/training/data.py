@@ -48,9 +48,11 @@ class TrainingData:
     rank: int
     world_size: int
     on_bad_shard: Callable[[ShardError], None]
+    member: str = ""  # see decode_sample
     positions: dict[int, Position] = field(default_factory=dict)  # after the last batch that was trained on
     num_skipped: int = 0  # different samples, in all
     skipped: list[SampleRecord] = field(default_factory=list)  # the first of them
+    passed_over: collections.Counter[str] = field(default_factory=collections.Counter)  # see training_samples
 
     def __post_init__(self) -> None:
         self.lanes = Lanes.for_ranks(self.world_size, len(self.shards), self.options.shuffle_buffer, self.options.seed)
@@ -74,7 +76,12 @@ class TrainingData:
     def _make_batches(self, pinned: bool) -> Iterator[TrainBatch]:
         place = {"rank": self.rank, "world_size": self.world_size}
         stream = training_samples(
-            self.shards, self.lanes, **place, positions=dict(self.positions), on_bad_shard=self.on_bad_shard
+            self.shards,
+            self.lanes,
+            **place,
+            positions=dict(self.positions),
+            on_bad_shard=self.on_bad_shard,
+            passed_over=self.passed_over,
         )
         arrays: list[np.ndarray] = []
         batch = TrainBatch(Tensor(), [], {}, [])
@@ -98,7 +105,7 @@ class TrainingData:
 
     def _crop(self, drawn: LaneSample) -> tuple[np.ndarray | Quarantined, LaneSample]:
         """A random crop of the sample, the same in every run, or why the sample cannot be decoded."""
-        decoded = decode_sample(drawn.sample, self.modality)
+        decoded = decode_sample(drawn.sample, self.modality, self.member)
         if not isinstance(decoded, DecodedSample):
             return decoded, drawn
         rng = np.random.default_rng([self.options.seed, drawn.before.epoch, drawn.lane, drawn.before.sample])
@@ -137,13 +144,15 @@ class _BadSamples:
             self.passed.clear()
 
 
-def fixed_samples(shards: list[Shard], modality: Modality, segment: int, count: int) -> list[tuple[str, np.ndarray]]:
+def fixed_samples(
+    shards: list[Shard], modality: Modality, segment: int, count: int, member: str = ""
+) -> list[tuple[str, np.ndarray]]:
     """Keys and segments of the first `count` samples that can be decoded, the same in every run over a corpus."""
     segments: list[tuple[str, np.ndarray]] = []
     for shard in shards:
         try:
             for sample in read_samples(shard.url):
-                decoded = decode_sample(sample, modality)
+                decoded = decode_sample(sample, modality, member)
                 if isinstance(decoded, DecodedSample):
                     rng = np.random.default_rng(0)
                     segments.append((sample.key, modality.segment(decoded.decoded.array, segment, rng)))

@@ -8,6 +8,7 @@ from typing import Any
 import ray.train
 import torch
 
+from jobs.shards import passed_over_notes
 from jobs.stopwatch import Stopwatch
 from jobs.training.checkpoint import load_checkpoint, save_checkpoint
 from jobs.training.data import NoGoodSample, TrainBatch
@@ -120,6 +121,8 @@ class TrainLoop:
         model: a run with a model is finished."""
         state = self.state
         self._save()
+        for note, count in passed_over_notes(state.data.passed_over).items():
+            state.send({"message": f"{count} {note}" + (f" (rank {state.rank})" if state.world_size > 1 else "")})
         if self.monitor is None:
             return
         self.monitor.report.close()

@@ -75,7 +75,8 @@ class Monitor:
         state, modality = self.state, self.state.modality
         if not self._samples:
             options = state.config.train
-            self._samples = fixed_samples(state.shards, modality, options.crop_size, options.num_examples)
+            size, count, member = options.crop_size, options.num_examples, state.config.data.member
+            self._samples = fixed_samples(state.shards, modality, size, count, member)
         if not self._samples:
             return []
         arrays = [array for _, array in self._samples]

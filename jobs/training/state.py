@@ -53,7 +53,11 @@ class TrainState:
             self.autoencoder, parallel_strategy_kwargs={"broadcast_buffers": False}
         )
         factor, ranks = self.autoencoder.factor, (self.rank, self.world_size)
-        self.data = TrainingData(self.shards, options, self.modality, factor, *ranks, on_bad_shard=self._report_shard)
+        self.data = TrainingData(
+            *(self.shards, options, self.modality, factor, *ranks),
+            on_bad_shard=self._report_shard,
+            member=config.data.member,
+        )
 
     def seed_noise(self) -> None:
         torch.manual_seed(self.config.train.seed * 1000 + self.rank + 1 + 1_000_003 * self.step)

@@ -30,7 +30,7 @@ class Shard:
     @property
     def name(self) -> str:
         """Stem and a hash of the URL. Names the output files of the shard."""
-        stem = re.sub(r"(\.tar)?(\.(gz|bz2|xz)|\.tgz)?$", "", PurePosixPath(self.url).name)
+        stem = re.sub(r"(\.tar)?(\.(gz|bz2|xz|zst)|\.tgz|\.tzst)?$", "", PurePosixPath(self.url).name)
         return f"{stem}-{hashlib.sha256(self.url.encode()).hexdigest()[:12]}"
 
 

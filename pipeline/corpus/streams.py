@@ -4,6 +4,7 @@ The lanes and the order of samples in each lane depend only on the seed. A run c
 of its lanes, even with a different number of ranks, without repeating or skipping a sample.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -70,15 +71,17 @@ def training_samples(
     world_size: int = 1,
     positions: Mapping[int, Position],
     on_bad_shard: Callable[[ShardError], None],
+    passed_over: collections.Counter[str] | None = None,
 ) -> Iterator[LaneSample]:
     """Yields the samples of a rank, from each of its lanes in turn. positions: of the lanes, when a run resumes.
 
+    passed_over: counts the members that belong to no sample, in the first epoch. All ranks together count each once.
     A truncated shard yields the samples before the break. Raises ShardError if there are no samples at all,
     StorageError if a shard may become readable later, and ValueError if there are fewer lanes than ranks.
     """
     lanes.check_enough_for(world_size)
     mine = {
-        lane: _read_lane(shards, lanes, lane, positions.get(lane, Position()), on_bad_shard)
+        lane: _read_lane(shards, lanes, lane, positions.get(lane, Position()), on_bad_shard, passed_over)
         for lane in range(rank, lanes.count, world_size)
     }
     totals = {lane: positions.get(lane, Position()).total for lane in mine}
@@ -91,7 +94,12 @@ def training_samples(
 
 
 def _read_lane(
-    shards: list[Shard], lanes: Lanes, lane: int, position: Position, on_bad_shard: Callable[[ShardError], None]
+    shards: list[Shard],
+    lanes: Lanes,
+    lane: int,
+    position: Position,
+    on_bad_shard: Callable[[ShardError], None],
+    passed_over: collections.Counter[str] | None,
 ) -> Iterator[LaneSample]:
     """Yields the samples of one lane, epoch after epoch."""
     epoch, resumed, total = position.epoch, position.sample, position.total
@@ -99,7 +107,8 @@ def _read_lane(
     while True:
         taken = 0
         mine = _shards_of_lane(len(shards), lanes, lane, epoch)
-        for sample, shard in _shuffled(_read(shards, mine, lanes, lane, on_bad_shard), lanes, lane, epoch):
+        counter = passed_over if epoch == 0 and (len(shards) >= lanes.count or lane == 0) else None
+        for sample, shard in _shuffled(_read(shards, mine, lanes, lane, on_bad_shard, counter), lanes, lane, epoch):
             taken += 1
             if taken > resumed:
                 before = Position(epoch, taken - 1, total)
@@ -118,14 +127,19 @@ def _shards_of_lane(num_shards: int, lanes: Lanes, lane: int, epoch: int) -> lis
 
 
 def _read(
-    shards: list[Shard], mine: list[int], lanes: Lanes, lane: int, on_bad_shard: Callable[[ShardError], None]
+    shards: list[Shard],
+    mine: list[int],
+    lanes: Lanes,
+    lane: int,
+    on_bad_shard: Callable[[ShardError], None],
+    passed_over: collections.Counter[str] | None,
 ) -> Iterator[tuple[Sample, str]]:
     """Yields samples, each with the URL of its shard."""
     by_sample = len(shards) < lanes.count
     for index in mine:
         url = shards[index].url
         try:
-            for sample in read_samples(url):
+            for sample in read_samples(url, passed_over=passed_over):
                 if not by_sample or sample.index % lanes.count == lane:
                     yield sample, url
         except ShardError as error:

@@ -1,5 +1,6 @@
 """Manifest entries: one for the first commit of a shard, and one for each retry of its quarantined samples."""
 
+import collections
 import hashlib
 import json
 import re
@@ -40,6 +41,7 @@ class Commit:
     worker: dict[str, Any] = field(default_factory=dict)  # host and pid
     reasons: dict[str, int] = field(default_factory=dict)  # "stage error" -> number of quarantined samples
     retry: int = 0
+    notes: dict[str, int] = field(default_factory=dict)  # what a reader should know -> number of rows or members
     settled: list[int] = field(default_factory=list)  # retries only: the source_index of each recovered row
     quarantine_num_bytes: int | None = None
     samples_sha256: str | None = None  # first commits only: see `hash_samples`; None for a shard without samples
@@ -76,6 +78,10 @@ class CommittedShard:
     @property
     def num_quarantined(self) -> int:
         return self.last.num_quarantined
+
+    @property
+    def notes(self) -> collections.Counter[str]:
+        return sum((collections.Counter(entry.notes) for entry in self.entries), collections.Counter())
 
 
 def group_by_shard(entries: list[Commit]) -> list[CommittedShard]:

@@ -311,8 +311,13 @@ def to_json(fields: dict[str, Any]) -> bytes:
 def _refuse_other(url: str, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
     if existing == wanted:
         return
-    differing = [name for name in wanted if existing.get(name) != wanted[name]]
-    what = "; ".join(f"{name} is {existing.get(name)} there and {wanted[name]} here" for name in differing)
+    absent = "not set"  # a member that is not chosen
+    there_and_here = {
+        name: (existing.get(name, absent), wanted.get(name, absent)) for name in dict.fromkeys([*wanted, *existing])
+    }
+    what = "; ".join(
+        f"{name} is {there} there and {here} here" for name, (there, here) in there_and_here.items() if there != here
+    )
     raise OutputMismatch(f"{url} holds another dataset: {what}. Choose another output")
 
 

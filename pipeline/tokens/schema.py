@@ -4,6 +4,7 @@ The tokens column is a list, which every Parquet tool can read. With encoding "p
 little-endian bytes, which Parquet reads 5 to 6 times faster. Our reader returns Arrow list arrays for both.
 """
 
+import collections
 import io
 import json
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ class ShardLayout:
     encoding: str
     passthrough: tuple[str, ...]
     schema_version: int = SCHEMA_VERSION
+    member: str = ""  # of the samples, which was encoded; empty: their only image or sound
 
     @classmethod
     def for_tokens(
@@ -67,19 +69,27 @@ class ShardLayout:
         preprocessing: dict[str, Any],
         encoding: str = "list",
         passthrough: Sequence[str] = (),
+        member: str = "",
     ) -> "ShardLayout":
         """Raises ValueError for an unknown encoding and for passthrough columns that clash."""
         fixed = json.dumps(preprocessing, sort_keys=True)
         columns = tuple(passthrough)
-        return cls(tokenizer_id, codebook_id, codebook_size, modality, index_order, fixed, encoding, columns)
+        ids = (tokenizer_id, codebook_id, codebook_size)
+        return cls(*ids, modality, index_order, fixed, encoding, columns, member=member)
 
     @classmethod
     def for_latents(
-        cls, *, encoder_id: str, modality: str, preprocessing: dict[str, Any], passthrough: Sequence[str] = ()
+        cls,
+        *,
+        encoder_id: str,
+        modality: str,
+        preprocessing: dict[str, Any],
+        passthrough: Sequence[str] = (),
+        member: str = "",
     ) -> "ShardLayout":
         """Always packed. The encoder's id takes the place of the tokenizer's. Raises ValueError like `for_tokens`."""
         fixed = json.dumps(preprocessing, sort_keys=True)
-        return cls(encoder_id, None, 0, modality, None, fixed, "packed", tuple(passthrough))
+        return cls(encoder_id, None, 0, modality, None, fixed, "packed", tuple(passthrough), member=member)
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
@@ -97,8 +107,10 @@ class ShardLayout:
         return LATENT_DTYPE if self.holds_latents else token_dtype(self.codebook_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """As dataset.json stores it: an absent codebook is written as empty strings."""
+        """As dataset.json stores it: an absent codebook is written as empty strings, an empty member is left out."""
         fields = {name: "" if value is None else value for name, value in asdict(self).items()}
+        if not self.member:
+            del fields["member"]
         return {**fields, "passthrough": list(self.passthrough), "token_dtype": self.token_dtype.name}
 
     @classmethod
@@ -108,7 +120,7 @@ class ShardLayout:
         Raises KeyError, TypeError or ValueError if fields are missing or have values that no layout has.
         """
         check_schema_version(fields["schema_version"])
-        known = {name: fields[name] for name in cls.__dataclass_fields__}
+        known = {name: ({"member": ""} | fields)[name] for name in cls.__dataclass_fields__}
         if fields["token_dtype"] == LATENT_DTYPE.name:
             known |= {"codebook_id": None, "index_order": None}
         layout = cls(**{**known, "passthrough": tuple(known["passthrough"])})
@@ -237,11 +249,25 @@ def _passthrough_type(extension: str) -> pa.DataType:
 
 
 def passthrough_value(extension: str, row: TokenRow) -> str | bytes | None:
-    """The value for the passthrough column. Raises ValueError with the sample's key if text is not UTF-8."""
+    """The value for the passthrough column, text without its byte order mark.
+
+    None if the sample has no such member, or if it should be text but is not UTF-8.
+    """
     value = row.passthrough.get(extension)
     if value is None or _passthrough_type(extension) == pa.binary():
         return value
     try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"key {row.key!r}: {extension!r} is not UTF-8 ({error})") from error
+        return value.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+
+
+def passthrough_notes(rows: list[TokenRow], names: Sequence[str]) -> dict[str, int]:
+    """How many rows have null in a passthrough column, by reason."""
+    notes: collections.Counter[str] = collections.Counter()
+    for name in names:
+        absent = sum(name not in row.passthrough for row in rows)
+        notes[f"rows without {name} (tokens.passthrough), which is null there"] = absent
+        null = sum(passthrough_value(name, row) is None for row in rows)
+        notes[f"rows whose {name} (tokens.passthrough) is not UTF-8, which is null there"] = null - absent
+    return dict(+notes)

@@ -38,12 +38,13 @@ def commit_shard(
     *,
     num_samples: int | None = None,
     same_names: str = REFUSE,
+    notes: dict[str, int] | None = None,
 ) -> Commit:
     """Writes tokens, quarantine, and last the manifest entry. A second commit of a shard changes nothing.
 
     num_samples: the number of samples that the reader of the shard counted; None if unknown. seconds: by stage, and
-    "total" so far; the time of writing is added. same_names: tokens.same_names of
-    the run. Returns the entry in storage: another worker's if it was first.
+    "total" so far; the time of writing is added. same_names: tokens.same_names of the run. notes: see Commit. Returns
+    the entry in storage: another worker's if it was first.
     Raises ValueError, and writes nothing, unless each of the samples 0..num_samples - 1 is given exactly once.
     """
     if (existing := output.read_entry(shard.name)) is not None:
@@ -55,7 +56,7 @@ def commit_shard(
     entry, quarantine = _write_quarantine(output, shard, 0, tokens.data, quarantined, now)
     entry.samples_sha256 = hash_of_shard(output.layout, rows, quarantined)
     entry.same_names = same_names
-    entry.seconds = _with_writing(seconds, time.monotonic() - start)
+    entry.seconds, entry.notes = _with_writing(seconds, time.monotonic() - start), notes or {}
     committed = _write_entry(output, entry, tokens, quarantine)
     if committed is entry:
         output.remove_failure(shard.name)
@@ -70,6 +71,8 @@ def commit_retry(
     quarantined: list[Quarantined],
     seconds: dict[str, float],
     now: float,
+    *,
+    notes: dict[str, int] | None = None,
 ) -> Commit | None:
     """Adds the rows that a retry recovered, and the remaining quarantine, under a new name.
 
@@ -93,7 +96,7 @@ def commit_retry(
     reasons = {sample.source_index: sample for sample in [*before, *quarantined]}
     remaining = [sample for index, sample in reasons.items() if index not in settled]
     entry, quarantine = _write_quarantine(output, shard, retry, tokens.data, remaining, now)
-    entry.seconds = _with_writing(seconds, time.monotonic() - start)
+    entry.seconds, entry.notes = _with_writing(seconds, time.monotonic() - start), notes or {}
     return entry if _write_entry(output, entry, tokens, quarantine) is entry else None
 
 

@@ -72,15 +72,19 @@ def rows_without_ray(shards: str | list[str], tokenizer_url: str) -> pa.Table:
 
 
 def tokenize_without_ray(
-    shards: str | list[str], tokenizer_url: str, output_url: str | Path, options: TokensConfig | None = None
+    shards: str | list[str],
+    tokenizer_url: str,
+    output_url: str | Path,
+    options: TokensConfig | None = None,
+    member: str = "",
 ) -> Output:
     """Does the work of the job in this process: the job's own worker processes each shard without a commit."""
     options = options or TokensConfig()
     inputs = find_shards(shards)
-    layout = token_layout(Tokenizer.from_pretrained(tokenizer_url), options)
+    layout = token_layout(Tokenizer.from_pretrained(tokenizer_url), options, member)
     output = Output.create(str(output_url), layout, inputs, config={})
     kind = CachedTokenizeWorker if options.latents else TokenizeWorker
-    worker = here(kind, tokenizer_url, output_url=output.url, options=options)
+    worker = here(kind, tokenizer_url, output_url=output.url, options=options, member=member)
     done = output.committed_names()
     failures = [worker.process(shard).failure for shard in inputs.shards if shard.name not in done]
     assert not any(failures), failures

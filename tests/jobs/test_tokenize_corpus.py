@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.__main__ import main
+from jobs.artifacts import token_layout
 from jobs.config import TokensConfig
 from jobs.shards import encode_shard
+from jobs.tokenize_corpus import warn_of_absent
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture, tar_bytes
@@ -141,7 +143,7 @@ BREAKS = {
 }
 QUARANTINED = {  # of the shard "samples": stage and a word of the message
     "textonly": ("decode", "needs one member"),
-    "two": ("decode", "needs one member"),
+    "two": ("decode", "has several image members: jpg, png; set data.member to one of them"),
     "broken": ("decode", "truncated"),
     "noise": ("decode", "not a picture"),
     "empty": ("decode", "the file is empty"),
@@ -258,10 +260,58 @@ def test_an_output_of_another_tokenizer_is_refused(
     assert Tokenizer.from_pretrained(other).id in line
 
 
-@pytest.mark.parametrize("change", ["tokens.encoding=packed", "tokens.passthrough=[txt]"])
+@pytest.mark.parametrize("change", ["tokens.encoding=packed", "tokens.passthrough=[txt]", "data.member=jpg"])
 def test_an_output_of_another_layout_is_refused(finished: list[str], change: str, capsys: pytest.CaptureFixture[str]):
     assert main([*finished, change]) == 2
     assert "holds another dataset" in capsys.readouterr().err
+
+
+def test_a_member_that_is_no_picture_is_refused(finished: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([*finished, "data.member=txt"]) == 2
+    assert "data.member is 'txt'; it must end in one of: " in capsys.readouterr().err
+
+
+def test_a_cache_of_another_member_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    golden = Path(__file__).parents[1] / "golden"
+    [tokenizer] = (golden / "run/tokenizers").iterdir()
+    given = [f"data.shards={golden}/in/photos-*.tar", f"tokenizer={tokenizer}", f"output={tmp_path / 'out'}"]
+    assert main(["tokenize", *given, f"tokens.latents={golden}/run/latents", "data.member=jpg"]) == 2
+    assert "was made with data.member='', not 'jpg'" in capsys.readouterr().err
+
+
+def test_the_end_counts_null_captions_and_members_that_were_passed_over(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    members = [*GOOD[:3], ("._0002.txt", b"fork"), ("0002.txt", "café".encode("latin-1"))]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    options = TokensConfig(passthrough=["txt", "cls"])
+    output = tokenize_without_ray(str(tmp_path / "a.tar"), tokenizer, tmp_path / "out", options)
+    given = [f"data.shards={tmp_path}/a.tar", f"tokenizer={tokenizer}", f"output={output.url}"]
+    assert main(["tokenize", *given, "tokens.passthrough=[txt,cls]"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tokenize: all 3 rows without cls (tokens.passthrough), which is null there" in lines
+    assert "tokenize: 2 rows without txt (tokens.passthrough), which is null there" in lines
+    assert "tokenize: 1 rows whose txt (tokens.passthrough) is not UTF-8, which is null there" in lines
+    assert "tokenize: 1 members passed over: macOS metadata (._*, .DS_Store, __MACOSX)" in lines
+    assert main(["status", f"output={output.url}"]) == 0
+    assert "3 rows without cls (tokens.passthrough), which is null there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "warned"),
+    [(["jpg"], []), (["text"], ["text"]), (["txt", "cls", "text"], ["cls", "text"]), ([], [])],
+)
+def test_a_passthrough_that_no_first_sample_has_is_said_before_the_work(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], wanted: list[str], warned: list[str]
+):
+    (tmp_path / "a.tar").write_bytes(tar_bytes([*GOOD[:2], ("0001.txt", b"caption")]))
+    options = TokensConfig(passthrough=wanted)
+    inputs, frozen = find_shards(str(tmp_path / "a.tar")), Tokenizer.from_pretrained(tokenizer)
+    output = Output.create(str(tmp_path / "out"), token_layout(frozen, options), inputs, config={})
+    warn_of_absent(inputs.shards, output, options)
+    lines = capsys.readouterr().out.splitlines()
+    start = f"tokenize: warning: none of the first 2 samples of {tmp_path}/a.tar has a member"
+    assert lines == [f"{start} {name} (tokens.passthrough); they have: jpg, txt" for name in warned]
 
 
 def test_a_shard_that_was_replaced_after_its_commit_is_refused(

@@ -301,6 +301,16 @@ def test_a_run_that_began_before_a_key_existed_uses_its_default(tmp_path: Path):
         _claim(str(tmp_path / "run"), load_config([config(tmp_path), "train.ema=0.5"]))
 
 
+def test_a_run_reads_the_member_that_it_began_with(tmp_path: Path):
+    _claim(str(tmp_path / "run"), load_config([config(tmp_path)]))
+    file = tmp_path / "run/config.yaml"
+    assert yaml.safe_load(file.read_text())["data"]["member"] == ""
+    file.write_text(file.read_text().replace("  member: ''\n", ""))  # as older versions wrote it
+    _claim(str(tmp_path / "run"), load_config([config(tmp_path)]))
+    with pytest.raises(ConfigError, match=r"data\.member=, not left\.jpg; choose another `run`"):
+        _claim(str(tmp_path / "run"), load_config([config(tmp_path), "data.member=left.jpg"]))
+
+
 def test_a_run_keeps_the_loss_weights_that_it_began_with(tmp_path: Path):
     """Also the default ones, which another version may change."""
     gm_vq = [config(tmp_path), "quantizer.name=gm_vq", "quantizer.dim=4"]

@@ -431,7 +431,9 @@ def test_another_tokenizer_is_refused_by_both_names(output: Output, inputs: list
         Output.create(output.url, layout(tokenizer_id="tok-b"), ShardList(inputs), config={})
 
 
-@pytest.mark.parametrize("change", [{"encoding": "packed"}, {"passthrough": ("txt",)}, {"codebook_size": 512}])
+@pytest.mark.parametrize(
+    "change", [{"encoding": "packed"}, {"passthrough": ("txt",)}, {"codebook_size": 512}, {"member": "left.jpg"}]
+)
 def test_other_settings_are_refused(output: Output, inputs: list[Shard], change: dict):
     with pytest.raises(OutputMismatch, match=next(iter(change))):
         Output.create(output.url, layout(**change), ShardList(inputs), config={})

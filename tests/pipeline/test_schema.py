@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import UnsupportedSchema
 from pipeline.tokens import ShardLayout, TokenRow
-from pipeline.tokens.schema import SIZE_COLUMNS, to_parquet, token_dtype, tokens_as_lists
+from pipeline.tokens.schema import SIZE_COLUMNS, passthrough_notes, to_parquet, token_dtype, tokens_as_lists
 from tests.corpus import layout, token_row
 
 
@@ -141,10 +141,26 @@ def test_the_extension_decides_whether_passthrough_is_text_or_bytes():
     ]
 
 
-def test_text_that_is_not_utf_8_is_an_error_with_its_key():
-    row = TokenRow("photo-7", 0, np.array([1]), {}, {"txt": "café".encode("latin-1")})
-    with pytest.raises(ValueError, match="'photo-7'"):
-        layout(passthrough=("txt",)).to_table([row], "in/a.tar")
+LATIN_1 = "café".encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [(b"\xef\xbb\xbfcaf\xc3\xa9", "café"), (b"\xef\xbb\xbf", ""), (LATIN_1, None), ("café".encode("utf-16"), None)],
+)
+def test_text_loses_its_byte_order_mark_and_is_null_if_it_is_not_utf_8(text: bytes, stored: str | None):
+    row = TokenRow("photo-7", 0, np.array([1]), {}, {"txt": text})
+    assert written(layout(passthrough=("txt",)), [row])["txt"].to_pylist() == [stored]
+
+
+def test_rows_with_null_in_a_passthrough_column_are_counted_by_reason():
+    members: list[dict[str, bytes]] = [{"txt": b"fine", "jpg": b"\xff"}, {"txt": LATIN_1}, {"txt": LATIN_1}]
+    rows = [TokenRow(str(i), i, np.array([1]), {}, given) for i, given in enumerate(members)]
+    assert passthrough_notes(rows, ["txt", "jpg", "cls"]) == {
+        "rows whose txt (tokens.passthrough) is not UTF-8, which is null there": 2,
+        "rows without jpg (tokens.passthrough), which is null there": 2,
+        "rows without cls (tokens.passthrough), which is null there": 3,
+    }
 
 
 @pytest.mark.parametrize("name", ["key", "tokens", "height"])
@@ -153,8 +169,9 @@ def test_passthrough_with_the_name_of_another_column_is_refused(name: str):
         layout(passthrough=(name,))
 
 
-def test_a_layout_round_trips_through_its_dict():
-    original = layout(passthrough=("txt",), encoding="packed")
+@pytest.mark.parametrize("member", ["", "left.jpg"])
+def test_a_layout_round_trips_through_its_dict(member: str):
+    original = layout(passthrough=("txt",), encoding="packed", member=member)
     assert ShardLayout.from_dict(original.to_dict()) == original
 
 

@@ -1,14 +1,15 @@
 """The training stream: each rank reads its share, endlessly, and can resume at any sample."""
 
+import collections
 import itertools
 from pathlib import Path
 
 import pytest
 
-from pipeline.corpus.shards import Shard
+from pipeline.corpus.shards import Shard, find_shards
 from pipeline.corpus.streams import Lanes, LaneSample, Position, training_samples
 from pipeline.errors import ShardError
-from tests.corpus import write_corpus
+from tests.corpus import write_corpus, write_tar
 
 SIZES = (5, 3, 0, 7, 4)
 
@@ -45,6 +46,21 @@ def test_fewer_shards_than_lanes_are_split_by_sample(shards: list[Shard]):
     keys = [epoch_keys(shards[3:4], Lanes(3, 4), lane) for lane in range(3)]
     assert sorted(itertools.chain(*keys)) == [f"{300 + j:04d}" for j in range(7)]
     assert [len(part) for part in keys] == [3, 2, 2]
+
+
+@pytest.mark.parametrize(("num_shards", "ranks"), [(4, 1), (4, 2), (2, 4)])  # shards by lane, and samples by lane
+def test_all_ranks_together_count_what_is_passed_over_once(tmp_path: Path, num_shards: int, ranks: int):
+    for i in range(num_shards):
+        members = [(f"{i}{j}.{name}", b"x") for j in range(6) for name in ("jpg", "txt")]
+        write_tar(tmp_path / f"{i}.tar", [("._fork.jpg", b"fork"), *members, (".DS_Store", b"Bud1")])
+    shards, counted = find_shards(str(tmp_path / "*.tar")).shards, collections.Counter[str]()
+    for rank in range(ranks):
+        lanes = Lanes.for_ranks(ranks, num_shards, shuffle_buffer=4, seed=0)
+        place = {"rank": rank, "world_size": ranks, "positions": {}}
+        drawn = training_samples(shards, lanes, **place, on_bad_shard=pytest.fail, passed_over=counted)
+        for _ in range(100):  # several epochs
+            assert "jpg" in next(drawn).sample.members
+    assert counted.total() == 2 * num_shards
 
 
 def test_the_seed_determines_the_order(shards: list[Shard]):
