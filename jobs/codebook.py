@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.actors import cluster
 from jobs.actors.run import FIX_AND_RERUN
-from jobs.artifacts import load_tokenizer, load_trained
+from jobs.artifacts import check_limits, load_tokenizer, load_trained, with_rules_of_run
 from jobs.config import Config, ConfigError
 from jobs.latents.extract import draw_latents, fill_cache
 from jobs.latents.sharded import CachedLatents
@@ -26,6 +26,7 @@ from pipeline import storage
 from pipeline.corpus.shards import ShardList, find_shards
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.clustering.latents import InMemory, Latents
+from tokenizer.modalities.base import build_modality
 from tokenizer.tokenizer import Tokenizer
 from tokenizer.usage import digit_usage, quantization_sums, usage
 
@@ -39,6 +40,8 @@ def run(config: Config) -> int:
     config.require("run", "data.shards")
     run_url = storage.normalise(config.run)
     autoencoder, inputs = load_trained(run_url), find_shards(config.data.shards)
+    config = with_rules_of_run(config, run_url, "codebook")
+    check_limits(build_modality(autoencoder.settings["modality"], config.data.preprocess), config.tokens)
     sizes = _sizes(config.codebook.size)
     try:
         autoencoder.change_fit(config.codebook.settings)

@@ -82,6 +82,7 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
                 encoded.seconds,
                 now=time.time(),
                 num_samples=encoded.num_samples,
+                notes=encoded.notes,
             )
         return Committed.of(shard, commit)
 

@@ -113,7 +113,14 @@ class RetryWorker(EncodeWorker[Tokenizer]):
         self._refuse_replaced(shard, history, before, encoded)
         with self.ticking(shard):
             commit = commit_retry(
-                self.output, shard, history, encoded.rows, encoded.quarantined, encoded.seconds, now=time.time()
+                self.output,
+                shard,
+                history,
+                encoded.rows,
+                encoded.quarantined,
+                encoded.seconds,
+                now=time.time(),
+                notes=encoded.notes,
             )
         if commit is None:
             return Recovered(shard, num_quarantined=len(encoded.quarantined), won=not encoded.rows)

@@ -1,9 +1,10 @@
 """Reads a shard into batches of decoded samples, and encodes these to rows of tokens or latents."""
 
+import collections
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipeline.tokens import Quarantined, TokenRow
 from pipeline.tokens.schema import passthrough_value
 from tokenizer.encoder import LatentEncoder
 from tokenizer.errors import BadSample
+from tokenizer.memory import is_out_of_memory, release_memory
 from tokenizer.modalities.base import Decoded, Modality
 
 R = TypeVar("R")
@@ -28,13 +30,14 @@ class EncodedShard:
     """All rows of a shard in its order, the quarantined samples, and how many samples the reader counted.
 
     seconds: read and decode, summed over the threads that run beside the encoder; wait, for data; queue, for the
-    device while another shard has it; encode; total.
+    device while another shard has it; encode; total. notes: what was not used of the samples, with the number of them.
     """
 
     rows: list[TokenRow]
     quarantined: list[Quarantined]
     num_samples: int
     seconds: dict[str, float]
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 def encode_shard(
@@ -75,6 +78,7 @@ def encode_shard(
         reader.quarantined,
         reader.num_samples,
         {stage: round(spent, 4) for stage, spent in seconds.items()},
+        dict(reader.notes),
     )
 
 
@@ -90,6 +94,7 @@ class ShardReader:
     """One pass over a shard. The counts are complete once the last batch was taken.
 
     quarantined: samples that could not be decoded. num_samples: all that were read, skipped and quarantined ones too.
+    notes: what was not used of decoded samples, with the number of samples.
     read_s, decode_s: seconds; decode_s is summed over all threads. only: indices of the samples to decode; the others
     are counted, but neither decoded nor quarantined. tick: called for each sample read.
     """
@@ -103,8 +108,10 @@ class ShardReader:
         only: Collection[int] | None = None,
         tick: Callable[[], None] = lambda: None,
     ):
-        self.shard, self.modality, self.options, self.only, self.tick = shard, modality, options, only, tick
+        self.shard, self.options, self.only, self.tick = shard, options, only, tick
+        self.modality = modality.with_limits(options.limits())
         self.quarantined: list[Quarantined] = []
+        self.notes: collections.Counter[str] = collections.Counter()
         self.num_samples = 0
         self.read_s = self.decode_s = 0.0
 
@@ -126,6 +133,7 @@ class ShardReader:
             if isinstance(outcome, Quarantined):
                 self.quarantined.append(outcome)
             else:
+                self.notes.update(outcome.decoded.notes)
                 yield outcome
 
     def _samples(self) -> Iterator[Sample]:
@@ -142,15 +150,21 @@ class ShardReader:
 
     def _decode(self, sample: Sample) -> tuple[DecodedSample | Quarantined, float]:
         start = time.monotonic()
-        return decode_sample(sample, self.modality), time.monotonic() - start
+        return decode_sample(sample, self.modality, self.options.max_sample_bytes), time.monotonic() - start
 
 
-def decode_sample(sample: Sample, modality: Modality) -> DecodedSample | Quarantined:
-    """Decodes the sample's one member of this modality. A sample without one, or with a bad one, is quarantined."""
+def decode_sample(sample: Sample, modality: Modality, max_bytes: int = 0) -> DecodedSample | Quarantined:
+    """Decodes the sample's one member of this modality. A sample without one, or with a bad one, is quarantined.
+
+    max_bytes: of all members together; larger samples are quarantined too. 0: no limit.
+    """
     if sample.quarantine_reason:
         return Quarantined(sample.key, sample.index, "read", "BadSample", sample.quarantine_reason)
     media = [name for name in sample.members if name.rsplit(".", 1)[-1] in modality.extensions]
+    num_bytes = sum(map(len, sample.members.values()))
     try:
+        if max_bytes and num_bytes > max_bytes:
+            raise BadSample(f"its files have {num_bytes} bytes, more than tokens.max_sample_bytes={max_bytes}")
         if len(media) != 1:
             members = ", ".join(sample.members) or "nothing"
             raise BadSample(f"needs one member of {', '.join(modality.extensions)}; it has {members}")
@@ -192,13 +206,24 @@ def apply_or_quarantine(
     """Each sample of the batch with its result.
 
     function: takes a batch; raises BadSample if one of its samples is bad. Then it is applied to each sample alone, so
-    that only the bad ones are quarantined.
+    that only the bad ones are quarantined. If memory runs out, it is applied to each half of the batch; a sample that
+    does not fit alone is quarantined.
     """
     try:
         return list(zip(batch, function(batch), strict=True))
     except BadSample as error:
-        if len(batch) > 1:
-            return [pair for one in batch for pair in apply_or_quarantine(function, [one], quarantined)]
-        sample = batch[0].sample
-        quarantined.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
-        return []
+        reason, message, size = "BadSample", str(error), 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason, size = type(error).__name__, (len(batch) + 1) // 2
+        message = f"not enough memory to encode it: {' '.join(str(error).split())[:200]}"
+    # here the error is gone, and with it what its frames held
+    if reason != "BadSample":
+        release_memory()
+    if len(batch) > 1:
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        return [pair for part in parts for pair in apply_or_quarantine(function, part, quarantined)]
+    sample = batch[0].sample
+    quarantined.append(Quarantined(sample.key, sample.index, "encode", reason, message))
+    return []

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.config import Config, ConfigError
 from jobs.reports.progress import clock
-from pipeline.tokens.commit import Commit, group_by_shard
+from pipeline.tokens.commit import Commit, group_by_shard, total_notes
 from pipeline.tokens.output import Output
 
 RATE_OVER = 50  # last commits
@@ -58,6 +58,7 @@ def summarise(output: Output) -> dict[str, Any]:
         "tokens": sum(shard.num_tokens for shard in shards),
         "quarantined": sum(shard.num_quarantined for shard in shards),
         "reasons": dict(reasons.most_common(TOP_REASONS)),
+        "notes": total_notes(entries),
         "rate": _rate([shard.first for shard in shards], len(left)),
         "seconds": _seconds(entries),
         "encoder_idle": encoder_idle(entries),
@@ -83,6 +84,7 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["encoder_idle"] is not None:
         lines.append(("encoder", f"idle for {summary['encoder_idle']:.0%} of the workers' time"))
     lines += [("quarantined", f"{count} {reason}") for reason, count in summary["reasons"].items()]
+    lines += [("note", f"{count} samples: {note}") for note, count in summary["notes"].items()]
     return [*lines, *(("failed", message) for message in summary["failed"])]
 
 

@@ -7,19 +7,21 @@ batches of one shape, writes tokens and quarantine, and commits. Only a small ro
 from functools import partial
 
 from jobs.actors.run import FIX_AND_RERUN, print_failures
-from jobs.artifacts import load_tokenizer, token_layout, tokenizer_url
+from jobs.artifacts import check_limits, load_tokenizer, token_layout, tokenizer_url
 from jobs.config import Config, ConfigError
 from jobs.encode import encode_missing
 from jobs.latents.cache import open_cache
 from pipeline import storage
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Output
+from pipeline.tokens.commit import total_notes
 
 
 def run(config: Config) -> int:
     config.require("data.shards", "output")
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
+    check_limits(tokenizer.modality, config.tokens)
     inputs = find_shards(config.data.shards)
     _refuse_uploaded(inputs.shards)
     layout = token_layout(tokenizer, config.tokens)
@@ -49,6 +51,8 @@ def _outcome(output: Output, shards: list[Shard], failures: list[str], config: C
     print(
         f"tokenize: {rows} samples in {len(done)} of {len(shards)} shards, {quarantined} quarantined, at {output.url}"
     )
+    for note, count in total_notes([entry for one in done for entry in one.entries]).items():
+        print(f"tokenize: {count} samples: {note}")
     if len(done) < len(shards):
         print(f"tokenize: incomplete: {len(shards) - len(done)} shards failed; {FIX_AND_RERUN}")
         return 3

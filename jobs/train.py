@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs.actors import cluster
+from jobs.artifacts import with_rules_of_run
 from jobs.config import Config, ConfigError, TrainConfig, with_new_names
 from jobs.reports.progress import Progress
 from jobs.training.channel import open_channel
@@ -46,6 +47,7 @@ def run(config: Config) -> int:
     url = storage.normalise(config.run)
     check(config)
     shards = find_shards(config.data.shards).shards
+    config = with_rules_of_run(config, url, "train")
     _claim(url, config)
     _check_lanes(url, config)
     if storage.exists(storage.join(url, "model", "model.safetensors")):
@@ -107,7 +109,7 @@ def _defaults_of(stored: dict[Any, Any]) -> dict[str, Any]:
     net, quantizer = NETS.get(stored["model"]["net"]["name"]), QUANTIZERS.get(stored["quantizer"]["name"])
     modality = MODALITIES.get(stored["model"]["modality"])
     return {
-        "data": {"preprocess": asdict(modality.Config())},
+        "data": {"preprocess": asdict(modality.Config()) | modality.meaning_of_absent},
         "model": {"net": asdict(net.Config())},
         "quantizer": asdict(quantizer.Config()),
         "train": asdict(TrainConfig()),

@@ -81,7 +81,8 @@ def tokenize_cached(
         rows += [replace(row, tokens=grid) for row, grid in zip(batch, grids, strict=True)]
     total = time.monotonic() - start
     seconds = {"read": read_s, "encode": total - read_s, "total": total}
-    return EncodedShard(rows, cache.quarantined(history.first), history.first.num_samples, seconds)
+    first = history.first
+    return EncodedShard(rows, cache.quarantined(first), first.num_samples, seconds, first.notes)
 
 
 def _batches(rows: list[TokenRow]) -> Iterator[list[TokenRow]]:

@@ -1,5 +1,6 @@
 """Manifest entries: one for the first commit of a shard, and one for each retry of its quarantined samples."""
 
+import collections
 import json
 import re
 from dataclasses import dataclass, field, fields
@@ -35,6 +36,7 @@ class Commit:
     tokens_num_bytes: int | None = None
     worker: dict[str, Any] = field(default_factory=dict)  # host and pid
     reasons: dict[str, int] = field(default_factory=dict)  # "stage error" -> number of quarantined samples
+    notes: dict[str, int] = field(default_factory=dict)  # what was not used of samples -> number of samples
     retry: int = 0
     settled: list[int] = field(default_factory=list)  # retries only: the source_index of each recovered row
 
@@ -77,6 +79,14 @@ def group_by_shard(entries: list[Commit]) -> list[CommittedShard]:
     for entry in sorted(entries, key=sort_key):
         by_shard.setdefault(shard_name(entry.name), []).append(entry)
     return [CommittedShard(of_one) for of_one in by_shard.values()]
+
+
+def total_notes(entries: list[Commit]) -> dict[str, int]:
+    """What was not used of the samples of all these entries, with the number of samples, most frequent first."""
+    total: collections.Counter[str] = collections.Counter()
+    for entry in entries:
+        total.update(entry.notes)
+    return dict(total.most_common())
 
 
 def sort_key(entry: Commit) -> tuple[str, int]:

@@ -33,11 +33,13 @@ def commit_shard(
     now: float,
     *,
     num_samples: int | None = None,
+    notes: dict[str, int] | None = None,
 ) -> Commit:
     """Writes tokens, quarantine, and last the manifest entry. A second commit of a shard changes nothing.
 
     num_samples: the number of samples that the reader of the shard counted; None if unknown. seconds: by stage, and
-    "total" so far; the time of writing is added. Returns the entry in storage: another worker's if it was first.
+    "total" so far; the time of writing is added. notes: see Commit. Returns the entry in storage: another worker's if
+    it was first.
     Raises ValueError, and writes nothing, unless each of the samples 0..num_samples - 1 is given exactly once.
     """
     if (existing := output.read_entry(shard.name)) is not None:
@@ -48,6 +50,7 @@ def commit_shard(
     tokens = _create_file(output, shard.name, output.tokens_url, table, partial(_same_samples, table=table))
     entry = _write_quarantine(output, shard, 0, tokens, quarantined, now)
     entry.seconds = _with_writing(seconds, time.monotonic() - start)
+    entry.notes = notes or {}
     committed = _write_entry(output, entry)
     if committed is entry:
         output.remove_failure(shard.name)
@@ -62,6 +65,8 @@ def commit_retry(
     quarantined: list[Quarantined],
     seconds: dict[str, float],
     now: float,
+    *,
+    notes: dict[str, int] | None = None,
 ) -> Commit | None:
     """Adds the rows that a retry recovered, and the remaining quarantine, under a new name.
 
@@ -86,6 +91,7 @@ def commit_retry(
     remaining = [sample for index, sample in reasons.items() if index not in settled]
     entry = _write_quarantine(output, shard, retry, tokens, remaining, now)
     entry.seconds = _with_writing(seconds, time.monotonic() - start)
+    entry.notes = notes or {}
     return entry if _write_entry(output, entry) is entry else None
 
 
