@@ -47,8 +47,7 @@ def run(config: Config) -> int:
     url = storage.normalise(config.run)
     check(config)
     shards = find_shards(config.data.shards).shards
-    config = with_rules_of_run(config, url, "train")
-    _claim(url, config)
+    config = _claim(url, config)
     _check_lanes(url, config)
     if storage.exists(storage.join(url, "model", "model.safetensors")):
         print(f"train: {url}/model already exists; choose another `run` to train again")
@@ -74,15 +73,19 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim(url: str, config: Config) -> None:
-    """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not."""
+def _claim(url: str, config: Config) -> Config:
+    """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not.
+
+    Returns the configuration to train with: a run of an earlier version keeps its way to read samples.
+    """
+    config = with_rules_of_run(config, url, "train")
     given = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
     given["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
     text = OmegaConf.to_yaml(OmegaConf.create(given))
     place = storage.join(url, "config.yaml")
     try:
         storage.write_once(place, text.encode())
-        return
+        return config
     except FileExistsError:
         stored = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
     assert isinstance(stored, dict)
@@ -102,6 +105,7 @@ def _claim(url: str, config: Config) -> None:
         raise ConfigError(
             f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or restore the value"
         )
+    return config
 
 
 def _defaults_of(stored: dict[Any, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tokenizer.modalities.image.frechet import FrechetFeatures
 from tokenizer.modalities.image.perceptual import load_perceptual
 from tokenizer.modalities.image.rgb import NEWEST_RULES, to_rgb
 
+PILLOWS_LIMIT = 89_478_485  # PIL.Image.MAX_IMAGE_PIXELS, above which Pillow warns; it refuses twice as many
 SSIM_WINDOW = 11  # Wang 2004: Gaussian of sigma 1.5
 SMALLEST_MSE = 1e-10  # limits PSNR to 100 dB, so that means are finite
 
@@ -60,8 +61,8 @@ class Image(Modality):
 
     def __init__(self, config: ImageConfig):
         self.config = config
-        if PIL.MAX_IMAGE_PIXELS is not None and config.max_pixels > PIL.MAX_IMAGE_PIXELS:
-            PIL.MAX_IMAGE_PIXELS = config.max_pixels  # some of Pillow's decoders check this limit of the process too
+        if config.max_pixels > PILLOWS_LIMIT:  # then Pillow's decoders must accept more too, in the whole process
+            PIL.MAX_IMAGE_PIXELS = max(config.max_pixels, PIL.MAX_IMAGE_PIXELS or 0)
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         file = self._open(data, extension)
