@@ -67,24 +67,24 @@ def without_large_text(data: bytes) -> tuple[bytes, bytes | None]:
     """A PNG without texts and profiles above 1 MiB, and that profile. Other files are returned as they are."""
     if not data.startswith(PNG_SIGNATURE):
         return data, None
-    kept, profile = [PNG_SIGNATURE], None
+    kept, profile = [memoryview(PNG_SIGNATURE)], None
     for kind, chunk in _png_chunks(data):
         if kind in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
-            text = _png_text(kind, chunk[8:-4])
+            text = _png_text(kind, bytes(chunk[8:-4]))
             if len(text) > LARGEST_TEXT:
                 profile = text if kind == b"iCCP" else profile
                 continue
         kept.append(chunk)
-    return b"".join(kept) if len(kept[0]) + sum(map(len, kept[1:])) < len(data) else data, profile
+    return b"".join(kept) if sum(map(len, kept)) < len(data) else data, profile
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
     """Kind and bytes of each chunk, with its length and checksum; the last may be cut."""
     start = len(PNG_SIGNATURE)
     while start < len(data):
         num_bytes = int.from_bytes(data[start : start + 4], "big")
         end = start + 12 + num_bytes
-        yield data[start + 4 : start + 8], data[start:end]
+        yield data[start + 4 : start + 8], memoryview(data)[start:end]
         start = end
 
 
