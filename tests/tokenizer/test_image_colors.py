@@ -92,8 +92,14 @@ def test_the_difference_is_one_that_people_see():
 
 def test_an_srgb_picture_keeps_its_pixels():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    found = decoded(encoded(picture(20, 30), icc_profile=srgb)).array
-    assert np.abs(found.astype(int) - picture(20, 30)).max() <= 1
+    found = decoded(encoded(picture(20, 30), icc_profile=srgb))
+    assert np.array_equal(found.array, picture(20, 30))
+    assert found.notes == []
+
+
+def test_a_profile_with_the_primaries_of_srgb_and_another_gamma_is_converted():
+    found = decoded(encoded(picture(20, 30), icc_profile=rgb_profile(SRGB, 1.8))).array
+    assert np.abs(found - to_srgb(picture(20, 30), SRGB, 1.8)).max() <= 2
 
 
 @pytest.mark.parametrize("mode", ["L", "LA"])

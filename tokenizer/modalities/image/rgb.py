@@ -63,15 +63,17 @@ def _through_profile(picture: PIL.Image) -> tuple[PIL.Image | None, str]:
         mode, transform = _transform_to_srgb(profile)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None, "unreadable colour profile, ignored"
-    if transform is None or (mode == "CMYK") != (picture.mode == "CMYK") or (mode == "L" and picture.mode not in GREY):
+    if not mode or (mode == "CMYK") != (picture.mode == "CMYK") or (mode == "L" and picture.mode not in GREY):
         return None, "colour profile of another kind of picture, ignored"
+    if transform is None:
+        return None, ""
     opaque = picture.convert("RGBA") if _has_alpha(picture) and mode == "RGB" else picture
     return ImageCms.applyTransform(opaque.convert(mode), transform), ""
 
 
 @functools.lru_cache(KEPT_TRANSFORMS)
 def _transform_to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """Pillow's mode for the profile's colour space, and a transform of it; None for other spaces.
+    """Pillow's mode for the profile's colour space, or "" for other spaces, and a transform; None if it is sRGB.
 
     Relative colorimetric with black point compensation, as in most image editors. Raises OSError or PyCMSError if the
     profile is damaged.
@@ -82,7 +84,16 @@ def _transform_to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform 
         return "", None
     srgb = ImageCms.createProfile("sRGB")
     intent, flags = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
-    return mode, ImageCms.buildTransform(source, srgb, mode, "RGB", renderingIntent=intent, flags=flags)
+    transform = ImageCms.buildTransform(source, srgb, mode, "RGB", renderingIntent=intent, flags=flags)
+    return mode, None if mode == "RGB" and _changes_nothing(transform) else transform
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a grid of all colours stays within rounding: most profiles are sRGB, and converting takes 18 ms/MP."""
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    converted = np.asarray(ImageCms.applyTransform(PIL.fromarray(colours), transform))
+    return int(np.abs(converted.astype(int) - colours).max()) <= 1
 
 
 # -- numbers of more than 8 bits --------------------------------------------------------------------------------------
