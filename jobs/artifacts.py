@@ -1,6 +1,9 @@
 """Which tokenizer or trained model a command means, how to load it, and the layout of the shards that it writes."""
 
+from dataclasses import replace
 from typing import Any
+
+import yaml
 
 from jobs.config import Config, ConfigError, TokensConfig
 from pipeline import storage
@@ -8,7 +11,7 @@ from pipeline.errors import OutputMismatch
 from pipeline.tokens import Output, ShardLayout
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder
-from tokenizer.modalities.base import Modality
+from tokenizer.modalities.base import MODALITIES, Modality
 from tokenizer.tokenizer import INDEX_ORDER, Tokenizer
 
 
@@ -34,6 +37,14 @@ def load_tokenizer(url: str, device: str = "cpu") -> Tokenizer:
         raise ConfigError(f"{url} is not a tokenizer ({error}); make one with `tokenmill codebook`") from error
 
 
+def check_limits(modality: Modality, options: TokensConfig) -> None:
+    """Raises ConfigError if the options set a limit that this modality does not have."""
+    try:
+        modality.with_limits(options.limits())
+    except ValueError as error:
+        raise ConfigError(f"tokens.{error}; leave it out") from error
+
+
 def load_trained(run_url: str) -> Autoencoder:
     """The model of a run. Raises ConfigError if training has not finished."""
     try:
@@ -41,6 +52,19 @@ def load_trained(run_url: str) -> Autoencoder:
             return Autoencoder.load(folder)
     except FileNotFoundError as error:
         raise ConfigError(f"{run_url} holds no trained model; run `tokenmill train` first ({error})") from error
+
+
+def with_rules_of_run(config: Config, run_url: str, command: str) -> Config:
+    """config, with the preprocessing that a run of an earlier version has without stating it. Prints what that is."""
+    try:
+        stored = yaml.safe_load(storage.read(storage.join(run_url, "config.yaml")))
+    except FileNotFoundError:
+        return config
+    given, absent = config.data.preprocess, MODALITIES.get(stored["model"]["modality"]).meaning_of_absent
+    kept = {key: old for key, old in absent.items() if key not in stored["data"]["preprocess"] and given[key] != old}
+    for key, old in kept.items():
+        print(f"{command}: {run_url} was started by an earlier version and keeps data.preprocess.{key}={old}")
+    return replace(config, data=replace(config.data, preprocess=given | kept))
 
 
 def load_encoder(run_url: str, preprocess: dict[str, Any], device: str = "cpu") -> LatentEncoder:
@@ -57,11 +81,14 @@ def writer_url(output: Output, config: Config) -> str:
         runs = dict.fromkeys(run for run in (config.run, stored.get("run", "")) if run)
         urls += [url for run in runs for url in _tokenizers(run)]
     urls = list(dict.fromkeys(storage.normalise(url) for url in urls if url))
-    found = {url: tokenizer.id for url in urls if (tokenizer := _tokenizer_at(url, required=bool(config.tokenizer)))}
-    for url, its_id in found.items():
-        if its_id == output.layout.tokenizer_id:
+    found = {url: tokenizer for url in urls if (tokenizer := _tokenizer_at(url, required=bool(config.tokenizer)))}
+    for url, tokenizer in found.items():
+        if tokenizer.id == output.layout.tokenizer_id:
+            check_limits(tokenizer.modality, config.tokens)
             return url
-    seen = ", ".join(f"{url} is {its_id}" for url, its_id in found.items()) or f"nothing is at {', '.join(urls)}"
+    seen = (
+        ", ".join(f"{url} is {tokenizer.id}" for url, tokenizer in found.items()) or f"nothing is at {', '.join(urls)}"
+    )
     raise OutputMismatch(
         f"{output.url} was written by tokenizer {output.layout.tokenizer_id}, but {seen}; "
         "set tokenizer=... to the one that wrote the output"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.actors import cluster
 from jobs.actors.run import FIX_AND_RERUN
-from jobs.artifacts import check_member, load_tokenizer, load_trained
+from jobs.artifacts import check_limits, check_member, load_tokenizer, load_trained, with_rules_of_run
 from jobs.config import Config, ConfigError
 from jobs.latents.extract import draw_latents, fill_cache
 from jobs.latents.sharded import CachedLatents
@@ -41,7 +41,10 @@ def run(config: Config) -> int:
     config.require("run", "data.shards")
     run_url = storage.normalise(config.run)
     autoencoder, inputs = load_trained(run_url), find_shards(config.data.shards)
-    check_member(config.data.member, build_modality(autoencoder.settings["modality"], {}))
+    config = with_rules_of_run(config, run_url, "codebook")
+    modality = build_modality(autoencoder.settings["modality"], config.data.preprocess)
+    check_member(config.data.member, modality)
+    check_limits(modality, config.tokens)
     sizes = _sizes(config.codebook.size)
     try:
         autoencoder.change_fit(config.codebook.settings)

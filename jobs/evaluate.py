@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jobs.actors.run import EncodeWorker, ShardResult, print_failures, run_shards
-from jobs.artifacts import check_member, load_tokenizer, tokenizer_url
+from jobs.artifacts import check_limits, check_member, load_tokenizer, tokenizer_url
 from jobs.config import Config, ConfigError, checked
 from jobs.reports.html import Example, page, picture, side_by_side, table
 from jobs.reports.plots import latents_png, sheet_png, usage_png
@@ -35,6 +35,7 @@ def run(config: Config) -> int:
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
     check_member(config.data.member, tokenizer.modality)
+    check_limits(tokenizer.modality, config.tokens)
     inputs = find_shards(config.data.shards)
     shards = inputs.shards
     with checked("metrics"):
@@ -120,7 +121,8 @@ class EvaluateWorker(EncodeWorker[Tokenizer]):
 
         pairs = apply_or_quarantine(reconstruct, batch, quarantined)
         if pairs and sum(map(len, result.latents)) < PLOTTED_LATENTS:
-            latents = tokenizer.latents([one.decoded.array for one, _ in pairs])
+            # one by one, because the whole batch may not fit into memory
+            latents = [tokenizer.latents([one.decoded.array])[0] for one, _ in pairs]
             result.latents += [z.flatten(0, -2).cpu().numpy() for z in latents]
         for one, reconstruction in pairs[: self.num_examples - len(result.examples)]:
             pair = (one.decoded.array, reconstruction)

@@ -18,6 +18,7 @@ from pipeline.tokens import Quarantined, TokenRow
 from pipeline.tokens.schema import passthrough_notes
 from tokenizer.encoder import LatentEncoder
 from tokenizer.errors import BadSample
+from tokenizer.memory import is_out_of_memory, release_memory
 from tokenizer.modalities.base import Decoded, Modality
 
 R = TypeVar("R")
@@ -94,7 +95,8 @@ class DecodedSample:
 class ShardReader:
     """One pass over a shard. The counts are complete once the last batch was taken.
 
-    passed_over: members that belong to no sample, by what they are. notes: the same as in Commit.
+    passed_over: members that belong to no sample, by what they are. decode_notes: what was not used of decoded samples.
+    notes: both, as in Commit.
     quarantined: samples that could not be decoded. num_samples: all that were read, skipped and quarantined ones too.
     read_s, decode_s: seconds; decode_s is summed over all threads. only: indices of the samples to decode; the others
     are counted, but neither decoded nor quarantined. tick: called for each sample read. member: see decode_sample.
@@ -111,15 +113,17 @@ class ShardReader:
         member: str = "",
     ):
         self.member = member
-        self.shard, self.modality, self.options, self.only, self.tick = shard, modality, options, only, tick
+        self.shard, self.options, self.only, self.tick = shard, options, only, tick
+        self.modality = modality.with_limits(options.limits())
         self.quarantined: list[Quarantined] = []
         self.passed_over: collections.Counter[str] = collections.Counter()
+        self.decode_notes: collections.Counter[str] = collections.Counter()
         self.num_samples = 0
         self.read_s = self.decode_s = 0.0
 
     @property
     def notes(self) -> dict[str, int]:
-        return passed_over_notes(self.passed_over)
+        return passed_over_notes(self.passed_over) | {f"samples: {note}": n for note, n in self.decode_notes.items()}
 
     def batches(self) -> Iterator[list[DecodedSample]]:
         """Batches of one shape each, read and decoded in threads beside the caller's work.
@@ -139,6 +143,7 @@ class ShardReader:
             if isinstance(outcome, Quarantined):
                 self.quarantined.append(outcome)
             else:
+                self.decode_notes.update(outcome.decoded.notes)
                 yield outcome
 
     def _samples(self) -> Iterator[Sample]:
@@ -156,7 +161,8 @@ class ShardReader:
 
     def _decode(self, sample: Sample) -> tuple[DecodedSample | Quarantined, float]:
         start = time.monotonic()
-        return decode_sample(sample, self.modality, self.member), time.monotonic() - start
+        outcome = decode_sample(sample, self.modality, self.member, self.options.max_sample_bytes)
+        return outcome, time.monotonic() - start
 
 
 def passed_over_notes(passed_over: Mapping[str, int]) -> dict[str, int]:
@@ -164,14 +170,20 @@ def passed_over_notes(passed_over: Mapping[str, int]) -> dict[str, int]:
     return {f"members passed over: {what}": count for what, count in passed_over.items()}
 
 
-def decode_sample(sample: Sample, modality: Modality, member: str = "") -> DecodedSample | Quarantined:
+def decode_sample(
+    sample: Sample, modality: Modality, member: str = "", max_bytes: int = 0
+) -> DecodedSample | Quarantined:
     """Decodes the sample's member of that name, or if it is empty its one member of this modality.
 
-    A sample without it, or with a bad one, is quarantined.
+    A sample without it, or with a bad one, is quarantined. max_bytes: of all members together; larger samples are
+    quarantined too. 0: no limit.
     """
     if sample.quarantine_reason:
         return Quarantined(sample.key, sample.index, "read", "BadSample", sample.quarantine_reason)
+    num_bytes = sum(map(len, sample.members.values()))
     try:
+        if max_bytes and num_bytes > max_bytes:
+            raise BadSample(f"its files have {num_bytes} bytes, more than tokens.max_sample_bytes={max_bytes}")
         name = member or _only_medium(sample, modality)
         if name not in sample.members:
             raise BadSample(f"has no member {name} (data.member); it has {_members(sample)}")
@@ -218,13 +230,24 @@ def apply_or_quarantine(
     """Each sample of the batch with its result.
 
     function: takes a batch; raises BadSample if one of its samples is bad. Then it is applied to each sample alone, so
-    that only the bad ones are quarantined.
+    that only the bad ones are quarantined. If memory runs out, it is applied to each half of the batch; a sample that
+    does not fit alone is quarantined.
     """
     try:
         return list(zip(batch, function(batch), strict=True))
     except BadSample as error:
-        if len(batch) > 1:
-            return [pair for one in batch for pair in apply_or_quarantine(function, [one], quarantined)]
-        sample = batch[0].sample
-        quarantined.append(Quarantined(sample.key, sample.index, "encode", "BadSample", str(error)))
-        return []
+        reason, message, size = "BadSample", str(error), 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason, size = type(error).__name__, (len(batch) + 1) // 2
+        message = f"not enough memory to encode it: {' '.join(str(error).split())[:200]}"
+    # here the error is gone, and with it what its frames held
+    if reason != "BadSample":
+        release_memory()
+    if len(batch) > 1:
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        return [pair for part in parts for pair in apply_or_quarantine(function, part, quarantined)]
+    sample = batch[0].sample
+    quarantined.append(Quarantined(sample.key, sample.index, "encode", reason, message))
+    return []

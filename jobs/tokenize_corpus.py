@@ -10,7 +10,7 @@ import itertools
 from functools import partial
 
 from jobs.actors.run import FIX_AND_RERUN, print_failures, print_notes
-from jobs.artifacts import check_member, load_tokenizer, token_layout, tokenizer_url
+from jobs.artifacts import check_limits, check_member, load_tokenizer, token_layout, tokenizer_url
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.encode import encode_missing
 from jobs.latents.cache import open_cache
@@ -28,6 +28,7 @@ def run(config: Config) -> int:
     config.require("data.shards", "output")
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
+    check_limits(tokenizer.modality, config.tokens)
     inputs = find_shards(config.data.shards)
     _refuse_uploaded(inputs.shards)
     check_member(config.data.member, tokenizer.modality)

@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs.actors import cluster
+from jobs.artifacts import with_rules_of_run
 from jobs.config import Config, ConfigError, StorageConfig, TrainConfig, WorkersConfig, with_new_names
 from jobs.config.written import with_written
 from jobs.reports.progress import Progress
@@ -53,7 +54,7 @@ def run(config: Config) -> int:
     url = storage.normalise(config.run)
     check(config)
     shards = find_shards(config.data.shards).shards
-    _claim(url, config)
+    config = _claim(url, config)
     _check_lanes(url, config)
     if storage.exists(_model_file(url)):
         print(f"train: {url}/model already exists; raise train.steps to train it for longer, or choose another `run`")
@@ -95,24 +96,26 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim(url: str, config: Config) -> None:
+def _claim(url: str, config: Config) -> Config:
     """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not.
 
-    A run that has no checkpoint yet, and so no step to keep, takes the new configuration.
+    Returns the configuration to train with: a run of an earlier version keeps its way to read samples. A run that has
+    no checkpoint yet, and so no step to keep, takes the new configuration.
     """
+    config = with_rules_of_run(config, url, "train")
     given = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
     given["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
     text = OmegaConf.to_yaml(OmegaConf.create(with_written(given, config.written)))
     place = storage.join(url, "config.yaml")
     try:
         storage.write_once(place, text.encode())
-        return
+        return config
     except FileExistsError:
         before, now = _compared(url, storage.read(place), text)
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
     if not differing:
-        return
+        return config
     if not (storage.exists(_model_file(url)) or storage.glob(storage.join(url, "checkpoints", "*", LANES_FILE))):
         print(f"train: {url} has made no checkpoint yet; it now trains with the new {', '.join(differing)}")
     elif differing == ["train.steps"] and now["train.steps"] > before["train.steps"]:
@@ -123,6 +126,7 @@ def _claim(url: str, config: Config) -> None:
             f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or restore the value"
         )
     storage.replace(place, text.encode())
+    return config
 
 
 def _compared(url: str, stored_text: bytes, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -166,7 +170,7 @@ def _defaults_of(stored: dict[Any, Any]) -> dict[str, Any]:
     net, quantizer = NETS.get(stored["model"]["net"]["name"]), QUANTIZERS.get(stored["quantizer"]["name"])
     modality = MODALITIES.get(stored["model"]["modality"])
     return {
-        "data": {"preprocess": asdict(modality.Config()), "member": ""},
+        "data": {"preprocess": asdict(modality.Config()) | modality.meaning_of_absent, "member": ""},
         "model": {"net": asdict(net.Config())},
         "quantizer": asdict(quantizer.Config()),
         "train": asdict(TrainConfig()),

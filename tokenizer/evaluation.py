@@ -40,17 +40,20 @@ class Evaluation:
         # compares the final output: 8-bit pixels, without padding
         batches = (tokenizer.modality.batch(batch, factor=1) for batch in (arrays, reconstructions))
         x, x_hat = (batch.to(tokenizer.device) for batch in batches)
-        for name, values in quality(x, x_hat).items():
+        quality_of_each, features = quality(x, x_hat), quality.features(x, x_hat)
+        flat = torch.cat([z.flatten(0, -2) for z in latents])
+        code_shares = tokenizer.autoencoder.quantizer.code_shares(flat)
+        # what can run out of memory is done: the caller may retry, and nothing must be added twice
+        for name, values in quality_of_each.items():
             self.metrics[name] += values.tolist()
-        for name, (original, reconstruction) in quality.features(x, x_hat).items():
+        for name, (original, reconstruction) in features.items():
             if name not in self.sums:
                 self.sums[name] = FrechetSums.empty(original.shape[1], original.device)
             self.sums[name].add(original, reconstruction)
         num_quantizers, codebook_size = self.counts.shape
         by_quantizer = np.concatenate([t.reshape(num_quantizers, -1) for t in tokens], axis=1)
         self.counts += count_codes(by_quantizer, codebook_size)
-        flat = torch.cat([z.flatten(0, -2) for z in latents])
-        shares = tokenizer.autoencoder.quantizer.code_shares(flat).reshape(num_quantizers, -1).double().cpu().numpy()
+        shares = code_shares.reshape(num_quantizers, -1).double().cpu().numpy()
         self.batch_perplexities.append(float(np.mean([perplexity(row) for row in shares])))
         self.batch_tokens.append(by_quantizer.shape[1])
         self.sizes += [tokenizer.modality.processed_size(sample.size) for sample in samples]

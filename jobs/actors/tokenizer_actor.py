@@ -33,7 +33,7 @@ class TokenizerActor:
     A bad file does not fail the batch: tokens, shape and size are null in its row, and error gives the reason.
 
     tokenizer: folder or URL; every node must see it. column: holds the bytes of whole files, such as JPEGs.
-    extension: only formats without a signature (g722) need it; all others are recognised by their content.
+    extension: only formats without a signature (g722, tga) need it; all others are recognised by their content.
     batch_budget: megapixels of images or seconds of audio encoded at once; 0 is the modality's default.
     The nets run on a GPU if Ray assigned one (`num_gpus`). As many threads as assigned CPUs (`num_cpus`) decode files.
 

@@ -212,6 +212,11 @@ class TokensConfig:
         "what to do with a new shard that looks like an earlier one under another path: refuse, or take it as new",
         ("tokenize", "codebook"),
     )
+    max_pixels: int = key(0, "quarantine larger pictures; 0 is the tokenizer's own limit, data.preprocess.max_pixels")
+    max_seconds: float = key(
+        0.0, "quarantine longer clips; 0 is the tokenizer's own limit, data.preprocess.max_seconds"
+    )
+    max_sample_bytes: int = key(0, "quarantine samples whose files are larger together; 0 is no limit")
     latents: str = key("", "a latent cache (RUN/latents) to make tokens from, instead of the samples", ("tokenize",))
     max_bad_fraction: float = key(
         0.01, "share of quarantined samples, 0 to 1, above which the command exits with code 4", ("tokenize", "retry")
@@ -222,6 +227,12 @@ class TokensConfig:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
         if self.same_names not in (REFUSE, NEW):
             raise ValueError(f"tokens.same_names is {self.same_names!r}; choose one of: {REFUSE}, {NEW}")
+        _check_minimum("tokens", self, 0, "max_pixels", "max_seconds", "max_sample_bytes")
+
+    def limits(self) -> dict[str, float]:
+        """The limits of a modality that are set, by their names there."""
+        given = {"max_pixels": self.max_pixels, "max_seconds": self.max_seconds}
+        return {name: limit for name, limit in given.items() if limit}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tests.corpus import encoded, picture, tar_bytes
 from tests.jobs.helpers import here, jpegs, rows_of, rows_without_ray, save_tiny_tokenizer, tokenize_without_ray
 
 PIXELS = 40 * 48  # of a small picture
-LARGE = ("large.jpg", encoded(picture(120, 120), "jpeg"))  # more than Pillow opens while its limit is low
+LARGE = ("large.webp", encoded(picture(120, 120), "webp"))  # more than Pillow decodes while its limit is low
 CUT = ("cut.jpg", encoded(picture(40, 48, seed=9), "jpeg")[:-200])  # Pillow opens it only with LOAD_TRUNCATED_IMAGES
 
 

@@ -1,6 +1,7 @@
 """The interface of all modalities. Jobs and pipeline use only this interface and never check which modality runs."""
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,10 +27,13 @@ class PaddedBatch:
 
 @dataclass
 class Decoded:
-    """array: the preprocessed sample, channel-last. size: its size before preprocessing."""
+    """array: the preprocessed sample, channel-last. size: its size before preprocessing. notes: what was not used of
+    the file, such as further frames; `tokenize` counts equal notes.
+    """
 
     array: np.ndarray
     size: dict[str, int]
+    notes: list[str] = field(default_factory=list)
 
 
 class Metrics(nn.Module):
@@ -51,6 +55,9 @@ class Modality:
     size_columns: ClassVar[tuple[str, ...]]  # columns of a token shard with the original's size
     default_budget: ClassVar[float]  # size of a batch, in the unit of `elements`
     default_loss_weights: ClassVar[dict[str, float]]  # every loss that `losses` can return
+    # fields of Config that were added later, with the value that stored settings without them mean; see `stored_as`
+    meaning_of_absent: ClassVar[dict[str, Any]] = {}
+    config: Any  # an instance of Config
 
     def read(self, data: bytes, extension: str = "") -> Decoded:
         """Decodes and preprocesses a sample. Raises BadSample with the reason for any error.
@@ -61,12 +68,29 @@ class Modality:
             return self.from_bytes(data, extension)
         except BadSample:
             raise
+        except MemoryError as error:
+            raise BadSample(
+                f"not enough memory to decode it: {' '.join(str(error).split()) or 'MemoryError'}"
+            ) from error
         except Exception as error:  # decoders raise many kinds of exceptions for damaged files
             raise BadSample(f"{type(error).__name__}: {error}") from error
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         """Like `read`, but raises any exception."""
         raise AssertionError
+
+    def with_limits(self, limits: dict[str, float]) -> "Modality":
+        """This modality with other limits on the size of a sample, such as max_pixels. Nothing else changes.
+
+        Raises ValueError if this modality has no such limit.
+        """
+        if not limits:
+            return self
+        known = [f.name for f in dataclasses.fields(self.config)]
+        for name in limits:
+            if name not in known:
+                raise ValueError(f"{name} is no limit of {self.name} samples")
+        return type(self)(dataclasses.replace(self.config, **limits))  # type: ignore[call-arg]
 
     def to_bytes(self, array: np.ndarray) -> bytes:
         raise AssertionError
@@ -116,6 +140,16 @@ class Modality:
 
 
 def build_modality(name: str, settings: dict[str, Any]) -> Modality:
-    """A modality from its name and the fields of its Config. Raises ValueError for an unknown name."""
+    """A modality from its name and stored fields of its Config. Raises ValueError for an unknown name."""
     cls = MODALITIES.get(name)
-    return cls(cls.Config(**settings))  # type: ignore[call-arg]
+    return cls(cls.Config(**{**cls.meaning_of_absent, **settings}))  # type: ignore[call-arg]
+
+
+def stored_as(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a modality's Config as tokenizers store and hash them.
+
+    A field that was added later is left out if it has the value that its absence means, so that tokenizers made before
+    it existed keep their ids.
+    """
+    absent = MODALITIES.get(name).meaning_of_absent
+    return {key: value for key, value in settings.items() if key not in absent or value != absent[key]}

@@ -6,23 +6,25 @@ at the right and bottom by repeating the last pixel; the padding is removed from
 
 import io
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image as PIL
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
+from tokenizer.modalities.image.files import EXTENSIONS, open_picture
 from tokenizer.modalities.image.frechet import FrechetFeatures
 from tokenizer.modalities.image.perceptual import load_perceptual
+from tokenizer.modalities.image.rgb import NEWEST_RULES, to_rgb
 
-# without this list Pillow opens every format it knows, EPS by running Ghostscript; JPEG includes the MPO of phones
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+PILLOWS_LIMIT = 89_478_485  # PIL.Image.MAX_IMAGE_PIXELS, above which Pillow warns; it refuses twice as many
 SSIM_WINDOW = 11  # Wang 2004: Gaussian of sigma 1.5
 SMALLEST_MSE = 1e-10  # limits PSNR to 100 dB, so that means are finite
 
@@ -30,19 +32,27 @@ SMALLEST_MSE = 1e-10  # limits PSNR to 100 dB, so that means are finite
 @dataclass
 class ImageConfig:
     """short_side: resize the shorter side to this many pixels; 0 keeps the size. center_crop: crop to a square. Larger
-    pictures than max_pixels or max_side are quarantined, to limit memory.
+    pictures than max_pixels or max_side are quarantined, to limit memory. color_rules: how pixels become RGB: 2
+    converts colour profiles to sRGB and accepts only numbers with a defined white; 1 is for tokenizers made before it
+    existed.
     """
 
     short_side: int = 0
     center_crop: bool = False
     max_pixels: int = 64_000_000
     max_side: int = 16_384
+    color_rules: int = NEWEST_RULES
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.color_rules <= NEWEST_RULES:
+            raise ValueError(f"data.preprocess.color_rules is {self.color_rules}; choose 1 or 2")
 
 
 @MODALITIES.register("image")
 class Image(Modality):
     Config = ImageConfig
-    extensions = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+    extensions = EXTENSIONS
+    meaning_of_absent = {"color_rules": 1}
     written_as = "png"
     mime = "image/png"
     size_columns = ("height", "width")
@@ -51,22 +61,22 @@ class Image(Modality):
 
     def __init__(self, config: ImageConfig):
         self.config = config
+        if config.max_pixels > PILLOWS_LIMIT:  # then Pillow's decoders must accept more too, in the whole process
+            PIL.MAX_IMAGE_PIXELS = max(config.max_pixels, PIL.MAX_IMAGE_PIXELS or 0)
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
-        picture = ImageOps.exif_transpose(self._open(data))
+        file = self._open(data, extension)
+        picture = ImageOps.exif_transpose(file)
         size = {"height": picture.height, "width": picture.width}
-        return Decoded(self._preprocess(to_rgb(picture)), size)
+        array, note = to_rgb(picture, file, self.config.color_rules)
+        notes = [note] if note else []
+        if _is_animated(file):
+            notes.append("several frames or pages, only the first used")
+        return Decoded(self._preprocess(array), size, notes)
 
-    def _open(self, data: bytes) -> PIL.Image:
+    def _open(self, data: bytes, extension: str) -> PIL.Image:
         """Checks the size in the header before decoding any pixel."""
-        if not data:
-            raise BadSample("the file is empty")
-        try:
-            picture = PIL.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError as error:  # its own message contains a memory address
-            raise BadSample(
-                f"not a picture that we can read ({', '.join(FORMATS)}); it starts with {data[:8]!r}"
-            ) from error
+        picture = open_picture(data, extension)
         width, height = picture.size
         if width == 0 or height == 0:
             raise BadSample(f"the picture is empty: {width}x{height} pixels")
@@ -213,30 +223,12 @@ class ImageMetrics(Metrics):
         return {} if self.frechet is None else {self.frechet.name: (self.frechet(x.x), self.frechet(x_hat.x))}
 
 
-def to_rgb(picture: PIL.Image) -> np.ndarray:
-    """uint8 [H, W, 3]: 16-bit pictures are scaled, transparency is put on white, palettes are looked up."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        picture = PIL.fromarray(_to_8_bits(np.asarray(picture)))
-    has_alpha = picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
-    if has_alpha:
-        picture = picture.convert("RGBA")
-        picture = PIL.alpha_composite(PIL.new("RGBA", picture.size, "white"), picture)
-    return np.asarray(picture.convert("RGB"))
-
-
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scales integers from 16 bits and floats from 0..1. Pictures with values outside are scaled by their own range."""
-    full = 1.0 if values.dtype.kind == "f" else 65535.0
-    values = values.astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise BadSample("pixels are NaN or infinite")
-    if low == high > full:
-        return np.full(values.shape, 255, dtype=np.uint8)
-    if (low >= 0 and high <= full) or low == high:
-        low, high = 0.0, full
-    values = values.clip(low, high)
-    return np.round((values - low) / (high - low) * 255).astype(np.uint8)
+def _is_animated(file: PIL.Image) -> bool:
+    """Whether more frames or pages follow the first one. A damaged one counts."""
+    try:
+        return bool(getattr(file, "is_animated", False))
+    except (OSError, EOFError, ValueError, SyntaxError, LookupError, TypeError, struct.error):
+        return True
 
 
 def _ssim(x: Tensor, x_hat: Tensor) -> Tensor:
