@@ -87,6 +87,7 @@ def _claim(url: str, config: Config) -> None:
     stored = with_new_names(stored)[0]
     defaults = _flat(_defaults_of(stored))  # for keys that were added after the run began
     before, now = {**defaults, **_flat(stored)}, _flat(OmegaConf.to_container(OmegaConf.create(text)))
+    now |= _keep_preprocessing(url, config, stored["data"].get("preprocess", {}))
     unknown = [key for key in now if key.startswith("train.loss_weights.") and key not in before]
     if unknown:
         weights = ", ".join(f"{key} {now[key]:.4g}" for key in unknown)
@@ -102,12 +103,24 @@ def _claim(url: str, config: Config) -> None:
         )
 
 
+def _keep_preprocessing(url: str, config: Config, stored: dict[str, Any]) -> dict[str, Any]:
+    """Continues a run of an earlier version with that version's preprocessing. Returns the keys that this changes."""
+    unstated = MODALITIES.get(config.model.modality).unstated
+    kept = {name: value for name, value in unstated.items() if name not in stored}
+    differing = {name: value for name, value in kept.items() if config.data.preprocess.get(name) != value}
+    if differing:
+        values = ", ".join(f"data.preprocess.{name}={value}" for name, value in differing.items())
+        print(f"train: {url} was started by an earlier version; it continues with {values}")
+    config.data.preprocess |= kept
+    return {f"data.preprocess.{name}": value for name, value in kept.items()}
+
+
 def _defaults_of(stored: dict[Any, Any]) -> dict[str, Any]:
     """The defaults of the stored configuration's net, quantizer and modality, and of `train`."""
     net, quantizer = NETS.get(stored["model"]["net"]["name"]), QUANTIZERS.get(stored["quantizer"]["name"])
     modality = MODALITIES.get(stored["model"]["modality"])
     return {
-        "data": {"preprocess": asdict(modality.Config())},
+        "data": {"preprocess": asdict(modality.Config()) | modality.unstated},
         "model": {"net": asdict(net.Config())},
         "quantizer": asdict(quantizer.Config()),
         "train": asdict(TrainConfig()),

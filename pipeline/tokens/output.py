@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from pipeline import storage
@@ -39,12 +40,16 @@ class Output:
 
     @classmethod
     def create(cls, url: str, layout: ShardLayout, inputs: ShardList, config: dict[str, Any]) -> "Output":
-        """A new output, or the existing one. Raises OutputMismatch if that has another tokenizer or other settings."""
+        """A new output, or the existing one. Raises OutputMismatch if that has another tokenizer or other settings.
+
+        An output of an earlier version keeps the type of its column num_samples, so that all its files have one.
+        """
         about = {"layout": layout.to_dict(), "input_manifest_id": inputs.id, "config": config}
         try:
             storage.write_once(storage.join(url, "dataset.json"), to_json(about))
         except FileExistsError:
             existing = cls.open(url)
+            layout = replace(layout, num_samples_dtype=existing.layout.num_samples_dtype)
             _refuse_other(existing.url, existing.layout.to_dict(), layout.to_dict())
         output = cls(url, layout)
         output.add_inputs(inputs)

@@ -45,6 +45,8 @@ class Modality:
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    # fields of Config that were added later, with the values that tokenizers have that do not state them
+    unstated: ClassVar[dict[str, Any]] = {}
     extensions: ClassVar[tuple[str, ...]]  # of the members of a WebDataset sample that it can read, without the dot
     written_as: ClassVar[str]  # file extension of the output of `to_bytes`
     mime: ClassVar[str]  # media type of the output of `to_bytes`
@@ -116,6 +118,15 @@ class Modality:
 
 
 def build_modality(name: str, settings: dict[str, Any]) -> Modality:
-    """A modality from its name and the fields of its Config. Raises ValueError for an unknown name."""
+    """A modality from its name and the fields of its Config. Raises ValueError for an unknown name.
+
+    A field that was added after the first version and is not among the settings has its value of that version.
+    """
     cls = MODALITIES.get(name)
-    return cls(cls.Config(**settings))  # type: ignore[call-arg]
+    return cls(cls.Config(**{**cls.unstated, **settings}))  # type: ignore[call-arg]
+
+
+def identity_of(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a modality as they are hashed into ids: without those that change nothing if left out."""
+    unstated = MODALITIES.get(name).unstated
+    return {key: value for key, value in settings.items() if key not in unstated or value != unstated[key]}
