@@ -1,7 +1,7 @@
 """Opens audio files and decodes them block by block.
 
 soundfile decodes wav, w64, aiff, au, caf, nist, flac, ogg (vorbis, opus) and mp3; PyAV decodes m4a, aac, webm, g722,
-surround sound, and files that soundfile cannot open.
+and files that soundfile cannot open.
 
 We always pass the format to PyAV: with format detection FFmpeg would also open playlists, which can refer to other
 files and addresses.
@@ -21,11 +21,21 @@ import numpy as np
 from tokenizer.errors import BadSample
 from tokenizer.modalities.audio.ogg import with_end_mark
 
-BLOCK = 2**16  # frames decoded at a time
+# samples that libsndfile decodes at a time. It loses those of a block in which flac fails; mp3 needs large blocks,
+# because soundfile seeks after each
+BLOCK, FLAC_BLOCK = 2**16, 2**8
 SOUNDFILE = ("wav", "w64", "aiff", "au", "caf", "nistsphere", "flac", "ogg", "mp3")
 # allowed missing samples: some encoders count their mp3 header as a frame, and m4a can round to ms
 MP3_SLACK, MP4_SLACK = 1152, 2048
-NAMED_CHANNELS = range(3, 25)  # from 3.0 to 22.2: counts of channels whose positions matter, and FFmpeg knows
+# Vorbis I, section 4.3.9, and RFC 7845, section 5.1.1.2. FFmpeg gives the names in an order of its own
+VORBIS_ORDER = {
+    3: ("FL", "FC", "FR"),
+    4: ("FL", "FR", "BL", "BR"),
+    5: ("FL", "FC", "FR", "BL", "BR"),
+    6: ("FL", "FC", "FR", "BL", "BR", "LFE"),
+    7: ("FL", "FC", "FR", "SL", "SR", "BC", "LFE"),
+    8: ("FL", "FC", "FR", "SL", "SR", "BL", "BR", "LFE"),
+}
 
 
 class DecodingStopped(Exception):
@@ -39,7 +49,7 @@ class DecodingStopped(Exception):
 class OpenFile:
     """blocks: float32 [T, C]; iterating raises DecodingStopped. claimed: number of samples in the header, None if it
     does not state it; slack: how many of them may be missing. float_pcm: the samples are stored as floats, in any unit.
-    channel_names: FFmpeg's, if PyAV decodes the file.
+    channel_names: FFmpeg's, in the order of the blocks, as far as open_audio was asked for them and the file has them.
     """
 
     sample_rate: int
@@ -51,23 +61,23 @@ class OpenFile:
     channel_names: tuple[str, ...] = ()
 
 
-def open_audio(kind: str, data: bytes, *, channel_names: bool, gapless: bool) -> OpenFile:
+def open_audio(kind: str, data: bytes, *, channel_names: bool, gapless: bool, allow_truncated: bool) -> OpenFile:
     """channel_names: they are needed for surround sound. gapless: cut m4a to the length that iTunes wrote.
+    allow_truncated: lose few samples of flac before a fault, at the price of speed.
 
     Raises BadSample if the file cannot be opened, or not one sample of it can be decoded.
     """
     data = with_end_mark(data) if kind == "ogg" else data
-    opened = _open_soundfile(kind, data) if kind in SOUNDFILE else None
-    if opened is not None and opened.claimed != 0 and not (channel_names and opened.channels in NAMED_CHANNELS):
+    block = FLAC_BLOCK if kind == "flac" and allow_truncated else BLOCK
+    opened = _open_soundfile(kind, data, block) if kind in SOUNDFILE else None
+    if opened is not None and opened.claimed != 0:
+        if channel_names and opened.channels > 2:
+            opened.channel_names = _channel_names(kind, data)
         return opened
     try:
-        audio = _open_av(kind, data, gapless)
+        return _open_av(kind, data, gapless)
     except DecodingStopped as error:
         raise BadSample(str(error)) from error
-    if opened is not None and opened.claimed:  # FFmpeg does not cut the last packet of every vorbis file
-        audio.claimed = opened.claimed * audio.sample_rate // opened.sample_rate  # opus: libsndfile's is the input's
-        audio.blocks = _cut(audio.blocks, audio.claimed)
-    return audio
 
 
 def package(name: str) -> ModuleType:
@@ -81,7 +91,7 @@ def package(name: str) -> ModuleType:
 # -- soundfile ----------------------------------------------------------------------------------------------------
 
 
-def _open_soundfile(kind: str, data: bytes) -> OpenFile | None:
+def _open_soundfile(kind: str, data: bytes, block: int) -> OpenFile | None:
     """None if libsndfile cannot open the file, or would fail at the end: flac without a length in its header."""
     soundfile = package("soundfile")
     try:
@@ -97,7 +107,7 @@ def _open_soundfile(kind: str, data: bytes) -> OpenFile | None:
         file.samplerate,
         file.channels,
         claimed,
-        _soundfile_blocks(file, soundfile.LibsndfileError),
+        _soundfile_blocks(file, block, soundfile.LibsndfileError),
         slack=MP3_SLACK if file.subtype.startswith("MPEG") else 0,
         float_pcm=file.subtype in ("FLOAT", "DOUBLE"),
     )
@@ -108,13 +118,26 @@ def _has_length_header(mp3: bytes) -> bool:
     return any(mark in mp3[:64] for mark in (b"Xing", b"Info", b"VBRI"))
 
 
-def _soundfile_blocks(file: Any, failure: type[Exception]) -> Iterator[np.ndarray]:
+def _soundfile_blocks(file: Any, size: int, failure: type[Exception]) -> Iterator[np.ndarray]:
     with file:
         try:
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+            while len(block := file.read(size, dtype="float32", always_2d=True)):
                 yield block
         except failure as error:
             raise DecodingStopped(error.error_string) from error  # type: ignore[attr-defined]
+
+
+def _channel_names(kind: str, data: bytes) -> tuple[str, ...]:
+    """The names of the channels, which libsndfile does not tell. Empty if FFmpeg cannot open the file."""
+    av = package("av")
+    try:
+        with av.open(io.BytesIO(data), format=kind) as container:
+            stream = container.streams.audio[0]
+            names = tuple(channel.name for channel in stream.layout.channels)
+            is_vorbis = stream.codec_context.name in ("vorbis", "opus", "libvorbis", "libopus")
+    except (av.FFmpegError, IndexError):
+        return ()
+    return VORBIS_ORDER.get(len(names), ()) if is_vorbis and "FL" in names else names
 
 
 # -- PyAV ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import numpy as np
 RULES = ("bs775", "mean")
 HALF_POWER = 0.5**0.5
 # BS.775-3, annex 4, table 2, mono from 3/2: C + 0.7071 (L + R) + 0.5 (LS + RS). It leaves the subwoofer out. A single
-# surround channel is 0.7071 (LS + RS) there. The standard has no further channels; they get the weight of the nearest
+# surround channel (BC) is 0.7071 (LS + RS) there. The standard has no further channels; they count like the nearest one
 WEIGHTS = {
     **{"FC": 1.0, "FL": HALF_POWER, "FR": HALF_POWER, "FLC": HALF_POWER, "FRC": HALF_POWER, "BC": HALF_POWER},
     **{"BL": 0.5, "BR": 0.5, "SL": 0.5, "SR": 0.5, "LFE": 0.0, "LFE2": 0.0},

@@ -2,7 +2,7 @@
 
 If a file has fewer samples than its header claims, it is a BadSample ("truncated"). Extra samples are not read.
 Truncation is always detected in wav, w64, aiff, au, caf, nist, flac and m4a; in ogg unless the file ends exactly after
-a page and a packet; in webm if the header states the size; in mp3 if the file has a length header and lost more than
+a page; in webm if the header states the size; in mp3 if the file has a length header and lost more than
 one frame; in aac only within a frame; in g722 never, because any bytes are valid g722.
 """
 
@@ -60,7 +60,13 @@ def read_waveform(data: bytes, config: AudioConfig, extension: str = "") -> tupl
     """
     kind, data = identify(data, extension)
     _refuse_truncated(truncation(kind, data), config)
-    audio = open_audio(kind, data, channel_names=config.downmix == "bs775", gapless=config.gapless)
+    audio = open_audio(
+        kind,
+        data,
+        channel_names=config.downmix == "bs775",
+        gapless=config.gapless,
+        allow_truncated=config.allow_truncated,
+    )
     _check_header(audio, config.max_seconds)
     resampler = Resampler(audio.sample_rate, config.sample_rate)
     _refuse_truncated(_decode(audio, resampler, config), config)
@@ -74,7 +80,8 @@ def read_waveform(data: bytes, config: AudioConfig, extension: str = "") -> tupl
 
 def _decode(audio: OpenFile, resampler: "Resampler", config: AudioConfig) -> str | None:
     """Decodes the file into the resampler. Returns why it ended early, or None."""
-    weights = mono_weights(audio.channel_names) if config.downmix == "bs775" and audio.channels > 2 else None
+    surround = config.downmix == "bs775" and audio.channels > 2
+    weights = mono_weights(audio.channel_names) if surround else None
     max_peak = MAX_PEAK_PCM if audio.float_pcm else MAX_PEAK_LOSSY
     try:
         for block in audio.blocks:
