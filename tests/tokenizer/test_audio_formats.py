@@ -86,6 +86,12 @@ def test_a_container_from_a_pipe_does_not_know_its_size(kind: str, mark: bytes, 
     assert np.array_equal(read(patched(data, data.index(mark) + shift, unknown)), read(data))
 
 
+def test_a_wav_of_more_than_2_gb_may_know_its_size():
+    data = wav(sweep())
+    with pytest.raises(BadSample, match=r"truncated: the wav header claims 3000000000 bytes of audio"):
+        read(patched(data, data.index(b"data") + 4, struct.pack("<I", 3_000_000_000)))
+
+
 def test_a_bw64_file_is_read_like_its_rf64_twin():
     data = by_soundfile(sweep(), 16000, "RF64", "PCM_16")
     assert np.array_equal(read(patched(data, 0, b"BW64")), read(data))

@@ -7,8 +7,10 @@ from typing import Literal
 from tokenizer.errors import BadSample
 from tokenizer.modalities.audio.ogg import ogg_truncation
 
-UNKNOWN_BYTES = 0x7FFFF000  # a 32-bit size of at least this was written to a pipe, so the real size is unknown
-UNKNOWN_BYTES_POCKET_TTS = 2_000_000_000  # a billion 16-bit samples: what Kyutai's pocket-tts writes to a pipe
+# Programs that write to a pipe do not know the size. They write about the largest that fits, signed or unsigned, less
+# the header; Kyutai's pocket-tts writes the size of a billion 16-bit samples
+PLACEHOLDERS, AROUND = (2**31, 2**32), 4096
+POCKET_TTS = 2_000_000_000
 
 
 def truncation(kind: str, data: bytes) -> str | None:
@@ -53,8 +55,7 @@ def _wav(data: bytes) -> str | None:
         if name == b"data":
             if long_size is not None and size == 0xFFFFFFFF:
                 return _compare("wav", long_size, len(data) - position)
-            unknown = size >= UNKNOWN_BYTES or size == UNKNOWN_BYTES_POCKET_TTS
-            return None if unknown else _compare("wav", size, len(data) - position)
+            return None if _is_unknown(size) else _compare("wav", size, len(data) - position)
     return _no_chunk("wav")
 
 
@@ -62,7 +63,7 @@ def _aiff(data: bytes) -> str | None:
     """SSND starts with eight bytes that are not audio."""
     for name, position, size in _Chunks(12, order="big").walk(data):
         if name == b"SSND":
-            return None if size >= UNKNOWN_BYTES else _compare("aiff", size - 8, len(data) - position - 8)
+            return None if _is_unknown(size) else _compare("aiff", size - 8, len(data) - position - 8)
     return _no_chunk("aiff")
 
 
@@ -100,6 +101,10 @@ def _nist(data: bytes) -> str | None:
         raise BadSample(
             f"the nist header has no usable sample_count, channel_count and sample_n_bytes: {error}"
         ) from error
+
+
+def _is_unknown(size: int) -> bool:
+    return size == POCKET_TTS or any(abs(size - limit) <= AROUND for limit in PLACEHOLDERS)
 
 
 def _compare(kind: str, claimed: int, actual: int) -> str | None:
