@@ -1,8 +1,10 @@
 """Sound files as the field has them: rarer containers, tags, missing end marks, files that end early."""
 
+import contextlib
 import io
 import struct
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -101,6 +103,23 @@ def test_mp3_in_a_wav_may_lack_the_encoders_delay(tmp_path):
     x = sweep(22050, 2)
     found = read(by_av(tmp_path, x, 22050, "libmp3lame", "wav"), 22050)
     assert 0 <= len(found) - len(x) < 3000
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in CONTAINERS.values() if kind != "AIFF"), "WEBM", "M4A", "OPUS"])
+def test_damage_anywhere_is_either_read_or_named(tmp_path, kind: str):
+    by_ffmpeg = {"WEBM": ("libopus", "webm"), "M4A": ("aac", "ipod"), "OPUS": ("libopus", "ogg")}
+    if kind in by_ffmpeg:
+        original = by_av(tmp_path, sweep(48000), 48000, *by_ffmpeg[kind])
+    else:
+        original = by_soundfile(sweep(), 16000, kind, "PCM_16")
+    rng = np.random.default_rng(0)
+    for settings in ({}, {"allow_truncated": True}):
+        for _ in range(20):
+            data = bytearray(original)
+            for at in rng.integers(0, min(len(data), 300), 4):
+                data[at] = rng.integers(256)
+            with contextlib.suppress(BadSample):
+                assert np.abs(read(bytes(data), **settings)).max() <= 1
 
 
 # -- ogg without its end flag -------------------------------------------------------------------------------------
@@ -424,6 +443,20 @@ def test_a_channel_of_5_1_has_the_weight_of_bs775(kind: str, subtype: str, sampl
     assert found.shape == x.shape
     weight = float((found * x).sum() / (x * x).sum())
     assert weight == pytest.approx(STANDARD[channel] / TOTAL, abs=0.004)
+
+
+def test_5_1_in_m4a_has_the_weights_of_bs775(tmp_path):
+    path = tmp_path / "made.m4a"
+    x = np.zeros((6, 16000), np.float32)
+    x[2] = sine(16000, 16000)[:, 0]  # the centre, in FFmpeg's order
+    with av.open(str(path), "w", format="ipod") as container:
+        stream = container.add_stream("aac", rate=16000, layout="5.1")
+        frame = av.AudioFrame.from_ndarray(x, format="fltp", layout="5.1")
+        frame.sample_rate, frame.pts, frame.time_base = 16000, 0, Fraction(1, 16000)
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    found = read(path.read_bytes())[:, 0]
+    assert float(found @ x[2] / (x[2] @ x[2])) == pytest.approx(1 / TOTAL, abs=0.004)
 
 
 def wav_by_av(folder: Path, x: np.ndarray, layout: str) -> bytes:

@@ -131,7 +131,7 @@ def _channel_names(kind: str, data: bytes) -> tuple[str, ...]:
     """The names of the channels, which libsndfile does not tell. Empty if FFmpeg cannot open the file."""
     av = package("av")
     try:
-        with av.open(io.BytesIO(data), format=kind) as container:
+        with av.open(io.BytesIO(data), format=kind, metadata_errors="replace") as container:
             stream = container.streams.audio[0]
             names = tuple(channel.name for channel in stream.layout.channels)
             is_vorbis = stream.codec_context.name in ("vorbis", "opus", "libvorbis", "libopus")
@@ -146,7 +146,7 @@ def _channel_names(kind: str, data: bytes) -> tuple[str, ...]:
 def _open_av(kind: str, data: bytes, gapless: bool) -> OpenFile:
     av = package("av")
     try:
-        container = av.open(io.BytesIO(data), format=kind)
+        container = av.open(io.BytesIO(data), format=kind, metadata_errors="replace")
     except av.FFmpegError as error:
         raise BadSample(f"the {kind} file cannot be opened ({error.strerror}): damaged or truncated") from error
     if not container.streams.audio:
