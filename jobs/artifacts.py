@@ -60,8 +60,12 @@ def with_rules_of_run(config: Config, run_url: str, command: str) -> Config:
         stored = yaml.safe_load(storage.read(storage.join(run_url, "config.yaml")))
     except FileNotFoundError:
         return config
-    given, absent = config.data.preprocess, MODALITIES.get(stored["model"]["modality"]).meaning_of_absent
-    kept = {key: old for key, old in absent.items() if key not in stored["data"]["preprocess"] and given[key] != old}
+    given, absent = config.data.preprocess, MODALITIES.get(stored["model"]["modality"]).unstated
+    kept = {
+        key: old
+        for key, old in absent.items()
+        if key not in stored["data"]["preprocess"] and given.get(key, old) != old
+    }
     for key, old in kept.items():
         print(f"{command}: {run_url} was started by an earlier version and keeps data.preprocess.{key}={old}")
     return replace(config, data=replace(config.data, preprocess=given | kept))

@@ -34,7 +34,7 @@ from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import ShardList, find_shards
 from pipeline.errors import ShardError
 from tokenizer.errors import BadSample
-from tokenizer.modalities.base import Modality, build_modality
+from tokenizer.modalities.base import Modality, build_modality, identity_of
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.training.trial import Trial
 
@@ -117,7 +117,7 @@ def _plan_one(config: Config, label: str, size: int, seed: int, url: str, corpus
     trial = Trial(
         model={**dataclasses.asdict(config.model), "quantizer": config.quantizer},
         recipe=config.train.recipe(),
-        preprocess=config.data.preprocess,
+        preprocess=identity_of(config.model.modality, config.data.preprocess),
         metrics=config.metrics,
         max_latents=options.max_latents,
         eval_batch_size=options.eval_batch_size,

@@ -170,7 +170,7 @@ def _defaults_of(stored: dict[Any, Any]) -> dict[str, Any]:
     net, quantizer = NETS.get(stored["model"]["net"]["name"]), QUANTIZERS.get(stored["quantizer"]["name"])
     modality = MODALITIES.get(stored["model"]["modality"])
     return {
-        "data": {"preprocess": asdict(modality.Config()) | modality.meaning_of_absent, "member": ""},
+        "data": {"preprocess": asdict(modality.Config()) | modality.unstated, "member": ""},
         "model": {"net": asdict(net.Config())},
         "quantizer": asdict(quantizer.Config()),
         "train": asdict(TrainConfig()),

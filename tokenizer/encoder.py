@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.errors import BadSample
-from tokenizer.modalities.base import build_modality, stored_as
+from tokenizer.modalities.base import build_modality, identity_of
 
 
 class LatentEncoder:
@@ -18,9 +18,9 @@ class LatentEncoder:
 
     def __init__(self, autoencoder: Autoencoder, preprocessing: dict[str, Any]):
         self.autoencoder = autoencoder.eval().requires_grad_(False).float()
-        name = autoencoder.settings["modality"]
-        self.preprocessing = stored_as(name, preprocessing)
-        self.modality = build_modality(name, preprocessing)
+        modality = autoencoder.settings["modality"]
+        self.preprocessing = identity_of(modality, preprocessing)
+        self.modality = build_modality(modality, preprocessing)
 
     @property
     def device(self) -> torch.device:

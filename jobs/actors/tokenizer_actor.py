@@ -27,7 +27,7 @@ class TokenizerActor:
     Returns an Arrow table: the batch with these columns added.
         tokens        list of unsigned integers, the flat token grid, in the dtype of token shards
         shape         list of int32, the shape of the token grid
-        height, width (images) or sample_rate, num_samples (audio): int32, the size of the original
+        height, width (images) or sample_rate, num_samples (audio): int32, num_samples int64; the size of the original
         tokenizer_id  string, in every row
         error         string, why this row has no tokens; null if it has them
     A bad file does not fail the batch: tokens, shape and size are null in its row, and error gives the reason.
@@ -110,10 +110,15 @@ class TokenizerActor:
         return {
             "tokens": pa.array(tokens, pa.list_(pa.from_numpy_dtype(dtype))),
             "shape": pa.array([row and list(row.tokens.shape) for row in ordered], pa.list_(pa.int32())),
-            **{name: pa.array(values, pa.int32()) for name, values in sizes.items()},
+            **{name: pa.array(values, _size_type(name)) for name, values in sizes.items()},
             "tokenizer_id": pa.array([self.tokenizer.id] * num_rows, pa.string()),
             "error": pa.array([errors.get(i) for i in range(num_rows)], pa.string()),
         }
+
+
+def _size_type(column: str) -> pa.DataType:
+    """As in token shards."""
+    return pa.int64() if column == "num_samples" else pa.int32()
 
 
 def _assigned_resources() -> dict[str, float]:

@@ -122,6 +122,7 @@ def _cache_options(url: str, encoder: LatentEncoder, options: TokensConfig) -> T
         return options
     if layout.tokenizer_id != encoder.encoder_id:
         raise ConfigError(
-            f"{url} holds latents of another encoder or data.preprocess; delete it, or choose another `run`"
+            f"{url} holds latents of another encoder or data.preprocess; restore data.preprocess, delete the cache, or "
+            "choose another `run`"
         )
     return replace(options, passthrough=list(layout.passthrough))

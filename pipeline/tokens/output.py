@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pipeline import storage
@@ -48,7 +49,10 @@ class Output:
         cls, url: str, layout: ShardLayout, inputs: ShardList, config: dict[str, Any], *, same_names: str = REFUSE
     ) -> "Output":
         """A new output, or the existing one. Raises OutputMismatch if that has another tokenizer or other settings, and
-        like `add_inputs`."""
+        like `add_inputs`.
+
+        An output of an earlier version keeps the type of its column num_samples, so that all its files have one.
+        """
         about = {"layout": layout.to_dict(), "input_manifest_id": inputs.id, "config": config}
         output = cls(url, layout)
         try:
@@ -57,7 +61,9 @@ class Output:
             storage.write_once(output._at("dataset.json"), to_json(about))
         except FileExistsError:
             existing = cls.open(url)
+            layout = replace(layout, num_samples_dtype=existing.layout.num_samples_dtype)
             _refuse_other(existing.url, existing.layout.to_dict(), layout.to_dict())
+        output = cls(url, layout)
         output.add_inputs(inputs, same_names)
         return output
 

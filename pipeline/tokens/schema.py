@@ -21,6 +21,8 @@ from pipeline.tokens.fields import wrong_field
 SCHEMA_VERSION = 1
 ENCODINGS = ("list", "packed")
 SIZE_COLUMNS = ("height", "width", "sample_rate", "num_samples")
+NUM_SAMPLES_DTYPES = ("int32", "int64")
+UNSTATED_NUM_SAMPLES = "int32"  # of outputs whose dataset.json does not state it
 RESERVED = ("key", "source_shard", "source_index", "modality", "tokens", "shape", *SIZE_COLUMNS)
 LATENT_DTYPE = np.dtype(np.float32)
 TEXT_EXTENSIONS = ("txt", "json", "cls", "text", "caption")
@@ -56,6 +58,7 @@ class ShardLayout:
     passthrough: tuple[str, ...]
     schema_version: int = SCHEMA_VERSION
     member: str = ""  # of the samples, which was encoded; empty: their only image or sound
+    num_samples_dtype: str = "int64"
 
     @classmethod
     def for_tokens(
@@ -94,6 +97,8 @@ class ShardLayout:
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
+        if self.num_samples_dtype not in NUM_SAMPLES_DTYPES:
+            raise ValueError(f"num_samples_dtype is {self.num_samples_dtype!r}, not {' or '.join(NUM_SAMPLES_DTYPES)}")
         for name in self.passthrough:
             if name in RESERVED or self.passthrough.count(name) > 1:
                 raise ValueError(f"tokens.passthrough: a column {name!r} already exists; remove it from the list")
@@ -111,6 +116,8 @@ class ShardLayout:
         fields = {name: "" if value is None else value for name, value in asdict(self).items()}
         if not self.member:
             del fields["member"]
+        if self.num_samples_dtype == UNSTATED_NUM_SAMPLES:
+            del fields["num_samples_dtype"]  # so that an old output keeps its files to the byte
         return {**fields, "passthrough": list(self.passthrough), "token_dtype": self.token_dtype.name}
 
     @classmethod
@@ -120,7 +127,8 @@ class ShardLayout:
         Raises KeyError, TypeError or ValueError if fields are missing or have values that no layout has.
         """
         check_schema_version(fields["schema_version"])
-        known = {name: ({"member": ""} | fields)[name] for name in cls.__dataclass_fields__}
+        stated = {"member": "", "num_samples_dtype": UNSTATED_NUM_SAMPLES, **fields}
+        known = {name: stated[name] for name in cls.__dataclass_fields__}
         if fields["token_dtype"] == LATENT_DTYPE.name:
             known |= {"codebook_id": None, "index_order": None}
         layout = cls(**{**known, "passthrough": tuple(known["passthrough"])})
@@ -139,16 +147,20 @@ class ShardLayout:
             pa.field("modality", pa.string(), nullable=False),
             pa.field("tokens", tokens, nullable=False),
             pa.field("shape", pa.list_(pa.int32()), nullable=False),
-            *[pa.field(name, pa.int32()) for name in SIZE_COLUMNS],
+            *[pa.field(name, pa.int32()) for name in SIZE_COLUMNS[:-1]],
+            pa.field("num_samples", pa.type_for_alias(self.num_samples_dtype)),
             *[pa.field(name, _passthrough_type(name)) for name in self.passthrough],
         ]
         footer = {name: str(value) for name, value in self.to_dict().items() if name != "passthrough"}
         return pa.schema(columns, metadata={**footer, "source_shard": source_shard})
 
     def to_table(self, rows: list[TokenRow], source_shard: str) -> pa.Table:
-        """Arrow table of the rows. Raises ValueError if a token is not an index into the codebook."""
+        """Arrow table of the rows. Raises ValueError if a token is not an index into the codebook, and if num_samples
+        does not fit into its column.
+        """
         schema = self.schema(source_shard)
         flat = [self._flat_tokens(row) for row in rows]
+        self._check_num_samples(rows)
         columns: dict[str, Any] = {
             "key": [row.key for row in rows],
             "source_shard": [source_shard] * len(rows),
@@ -160,6 +172,15 @@ class ShardLayout:
             **{name: [passthrough_value(name, row) for row in rows] for name in self.passthrough},
         }
         return pa.table([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+
+    def _check_num_samples(self, rows: list[TokenRow]) -> None:
+        largest = np.iinfo(self.num_samples_dtype).max
+        for row in rows:
+            if row.size.get("num_samples", 0) > largest:
+                raise ValueError(
+                    f"key {row.key!r} has {row.size['num_samples']} samples; an earlier version created this output, "
+                    f"with {self.num_samples_dtype} num_samples, which hold up to {largest}; choose another output"
+                )
 
     def _flat_tokens(self, row: TokenRow) -> np.ndarray:
         tokens = row.tokens.reshape(-1)

@@ -153,17 +153,20 @@ def codebook_of(tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def config_defaults() -> dict[str, dict[str, dict[str, Any]]]:
-    """Fields and defaults of every quantizer, net and modality: kind -> name -> field -> default."""
-    # a setting of preprocessing that was added later is no part of older tokenizers: see Modality.meaning_of_absent
-    kinds = {"quantizers": QUANTIZERS, "nets": NETS, "modalities": MODALITIES}
-    found = {
-        kind: {name: dataclasses.asdict(registry.get(name).Config()) for name in registry.names()}  # type: ignore[attr-defined]
+    """Fields and defaults of every quantizer, net and modality: kind -> name -> field -> default.
+
+    Without the fields of a modality that ids leave out where a tokenizer does not state them.
+    """
+    kinds: dict[str, Any] = {"quantizers": QUANTIZERS, "nets": NETS, "modalities": MODALITIES}
+    return {
+        kind: {name: _hashed_defaults(registry.get(name)) for name in registry.names()}
         for kind, registry in kinds.items()
     }
-    for name, fields in found["modalities"].items():
-        for added in MODALITIES.get(name).meaning_of_absent:
-            del fields[added]
-    return found
+
+
+def _hashed_defaults(cls: Any) -> dict[str, Any]:
+    unstated = getattr(cls, "unstated", {})
+    return {name: value for name, value in dataclasses.asdict(cls.Config()).items() if name not in unstated}
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -188,6 +191,12 @@ def rows_of(output: Path) -> pa.Table:
     tables = [pq.read_table(output / "tokens" / f"{name}.parquet") for name in names]
     rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     return rows.sort_by([("source_shard", "ascending"), ("source_index", "ascending")]).combine_chunks()
+
+
+def wide(rows: pa.Table) -> pa.Table:
+    """The rows with the column num_samples as outputs have it that were created since it is int64."""
+    place = rows.column_names.index("num_samples")
+    return rows.set_column(place, "num_samples", rows["num_samples"].cast(pa.int64()))
 
 
 def read_table(file: Path) -> pa.Table:

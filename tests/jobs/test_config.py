@@ -255,6 +255,32 @@ def test_a_run_with_old_names_refuses_another_crop_size(old_run: str):
         claim(old_run, load_config([f"{old_run}/config.yaml", "train.crop_size=32"]))
 
 
+AUDIO = ["model.modality=audio", "model.net={name: seanet}"]
+
+
+def test_a_run_that_does_not_state_its_downmix_resumes_with_the_mean(tmp_path: Path, capsys):
+    config = load_config(AUDIO)
+    assert config.data.preprocess["downmix"] == "bs775"
+    claim(str(tmp_path), config)
+    stored = OmegaConf.load(tmp_path / "config.yaml")
+    for key in ("downmix", "gapless", "allow_truncated"):
+        del stored.data.preprocess[key]
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(stored))
+    again = load_config(AUDIO)
+    claim(str(tmp_path), again)
+    assert (again.data.preprocess["downmix"], again.data.preprocess["gapless"]) == ("mean", False)
+    said = (
+        "started by an earlier version; it continues with data.preprocess.downmix=mean, data.preprocess.gapless=False"
+    )
+    assert said in capsys.readouterr().out
+
+
+def test_a_run_that_states_its_downmix_refuses_another(tmp_path: Path):
+    claim(str(tmp_path), load_config(AUDIO))
+    with pytest.raises(ConfigError, match=r"data\.preprocess\.downmix=bs775, not mean"):
+        claim(str(tmp_path), load_config([*AUDIO, "data.preprocess.downmix=mean"]))
+
+
 # -- files and overrides ------------------------------------------------------------------------------------------
 
 

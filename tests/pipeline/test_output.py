@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -424,6 +425,18 @@ def test_reopening_with_the_same_layout_is_the_same_output(output: Output, input
     again = Output.create(output.url, layout(), ShardList(inputs), config={"another": "machine"})
     assert again.layout == output.layout
     assert files(output) == before
+
+
+def test_an_output_of_an_earlier_version_keeps_the_type_of_num_samples(output: Output, inputs: list[Shard]):
+    place = Path(output.url) / "dataset.json"
+    about = json.loads(place.read_text())
+    del about["layout"]["num_samples_dtype"]
+    place.write_text(json.dumps(about))
+    again = Output.create(output.url, layout(), ShardList(inputs), config={})
+    assert again.layout == Output.open(output.url).layout
+    commit(again, inputs[0], token_rows(inputs[0], 4))
+    [entry] = again.commits()
+    assert pq.read_schema(again.tokens_url(entry.name)).field("num_samples").type == pa.int32()
 
 
 def test_another_tokenizer_is_refused_by_both_names(output: Output, inputs: list[Shard]):

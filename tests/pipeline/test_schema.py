@@ -113,6 +113,7 @@ def test_the_footer_has_the_layout_and_the_source_shard():
         "preprocessing": '{"short_side": 0}',
         "modality": "image",
         "encoding": "list",
+        "num_samples_dtype": "int64",
         "source_shard": "in/a.tar",
     }
 
@@ -192,6 +193,7 @@ def test_a_layout_of_latents_has_no_codebook_and_is_stored_with_empty_strings():
         "encoding": "packed",
         "passthrough": [],
         "schema_version": 1,
+        "num_samples_dtype": "int64",
         "token_dtype": "float32",
     }
     assert ShardLayout.from_dict(latents.to_dict()) == latents
@@ -216,6 +218,43 @@ def test_layout_and_footers_are_written_as_in_the_golden_outputs(folder: str):
         expected = layout.schema(footer.metadata[b"source_shard"].decode())
         assert expected.equals(footer)
         assert list(expected.metadata.items()) == list(footer.metadata.items())[: len(expected.metadata)]
+
+
+def clip(num_samples: int) -> TokenRow:
+    return TokenRow("long", 0, np.array([1]), {"sample_rate": 44_100, "num_samples": num_samples})
+
+
+def test_a_clip_of_more_than_13_5_hours_has_its_length():
+    num_samples = 14 * 3600 * 44_100
+    assert num_samples > 2**31
+    table = written(layout(), [clip(num_samples)])
+    assert table.schema.field("num_samples").type == pa.int64()
+    assert table["num_samples"].to_pylist() == [num_samples]
+
+
+def old_layout() -> ShardLayout:
+    """As an output has it whose dataset.json does not state the type of num_samples."""
+    stored = layout().to_dict()
+    del stored["num_samples_dtype"]
+    return ShardLayout.from_dict(stored)
+
+
+def test_a_layout_that_does_not_state_the_type_of_num_samples_keeps_int32():
+    assert "num_samples_dtype" not in old_layout().to_dict()
+    table = written(old_layout(), [clip(2**31 - 1)])
+    assert table.schema.field("num_samples").type == pa.int32()
+    assert b"num_samples_dtype" not in table.schema.metadata
+
+
+def test_a_clip_that_an_old_output_cannot_hold_is_named_with_the_way_out():
+    with pytest.raises(ValueError, match=r"key 'long' has 2147483648 samples.*up to 2147483647; choose another output"):
+        old_layout().to_table([clip(2**31)], "in/a.tar")
+
+
+@pytest.mark.parametrize("dtype", ["int16", "string", "", None])
+def test_an_unknown_type_of_num_samples_is_refused(dtype: object):
+    with pytest.raises(ValueError, match=r"num_samples_dtype is .*, not int32 or int64"):
+        ShardLayout.from_dict({**layout().to_dict(), "num_samples_dtype": dtype})
 
 
 @pytest.mark.parametrize("version", [2, "1", None])

@@ -2,6 +2,7 @@
 
 import functools
 import io
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,31 @@ def test_silence_is_tokenized():
     silence = np.zeros((5000, 1), dtype=np.float32)
     [tokens] = tokenizer().encode([silence])
     assert tokens.shape == (53,)
+
+
+# -- preprocessing in ids -------------------------------------------------------------------------------------------
+
+
+def with_preprocessing(settings: dict[str, object]) -> Tokenizer:
+    return Tokenizer(tokenizer().autoencoder, settings)
+
+
+def test_a_new_tokenizer_states_its_downmix_and_an_old_one_keeps_its_id(tmp_path):
+    old, new = with_preprocessing({"sample_rate": 16_000}), with_preprocessing(asdict(AudioConfig()))
+    assert new.preprocessing.items() >= {"downmix": "bs775", "gapless": True}.items()
+    assert (old.preprocessing, old.modality.config.downmix) == ({"sample_rate": 16_000}, "mean")
+    assert new.id != old.id != with_preprocessing({"sample_rate": 16_000, "downmix": "bs775"}).id
+    for made in (old, new):
+        made.save_pretrained(tmp_path / made.id)
+        loaded = Tokenizer.from_pretrained(tmp_path / made.id)
+        assert (loaded.id, loaded.modality.config) == (made.id, made.modality.config)
+
+
+def test_the_rules_of_an_old_tokenizer_can_be_stated_and_give_its_ids():
+    """So the latents that an earlier version cached are of use to a new codebook."""
+    old = with_preprocessing({"sample_rate": 16_000})
+    stated = with_preprocessing({"sample_rate": 16_000, "downmix": "mean", "gapless": False, "allow_truncated": False})
+    assert (stated.id, stated.encoder_id, stated.preprocessing) == (old.id, old.encoder_id, old.preprocessing)
 
 
 # -- files, segments, batches ---------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_the_slow_metrics_can_be_left_out_and_need_no_package_then(monkeypatch):
 @pytest.mark.parametrize("package", ["pesq", "pystoi", "soxr"])
 def test_a_missing_package_is_named_with_what_to_do(package: str, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{package}.*pip install -e '.\[audio\].*slow=False"):
+    with pytest.raises(ImportError, match=rf"{package}.*pip install 'tokenmill\[audio\]'.*slow=False"):
         AudioMetrics(RATE)
 
 

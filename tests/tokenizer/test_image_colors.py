@@ -9,7 +9,7 @@ from PIL import Image as PIL
 from PIL import ImageCms
 
 from tests.corpus import encoded, picture
-from tokenizer.modalities.base import Decoded, build_modality, stored_as
+from tokenizer.modalities.base import Decoded, build_modality, identity_of
 from tokenizer.modalities.image.files import jp2_profile
 from tokenizer.modalities.image.modality import Image, ImageConfig
 
@@ -196,8 +196,8 @@ def test_settings_from_before_the_rules_had_versions_mean_the_first():
     old = {"short_side": 16, "center_crop": False, "max_pixels": 64_000_000, "max_side": 16_384}
     assert build_modality("image", old).config.color_rules == 1
     assert build_modality("image", {**old, "color_rules": 2}).config.color_rules == 2
-    assert stored_as("image", {**old, "color_rules": 1}) == old
-    assert stored_as("image", {**old, "color_rules": 2}) == {**old, "color_rules": 2}
+    assert identity_of("image", {**old, "color_rules": 1}) == old
+    assert identity_of("image", {**old, "color_rules": 2}) == {**old, "color_rules": 2}
 
 
 def test_unknown_rules_are_refused():

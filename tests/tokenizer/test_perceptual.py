@@ -129,7 +129,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 def test_a_missing_lpips_is_named_and_nothing_stands_in_for_it(weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ImportError, match=r"pip install -e '.\[lpips\].*without internet"):
+    with pytest.raises(ImportError, match=r"pip install 'tokenmill\[lpips\]'.*without internet"):
         load_perceptual("lpips-squeeze", weights)
 
 

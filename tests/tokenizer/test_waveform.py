@@ -13,78 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import soxr
 from scipy.signal import resample_poly
 
 from pipeline.corpus.samples import read_samples
 from tests.corpus import encoded, picture
+from tests.sounds import by_av, by_soundfile, delay, read, sine, size, snr, sweep, wav
 from tokenizer.errors import BadSample
-from tokenizer.modalities.audio.waveform import Resampler, read_waveform, resampled_length, to_wav
-
-av = pytest.importorskip("av")
-soundfile = pytest.importorskip("soundfile")
-soxr = pytest.importorskip("soxr")
+from tokenizer.modalities.audio.waveform import AudioConfig, Resampler, read_waveform, resampled_length, to_wav
 
 ROOT = Path(__file__).parents[2]
 LOSSLESS = [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("RF64", "PCM_16")]
 LOSSY = [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
-
-
-def read(data: bytes, sample_rate: int = 16000, max_seconds: float = 60, extension: str = "") -> np.ndarray:
-    return read_waveform(data, sample_rate, max_seconds=max_seconds, extension=extension)[0]
-
-
-def size(data: bytes, sample_rate: int = 16000, extension: str = "") -> dict[str, int]:
-    return read_waveform(data, sample_rate, max_seconds=60, extension=extension)[1]
-
-
-def sine(sample_rate: int, num_samples: int, hertz: float = 440, channels: int = 1) -> np.ndarray:
-    """float32 [T, C]; the same in every channel."""
-    wave_ = 0.5 * np.sin(2 * np.pi * hertz * np.arange(num_samples) / sample_rate)
-    return np.repeat(wave_[:, None], channels, axis=1).astype(np.float32)
-
-
-def sweep(sample_rate: int = 16000, seconds: float = 1.0, channels: int = 1) -> np.ndarray:
-    """float32 [T, C], 100 Hz to 3 kHz; each channel half as loud as the one before."""
-    t = np.arange(round(sample_rate * seconds)) / sample_rate
-    wave_ = 0.5 * np.sin(2 * np.pi * (100 * t + 2900 / (2 * seconds) * t**2))
-    return np.stack([wave_ / 2**c for c in range(channels)], axis=1).astype(np.float32)
-
-
-def by_soundfile(x: np.ndarray, sample_rate: int, kind: str, subtype: str) -> bytes:
-    out = io.BytesIO()
-    soundfile.write(out, x, sample_rate, format=kind, subtype=subtype)
-    return out.getvalue()
-
-
-def wav(x: np.ndarray, sample_rate: int = 16000, subtype: str = "PCM_16") -> bytes:
-    return by_soundfile(x, sample_rate, "WAV", subtype)
-
-
-def by_av(folder: Path, x: np.ndarray, sample_rate: int, codec: str, kind: str, **options: str) -> bytes:
-    """FFmpeg writes to a real file, because m4a is completed at its start."""
-    path = folder / "made"
-    with av.open(str(path), "w", format=kind, options=options) as container:
-        stream = container.add_stream(codec, rate=sample_rate, layout={1: "mono", 2: "stereo"}[x.shape[1]])
-        pcm = codec == "g722"
-        samples = np.round(x.T * 32767).astype(np.int16) if pcm else np.ascontiguousarray(x.T)
-        frame = av.AudioFrame.from_ndarray(samples, format="s16" if pcm else "fltp", layout=stream.layout.name)
-        frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    return path.read_bytes()
-
-
-def snr(expected: np.ndarray, found: np.ndarray) -> float:
-    """Signal over error in dB."""
-    error = float(np.mean((expected.astype(np.float64) - found) ** 2))
-    return 10 * math.log10(float(np.mean(expected**2.0)) / error) if error else math.inf
-
-
-def delay(expected: np.ndarray, found: np.ndarray) -> int:
-    """The delay of found against expected, in samples, at most 2000 either way."""
-    lags = range(-2000, 2001)
-    x, y = expected[4000:8000, 0], found[2000:10000, 0]
-    return lags[int(np.argmax([x @ y[2000 + lag :][:4000] for lag in lags]))]
 
 
 # -- formats ------------------------------------------------------------------------------------------------------
@@ -249,7 +190,7 @@ def test_lengths_are_exact_for_any_clip():
         for num_samples in [1, 2, 3, *rng.integers(1, 20000, 12).tolist()]:
             data = wav(sine(rate_from, num_samples), rate_from)
             for rate_to in (16000, 24000, 44100):
-                found, original = read_waveform(data, rate_to, max_seconds=60)
+                found, original = read_waveform(data, AudioConfig(rate_to))
                 assert original == {"sample_rate": rate_from, "num_samples": num_samples}
                 assert found.shape == (resampled_length(num_samples, rate_from, rate_to), 1)
 
@@ -286,7 +227,7 @@ def test_values_outside_the_range_are_clipped(rate_from: int):
     assert np.abs(found - 4 * sine(16000, 16000))[1000:-1000][inside].max() < 1e-3
 
 
-@pytest.mark.parametrize("claimed", [0xFFFFFFFF, 0x7FFFF000])
+@pytest.mark.parametrize("claimed", [0xFFFFFFFF, 0x80000000, 0x7FFFFFFF, 0x7FFFF000, 2_000_000_000])
 def test_a_wav_from_a_pipe_does_not_know_its_size(claimed: int):
     assert np.array_equal(read(with_data_size(WAV, claimed)), read(WAV))
 
@@ -393,12 +334,6 @@ def test_a_cut_m4a_is_refused(tmp_path, codec: str, flags: str, kept: float):
         read(data[: int(kept * len(data))])
 
 
-def test_an_ogg_without_its_last_page_is_refused():
-    data = by_soundfile(sweep(seconds=3), 16000, "OGG", "VORBIS")
-    with pytest.raises(BadSample, match="last page of the ogg file has no end flag"):
-        read(data[: data.rindex(b"OggS")])
-
-
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_two_recordings_in_one_ogg_are_refused_since_one_would_be_lost(subtype: str):
     with pytest.raises(BadSample, match="several recordings"):
@@ -497,4 +432,4 @@ def test_a_missing_package_is_named_with_the_command_that_helps():
         "import sys; sys.modules['soxr'] = None; import tokenizer.modalities.audio.waveform as w; w.require_packages()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: audio needs the package soxr; run pip install -e '.[audio]'" in found.stderr
+    assert "ImportError: audio needs the package soxr; run pip install 'tokenmill[audio]'" in found.stderr

@@ -49,14 +49,14 @@ class Modality:
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    # fields of Config that were added later, with the values that tokenizers have that do not state them
+    unstated: ClassVar[dict[str, Any]] = {}
     extensions: ClassVar[tuple[str, ...]]  # of the members of a WebDataset sample that it can read, without the dot
     written_as: ClassVar[str]  # file extension of the output of `to_bytes`
     mime: ClassVar[str]  # media type of the output of `to_bytes`
     size_columns: ClassVar[tuple[str, ...]]  # columns of a token shard with the original's size
     default_budget: ClassVar[float]  # size of a batch, in the unit of `elements`
     default_loss_weights: ClassVar[dict[str, float]]  # every loss that `losses` can return
-    # fields of Config that were added later, with the value that stored settings without them mean; see `stored_as`
-    meaning_of_absent: ClassVar[dict[str, Any]] = {}
     config: Any  # an instance of Config
 
     def read(self, data: bytes, extension: str = "") -> Decoded:
@@ -140,16 +140,15 @@ class Modality:
 
 
 def build_modality(name: str, settings: dict[str, Any]) -> Modality:
-    """A modality from its name and stored fields of its Config. Raises ValueError for an unknown name."""
-    cls = MODALITIES.get(name)
-    return cls(cls.Config(**{**cls.meaning_of_absent, **settings}))  # type: ignore[call-arg]
+    """A modality from its name and the fields of its Config. Raises ValueError for an unknown name.
 
-
-def stored_as(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a modality's Config as tokenizers store and hash them.
-
-    A field that was added later is left out if it has the value that its absence means, so that tokenizers made before
-    it existed keep their ids.
+    A field that was added after the first version and is not among the settings has its value of that version.
     """
-    absent = MODALITIES.get(name).meaning_of_absent
-    return {key: value for key, value in settings.items() if key not in absent or value != absent[key]}
+    cls = MODALITIES.get(name)
+    return cls(cls.Config(**{**cls.unstated, **settings}))  # type: ignore[call-arg]
+
+
+def identity_of(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a modality as they are hashed into ids: without those that change nothing if left out."""
+    unstated = MODALITIES.get(name).unstated
+    return {key: value for key, value in settings.items() if key not in unstated or value != unstated[key]}

@@ -134,6 +134,4 @@ def _require_slow() -> None:
         import soxr  # noqa: F401
     except ImportError as error:
         needs = f"PESQ and STOI need the packages pesq, pystoi and soxr ({error})"
-        raise ImportError(
-            f"{needs}; run pip install -e '.[audio]' in Tokenmill's folder, or turn both off with slow=False"
-        ) from error
+        raise ImportError(f"{needs}; run pip install 'tokenmill[audio]', or turn both off with slow=False") from error

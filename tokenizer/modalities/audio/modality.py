@@ -1,7 +1,6 @@
 """Audio: files to mono waveforms at the model's sample rate and back, losses, metrics. Arrays are float32 [T, 1]."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,23 +9,14 @@ from torch import Tensor, nn
 
 from tokenizer.modalities.audio.losses import AudioLosses
 from tokenizer.modalities.audio.metrics import AudioMetrics
-from tokenizer.modalities.audio.waveform import read_waveform, require_packages, resampled_length, to_wav
+from tokenizer.modalities.audio.waveform import (
+    AudioConfig,
+    read_waveform,
+    require_packages,
+    resampled_length,
+    to_wav,
+)
 from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
-
-
-@dataclass
-class AudioConfig:
-    """sample_rate: of the model, in Hz; files are resampled to it. Files longer than max_seconds are quarantined."""
-
-    sample_rate: int = 16_000
-    max_seconds: float = 3600.0
-
-    def __post_init__(self) -> None:
-        if self.sample_rate < 1000 or self.max_seconds <= 0:
-            raise ValueError(
-                f"data.preprocess.sample_rate is {self.sample_rate} and max_seconds {self.max_seconds:g}; "
-                "the first must be 1000 Hz or more, the second above 0"
-            )
 
 
 @MODALITIES.register("audio")
@@ -34,7 +24,11 @@ class Audio(Modality):
     """Sizes are {"sample_rate", "num_samples"}: of the original file, or after preprocessing at the model's rate."""
 
     Config = AudioConfig
-    extensions = ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac", "g722")
+    unstated = {"downmix": "mean", "gapless": False, "allow_truncated": False}
+    extensions = (
+        *("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac", "g722", "aif", "aiff", "aifc", "au", "snd", "caf"),
+        *("w64", "rf64", "sph", "nist", "webm", "weba"),
+    )
     written_as = "wav"
     mime = "audio/wav"
     size_columns = ("sample_rate", "num_samples")
@@ -46,10 +40,7 @@ class Audio(Modality):
         self.config = config
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
-        waveform, size = read_waveform(
-            data, self.config.sample_rate, max_seconds=self.config.max_seconds, extension=extension
-        )
-        return Decoded(waveform, size)
+        return Decoded(*read_waveform(data, self.config, extension))
 
     def to_bytes(self, array: np.ndarray) -> bytes:
         return to_wav(array, self.config.sample_rate)

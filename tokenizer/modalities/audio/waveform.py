@@ -1,68 +1,104 @@
 """Audio files to waveforms and back: float32 [T, 1], mono, in -1..1, at a given sample rate.
 
-soundfile decodes wav, flac, ogg (vorbis, opus) and mp3; PyAV decodes m4a, aac, g722 and files that soundfile cannot
-open. We always pass the format to PyAV: with format detection FFmpeg would also open playlists, which can refer to
-other files and addresses.
-
 If a file has fewer samples than its header claims, it is a BadSample ("truncated"). Extra samples are not read.
-Truncation is always detected in wav, flac, ogg and m4a; in mp3 if the file has a length header and lost more than one
-frame; in aac only within a frame; in g722 never, because any bytes are valid g722.
+Truncation is always detected in wav, w64, aiff, au, caf, nist, flac and m4a; in ogg unless the file ends exactly after
+a page; in webm if the header states the size; in mp3 if the file has a length header and lost more than
+one frame; in aac only within a frame; in g722 never, because any bytes are valid g722.
 """
 
-import importlib
 import io
 import wave
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from tokenizer.errors import BadSample
-from tokenizer.modalities.audio.formats import check_whole, identify
+from tokenizer.modalities.audio.decoders import DecodingStopped, OpenFile, open_audio, package
+from tokenizer.modalities.audio.downmix import RULES, mono_weights
+from tokenizer.modalities.audio.formats import identify
+from tokenizer.modalities.audio.truncation import truncation
 
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
 MAX_CHANNELS = 64  # 7th-order ambisonics
-MAX_PEAK = 16.0  # 24 dB over full scale; floats in 16-bit units would be clipped to noise
-BLOCK = 2**16  # frames decoded at a time
-# allowed missing samples: some encoders count their mp3 header as a frame, and m4a can round to ms
-SLACK = {"mp3": 1152, "mp4": 2048}
+# Floats in 16-bit units would be clipped to noise. Vorbis of loud music overshoots by more than 24 dB
+MAX_PEAK_PCM, MAX_PEAK_LOSSY = 16.0, 256.0
+
+
+@dataclass
+class AudioConfig:
+    """How files become waveforms. A tokenizer from before downmix and gapless existed has mean and false."""
+
+    sample_rate: int = 16_000  # of the model, in Hz; files are resampled to it
+    max_seconds: float = 3600.0  # longer files are quarantined
+    downmix: str = "bs775"  # of three or more channels: ITU-R BS.775 for named channels, else their mean; or mean
+    gapless: bool = True  # cut m4a to the length in its iTunSMPB tag, without the encoder's padding
+    allow_truncated: bool = False  # read files that end early up to where they end, instead of quarantining them
+
+    def __post_init__(self) -> None:
+        if self.sample_rate < 1000 or self.max_seconds <= 0:
+            raise ValueError(
+                f"data.preprocess.sample_rate is {self.sample_rate} and max_seconds {self.max_seconds:g}; "
+                "the first must be 1000 Hz or more, the second above 0"
+            )
+        if self.downmix not in RULES:
+            raise ValueError(f"data.preprocess.downmix is {self.downmix!r}; choose one of: {', '.join(RULES)}")
 
 
 def require_packages() -> None:
     """Raises ImportError, with the pip command, if the packages for decoding and resampling are not installed."""
     for name in ("soundfile", "soxr", "av"):
-        _package(name)
+        package(name)
 
 
-def read_waveform(
-    data: bytes, sample_rate: int, *, max_seconds: float, extension: str = ""
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Decodes a file to float32 [T, 1] at sample_rate Hz. Also returns the original's sample_rate and num_samples.
+def read_waveform(data: bytes, config: AudioConfig, extension: str = "") -> tuple[np.ndarray, dict[str, int]]:
+    """Decodes a file to float32 [T, 1] at the model's rate. Also returns the original's sample_rate and num_samples.
 
-    Channels are averaged. T is resampled_length of num_samples. Values outside -1..1 (float files, lossy codecs,
-    overshoot of the resampler) are clipped at the end, like on a sound card; with scaling, one click would change the
-    whole clip. extension (without the dot) only matters for g722, which has no header.
+    T is resampled_length of num_samples. Values outside -1..1 (float files, lossy codecs, overshoot of the resampler)
+    are clipped at the end, like on a sound card; with scaling, one click would change the whole clip. extension
+    (without the dot) only matters for g722, which has no header.
     Raises BadSample with the reason if the file cannot be decoded or is longer than max_seconds.
     """
     kind, data = identify(data, extension)
-    check_whole(kind, data)
-    audio = _open(kind, data)
-    _check_header(audio, max_seconds)
-    resampler = Resampler(audio.sample_rate, sample_rate)
-    for block in audio.blocks:
-        resampler.add(_to_mono(block, resampler.num_samples))
-        _check_length(resampler.num_samples, audio.sample_rate, max_seconds)
+    _refuse_truncated(truncation(kind, data), config)
+    audio = open_audio(
+        kind,
+        data,
+        channel_names=config.downmix == "bs775",
+        gapless=config.gapless,
+        allow_truncated=config.allow_truncated,
+    )
+    _check_header(audio, config.max_seconds)
+    resampler = Resampler(audio.sample_rate, config.sample_rate)
+    _refuse_truncated(_decode(audio, resampler, config), config)
     num_samples = resampler.num_samples
     if num_samples == 0:
         raise BadSample(f"the {kind} file has no samples")
-    if audio.claimed is not None and num_samples < audio.claimed - SLACK.get(kind, 0):
-        raise BadSample(f"truncated: the header claims {audio.claimed} samples, the file has {num_samples}")
     waveform = resampler.finish()
     np.clip(waveform, -1, 1, out=waveform)
     return waveform[:, None], {"sample_rate": audio.sample_rate, "num_samples": num_samples}
+
+
+def _decode(audio: OpenFile, resampler: "Resampler", config: AudioConfig) -> str | None:
+    """Decodes the file into the resampler. Returns why it ended early, or None."""
+    surround = config.downmix == "bs775" and audio.channels > 2
+    weights = mono_weights(audio.channel_names) if surround else None
+    max_peak = MAX_PEAK_PCM if audio.float_pcm else MAX_PEAK_LOSSY
+    try:
+        for block in audio.blocks:
+            mono = _to_mono(block, weights)
+            _check_values(mono, resampler.num_samples, max_peak)
+            resampler.add(mono)
+            _check_length(resampler.num_samples, audio.sample_rate, config.max_seconds)
+    except DecodingStopped as error:
+        return str(error)
+    if audio.claimed is not None and resampler.num_samples < audio.claimed - audio.slack:
+        return f"truncated: the header claims {audio.claimed} samples, the file has {resampler.num_samples}"
+    return None
+
+
+def _refuse_truncated(why: str | None, config: AudioConfig) -> None:
+    if why is not None and not config.allow_truncated:
+        raise BadSample(f"{why}; data.preprocess.allow_truncated=true reads what is there")
 
 
 def to_wav(waveform: np.ndarray, sample_rate: int) -> bytes:
@@ -98,7 +134,7 @@ class Resampler:
         self._out = bytearray()  # grows in place; joining blocks at the end would need memory for two copies
         self._stream = None
         if rate_from != rate_to:
-            self._stream = _package("soxr").ResampleStream(rate_from, rate_to, 1, dtype="float32", quality="HQ")
+            self._stream = package("soxr").ResampleStream(rate_from, rate_to, 1, dtype="float32", quality="HQ")
 
     def add(self, block: np.ndarray) -> None:
         """block: float32 [T]."""
@@ -119,113 +155,10 @@ class Resampler:
         return samples[:length]
 
 
-# -- decoders -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _OpenFile:
-    """blocks: float32 [T, C]. claimed: number of samples in the header, None if it does not state it."""
-
-    sample_rate: int
-    channels: int
-    claimed: int | None
-    blocks: Iterator[np.ndarray]
-
-
-def _open(kind: str, data: bytes) -> _OpenFile:
-    if kind in ("wav", "flac", "ogg", "mp3"):
-        opened = _open_soundfile(kind, data)
-        if opened is not None:
-            return opened
-    return _open_av(kind, data)
-
-
-def _open_soundfile(kind: str, data: bytes) -> _OpenFile | None:
-    """None if libsndfile cannot open the file, or would fail at the end: flac without a length in its header."""
-    soundfile = _package("soundfile")
-    try:
-        file = soundfile.SoundFile(io.BytesIO(data))
-    except soundfile.LibsndfileError:
-        return None
-    if file.frames > 2**62:
-        file.close()
-        return None
-    # without a length header, libsndfile estimates the length of an mp3 from the first frames
-    claimed = file.frames if kind != "mp3" or _has_length_header(data) else None
-    return _OpenFile(file.samplerate, file.channels, claimed, _soundfile_blocks(file, soundfile.LibsndfileError))
-
-
-def _has_length_header(mp3: bytes) -> bool:
-    """Whether the first frame is a length header instead of audio: Xing or Info (LAME), VBRI (Fraunhofer)."""
-    return any(mark in mp3[:64] for mark in (b"Xing", b"Info", b"VBRI"))
-
-
-def _soundfile_blocks(file: Any, failure: type[Exception]) -> Iterator[np.ndarray]:
-    with file:
-        try:
-            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-                yield block
-        except failure as error:
-            raise _broken(error.error_string) from error  # type: ignore[attr-defined]
-
-
-def _open_av(kind: str, data: bytes) -> _OpenFile:
-    av = _package("av")
-    try:
-        container = av.open(io.BytesIO(data), format=kind)
-    except av.FFmpegError as error:
-        raise BadSample(f"the {kind} file cannot be opened ({error.strerror}): damaged or truncated") from error
-    if not container.streams.audio:
-        raise BadSample(f"the {kind} file has no audio stream")
-    stream = container.streams.audio[0]
-    frames = _av_frames(container, stream, av.FFmpegError)
-    first = next(frames, None)
-    if first is None:
-        raise BadSample(f"the {kind} file has no samples")
-    rate, channels = first.sample_rate, first.layout.nb_channels  # a header can state those of a lower layer (HE-AAC)
-    has_length = kind in ("flac", "mp4") and stream.duration is not None
-    claimed = round(stream.duration * stream.time_base * rate) if has_length else None
-    blocks = (_frame_array(frame, rate, channels) for frame in chain([first], frames))
-    return _OpenFile(rate, channels, claimed, _cut(blocks, claimed))
-
-
-def _av_frames(container: Any, stream: Any, failure: type[Exception]) -> Iterator[Any]:
-    with container:
-        try:
-            yield from container.decode(stream)
-        except failure as error:
-            raise _broken(error.strerror) from error  # type: ignore[attr-defined]
-
-
-def _frame_array(frame: Any, rate: int, channels: int) -> np.ndarray:
-    """float32 [T, C]. FFmpeg's frames are planar or interleaved, in float or in integers (u8 is offset by 128)."""
-    now = (frame.sample_rate, frame.layout.nb_channels)
-    if now != (rate, channels):
-        raise BadSample(
-            f"the format changes within the file, from {rate} Hz and {channels} channels to {now[0]} Hz and {now[1]}"
-        )
-    values = frame.to_ndarray()
-    values = values.T if frame.format.is_planar else values.reshape(-1, channels)
-    if values.dtype.kind == "f":
-        return values.astype(np.float32)
-    offset = 128 if values.dtype.kind == "u" else 0
-    return ((values.astype(np.float64) - offset) / 2 ** (8 * values.dtype.itemsize - 1)).astype(np.float32)
-
-
-def _cut(blocks: Iterator[np.ndarray], length: int | None) -> Iterator[np.ndarray]:
-    """The first length samples. FFmpeg returns the last frame of an m4a with the encoder's padding."""
-    position = 0
-    for block in blocks:
-        yield block if length is None else block[: length - position]
-        position += len(block)
-        if length is not None and position >= length:
-            return
-
-
 # -- checks -------------------------------------------------------------------------------------------------------
 
 
-def _check_header(audio: _OpenFile, max_seconds: float) -> None:
+def _check_header(audio: OpenFile, max_seconds: float) -> None:
     if not MIN_RATE <= audio.sample_rate <= MAX_RATE:
         raise BadSample(f"sample rate {audio.sample_rate} Hz is outside {MIN_RATE}..{MAX_RATE}")
     if not 1 <= audio.channels <= MAX_CHANNELS:
@@ -239,25 +172,17 @@ def _check_length(num_samples: int, sample_rate: int, max_seconds: float) -> Non
         raise BadSample(f"longer than max_seconds={max_seconds:g}: {num_samples} samples or more at {sample_rate} Hz")
 
 
-def _to_mono(block: np.ndarray, start: int) -> np.ndarray:
-    """[T, C] -> [T], the mean of the channels. start: position of the block, for error messages."""
-    mono = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+def _to_mono(block: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """[T, C] -> [T]: the weighted sum of the channels, or their mean."""
+    if block.shape[1] == 1:
+        return block[:, 0]
+    return block.mean(axis=1, dtype=np.float32) if weights is None else block @ weights
+
+
+def _check_values(mono: np.ndarray, start: int, max_peak: float) -> None:
+    """start: position of the block, for error messages."""
     peak = float(np.abs(mono).max(initial=0))
     if not np.isfinite(peak):
         raise BadSample(f"sample {start + int(np.argmin(np.isfinite(mono)))} is NaN or infinite")
-    if peak > MAX_PEAK:
+    if peak > max_peak:
         raise BadSample(f"the peak is {peak:g}, but full scale is 1; the floats may be in 16-bit units")
-    return mono
-
-
-def _broken(why: str) -> BadSample:
-    return BadSample(f"decoding stopped before the end of the file ({why}): truncated or damaged")
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"audio needs the package {name}; run pip install -e '.[audio]' in Tokenmill's folder"
-        ) from error

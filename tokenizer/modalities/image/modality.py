@@ -52,7 +52,7 @@ class ImageConfig:
 class Image(Modality):
     Config = ImageConfig
     extensions = EXTENSIONS
-    meaning_of_absent = {"color_rules": 1}
+    unstated = {"color_rules": 1}
     written_as = "png"
     mime = "image/png"
     size_columns = ("height", "width")

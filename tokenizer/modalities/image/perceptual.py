@@ -129,7 +129,7 @@ def _load_lpips(kind: str, weights: str | None) -> nn.Module:
         from lpips import LPIPS
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         needs = f"{kind} needs lpips and a torchvision that fits this torch ({error})"
-        raise ImportError(f"{needs}; run pip install -e '.[lpips]' in Tokenmill's folder; {offline}") from error
+        raise ImportError(f"{needs}; run pip install 'tokenmill[lpips]'; {offline}") from error
     try:
         net = LPIPS(net=LPIPS_BACKBONES[kind], pnet_rand=weights is not None, verbose=False)
     except URLError as error:
