@@ -50,7 +50,9 @@ def _samples(source: str, media: Media, tally: Tally) -> Iterator[Packed]:
         return Folder(Path(source), media, tally).samples()
     tables = [source] if storage.exists(source) else [found.url for found in storage.glob(source)]
     if not tables:
-        raise ConfigError(f"pack.source: there is no folder on this machine, and no table, at {source}")
+        raise ConfigError(
+            f"pack.source: {source} does not exist; a folder must be on this machine, a table may be a URL"
+        )
     for table in tables:
         if not is_table(table):
             raise ConfigError(f"pack.source: {table} is neither a folder nor a .parquet, .csv or .tsv file")

@@ -390,7 +390,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("verify output=O", "is not an output of `tokenmill tokenize`"),
         ("decode output=O decode.output=R", "is not an output of `tokenmill tokenize`"),
         ("pack pack.shards=R", "pack.source is not set"),
-        ("pack pack.source=/nope pack.shards=R", "/nope is neither a folder nor a .parquet or .csv file"),
+        ("pack pack.source=/nope pack.shards=R", "/nope does not exist; a folder must be on this machine"),
         ("pack pack.source=/nope.parquet pack.shards=R", "/nope.parquet does not exist"),
     ],
 )

@@ -13,7 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from jobs.__main__ import main
+from pipeline import storage
+from pipeline.corpus.samples import read_samples
 from tests.jobs.packs import PICTURES, logged, pack, packed
+from tests.s3 import S3Server
 
 KEYS, JPEGS = list(PICTURES), list(PICTURES.values())
 PICTURE = JPEGS[0]
@@ -254,3 +258,25 @@ def test_csv_in_another_encoding_is_refused(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "t.csv").write_bytes(f"key,jpg\ncaf\xe9,{in_base64()}\n".encode("latin-1"))
     assert pack(tmp_path / "t.csv", tmp_path / "out") == 2
     assert "save it as CSV in UTF-8" in logged(capsys)
+
+
+# -- object storage -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.s3
+def test_a_table_and_its_files_in_s3_are_packed_there(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    s3.use(monkeypatch)
+    folder = storage.join(s3.url, "pack")
+    for key, data in PICTURES.items():
+        storage.write_once(f"{folder}/photos/{key}.jpg", data)
+    rows = "".join(f"{key},photos/{key}.jpg\n" for key in KEYS)
+    storage.write_once(f"{folder}/t.csv", f"key,path\n{rows}x,{folder}/gone.jpg\n".encode())
+    settings = [f"pack.source={folder}/t.csv", f"pack.shards={folder}/s-%d.tar", "pack.samples_per_shard=2"]
+    for _ in range(2):  # a rerun keeps the shards
+        assert main(["pack", *settings, "pack.workers=2"]) == 0
+    assert "skipped rows whose file does not exist: 1" in capsys.readouterr().out
+    shards = [file.url for file in storage.glob(f"{folder}/s-*.tar")]
+    assert {sample.key: sample.members["jpg"] for url in shards for sample in read_samples(url)} == PICTURES
+    assert len(shards) == 3
