@@ -25,6 +25,8 @@ def run(config: Config) -> int:
     config.require("pack.source", "pack.shards")
     options, tally = config.pack, Tally()
     pattern = shard_pattern(options.shards)
+    if "://" in pattern and config.storage.create_only == storage.SERVER:
+        storage.check_create_only(pattern.rpartition("/")[0])
     modality = build_modality(config.model.modality, config.data.preprocess)
     media = Media(modality.name, modality.extensions)
     samples = _unique(_samples(storage.normalise(options.source), media, tally), media, tally)

@@ -112,8 +112,8 @@ def _extension_in(name: str, head: list[Row], media: Media, folder: str) -> str:
             found = medium_in(row[name], media, folder)
         except ValueError:  # a number or text
             return ""
-        if found is not None:
-            return found[0] if exists(found[1]) else ""
+        if found is not None and found[0] and exists(found[1]):
+            return found[0]
     return ""
 
 

@@ -16,7 +16,9 @@ import soundfile
 from jobs.__main__ import main
 from pipeline import storage
 from pipeline.corpus.samples import read_samples
+from tests.faults.proxy import start_proxy
 from tests.jobs.packs import PICTURES, logged, pack, packed
+from tests.pipeline.test_s3 import overwriting
 from tests.s3 import S3Server
 
 KEYS, JPEGS = list(PICTURES), list(PICTURES.values())
@@ -195,11 +197,11 @@ def test_a_csv_file_of_paths_takes_the_files(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "photos").mkdir()
     for key, data in PICTURES.items():
         (tmp_path / f"photos/{key}.jpg").write_bytes(data)
-    rows = f"photos/p0.jpg,as seen on logo.jpg\n{tmp_path}/photos/p1.jpg,b\nphotos/gone.jpg,c\n"
+    rows = f"photos/gone.jpg,c\nphotos/p0.jpg,as seen on logo.jpg\n{tmp_path}/photos/p1.jpg,b\n"
     assert pack(csv(tmp_path, f"file_name,caption\n{rows}"), tmp_path / "out", "pack.workers=2") == 0
     assert packed(tmp_path / "out") == {
-        "000000000": {"jpg": JPEGS[0], "caption": b"as seen on logo.jpg"},
-        "000000001": {"jpg": JPEGS[1], "caption": b"b"},
+        "000000001": {"jpg": JPEGS[0], "caption": b"as seen on logo.jpg"},
+        "000000002": {"jpg": JPEGS[1], "caption": b"b"},
     }
     assert "skipped rows whose file does not exist: 1, such as" in capsys.readouterr().out
 
@@ -280,3 +282,15 @@ def test_a_table_and_its_files_in_s3_are_packed_there(
     shards = [file.url for file in storage.glob(f"{folder}/s-*.tar")]
     assert {sample.key: sample.members["jpg"] for url in shards for sample in read_samples(url)} == PICTURES
     assert len(shards) == 3
+
+
+@pytest.mark.s3
+def test_a_server_that_would_overwrite_shards_is_refused(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    settings = [f"pack.source={parquet(tmp_path, table())}", f"pack.shards={s3.url}/refused/s-%d.tar"]
+    with start_proxy(s3.port) as proxy:
+        proxy.plan = overwriting(s3)
+        s3.use(monkeypatch, endpoint=proxy.endpoint)
+        assert main(["pack", *settings]) == 2
+    assert "the server overwrites objects" in logged(capsys)
