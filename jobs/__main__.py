@@ -6,8 +6,10 @@ but more samples were quarantined than tokens.max_bad_fraction allows; 130 and 1
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.metadata
+import os
 import signal
 import sys
 import threading
@@ -35,6 +37,7 @@ OUTCOMES = {
     130: f"interrupted (ctrl-C); {RERUN}",
     143: f"terminated (SIGTERM); {RERUN}",
 }
+UPLOADED = "/working_dir_files/_ray_pkg_"  # in paths where Ray unpacks the working directory of a submitted job
 HELP = ("-h", "--help")
 SHORT_FLAGS = {"deep": "verify.deep", "json": "status.json"}
 
@@ -42,6 +45,16 @@ SHORT_FLAGS = {"deep": "verify.deep", "json": "status.json"}
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. The last line that it prints says in words what a non-zero code
     means."""
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again as it exits
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: list[str] | None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in (*HELP, "help"):
         print(_help())
@@ -67,18 +80,21 @@ def version() -> str:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    from jobs.actors.cluster import NoRoom
     from jobs.config import ConfigError, load_config, to_yaml
     from pipeline import storage
-    from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnsafeStorage
+    from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnknownStorage, UnsafeStorage
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
 
-    mistakes = (ConfigError, NoShards, OutputMismatch, BrokenOutput, UnsafeStorage, TokenizerMismatch, CodebookMissing)
+    mistakes: tuple[type[Exception], ...] = (ConfigError, NoShards, OutputMismatch, BrokenOutput)
+    mistakes += (UnknownStorage, UnsafeStorage, TokenizerMismatch, CodebookMissing)
     try:
         with _raising_at_sigterm():
             config = load_config([_as_setting(argument) for argument in arguments if argument != "--print"])
             if "--print" in arguments:
                 print(to_yaml(config, command), end="")
                 return 0
+            _refuse_uploaded(config)
             job = importlib.import_module(COMMANDS[command][0])
             storage.configure(config.storage.options, config.storage.create_only)
             return _finish(command, job.run(config))
@@ -86,10 +102,45 @@ def _run(command: str, arguments: list[str]) -> int:
         return _finish(command, 2, str(error))
     except StorageError as error:  # committed shards stay; the same command continues from them
         return _finish(command, 3, str(error))
+    except NoRoom as error:
+        return _finish(command, 3, str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        return _finish(command, 3 if error.errno in PASSING else 2, f"{error}; {_remedy(error.errno)}")
     except KeyboardInterrupt:
         return _finish(command, 130)
     except Terminated:
         return _finish(command, 143)
+
+
+# errors of the machine rather than of the command: a disk that is full or fails, too many open files
+PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def _remedy(number: int) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"free some space and {RERUN}"
+    if number in PASSING:
+        return f"fix the cause and {RERUN}"
+    return "check this path: a folder that a command writes must be writable"
+
+
+def _refuse_uploaded(config: Any) -> None:
+    """Raises ConfigError for a relative path that the command would write inside of Ray's copy of the working
+    directory: Ray deletes that folder after the job."""
+    from jobs.config import ConfigError
+    from pipeline import storage
+
+    written = {"run": config.run, "output": config.output, "decode.output": config.decode.output}
+    for key, value in {**written, "pack.shards": config.pack.shards}.items():
+        if value and UPLOADED in storage.normalise(value):
+            raise ConfigError(
+                f"{key} is {value}: a path in Ray's copy of the working directory, which is deleted after the job; "
+                "give an absolute path that all nodes share, or a URL"
+            )
 
 
 class Terminated(BaseException):

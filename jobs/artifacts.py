@@ -16,8 +16,7 @@ def tokenizer_url(config: Config) -> str:
     if config.tokenizer:
         return storage.normalise(config.tokenizer)
     config.require("run")
-    folder = storage.join(storage.normalise(config.run), "tokenizers")
-    urls = storage.list_folders(folder)
+    urls, folder = _tokenizers(config.run), storage.join(storage.normalise(config.run), "tokenizers")
     if not urls:
         raise ConfigError(f"{folder} holds no tokenizer; run `tokenmill codebook` first, or set tokenizer=...")
     if len(urls) > 1:
@@ -49,15 +48,37 @@ def load_encoder(run_url: str, preprocess: dict[str, Any], device: str = "cpu") 
 
 
 def writer_url(output: Output, config: Config) -> str:
-    """URL of the configured tokenizer. Raises OutputMismatch if it is not the one that wrote the output."""
-    url = tokenizer_url(config)
-    tokenizer = load_tokenizer(url)
-    if tokenizer.id != output.layout.tokenizer_id:
-        raise OutputMismatch(
-            f"{output.url} was written by tokenizer {output.layout.tokenizer_id}, but {url} is {tokenizer.id}; "
-            "set tokenizer=... to the one that wrote the output"
-        )
-    return url
+    """URL of the tokenizer that wrote the output: the key `tokenizer`, else where the output's dataset.json says it
+    was, else one in RUN/tokenizers. Raises OutputMismatch if none of them is the one."""
+    stored = output.about()["config"]
+    urls = [config.tokenizer] if config.tokenizer else [stored.get("tokenizer", "")]
+    if not config.tokenizer:
+        runs = dict.fromkeys(run for run in (config.run, stored.get("run", "")) if run)
+        urls += [url for run in runs for url in _tokenizers(run)]
+    urls = list(dict.fromkeys(storage.normalise(url) for url in urls if url))
+    found = {url: tokenizer.id for url in urls if (tokenizer := _tokenizer_at(url, required=bool(config.tokenizer)))}
+    for url, its_id in found.items():
+        if its_id == output.layout.tokenizer_id:
+            return url
+    seen = ", ".join(f"{url} is {its_id}" for url, its_id in found.items()) or f"nothing is at {', '.join(urls)}"
+    raise OutputMismatch(
+        f"{output.url} was written by tokenizer {output.layout.tokenizer_id}, but {seen}; "
+        "set tokenizer=... to the one that wrote the output"
+    )
+
+
+def _tokenizer_at(url: str, required: bool) -> Tokenizer | None:
+    """The tokenizer at the URL; None if there is none, unless it is required."""
+    try:
+        return load_tokenizer(url)
+    except ConfigError:
+        if required:
+            raise
+        return None
+
+
+def _tokenizers(run: str) -> list[str]:
+    return storage.list_folders(storage.join(storage.normalise(run), "tokenizers"))
 
 
 def token_layout(tokenizer: Tokenizer, options: TokensConfig) -> ShardLayout:

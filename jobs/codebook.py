@@ -140,7 +140,10 @@ def _fit(
     autoencoder: Autoencoder, latents: Latents, size: int | None, made_by: dict[str, Any], config: Config, url: str
 ) -> None:
     """Fits one codebook, writes its report, and then the tokenizer: a tokenizer that exists has its report."""
-    curve = autoencoder.quantizer.eval().fit(latents, size, seed=config.codebook.seed)
+    try:
+        curve = autoencoder.quantizer.eval().fit(latents, size, seed=config.codebook.seed)
+    except ValueError as error:
+        raise ConfigError(f"codebook: {error}") from error
     tokenizer = Tokenizer(autoencoder, config.data.preprocess)
     sample = latents.sample(SHOWN_LATENTS, seed=0).latents
     numbers, counts = _measure(tokenizer, latents, sample, curve)

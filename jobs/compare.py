@@ -158,6 +158,7 @@ def _run_trials(todo: list[Planned], arrays: dict[str, Any], config: Config) -> 
     from jobs.training.channel import open_channel
 
     cluster.start()
+    cluster.check_room(config.workers)
     channel = open_channel()
     shared = {name: ray.put(corpus) for name, corpus in arrays.items()}
     cpus, gpus = config.workers.cpus or 1, config.workers.gpus

@@ -34,7 +34,8 @@ def run(config: Config) -> int:
     config.require("data.shards")
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
-    shards = find_shards(config.data.shards).shards
+    inputs = find_shards(config.data.shards)
+    shards = inputs.shards
     with checked("metrics"):
         tokenizer.modality.metrics(config.metrics)
     settings = {
@@ -57,7 +58,8 @@ def run(config: Config) -> int:
     print_failures("evaluate", failures)
     if not whole.sizes:
         raise ConfigError("no sample could be evaluated: every shard failed or is empty; see the messages above")
-    numbers = {"tokenizer_id": tokenizer.id, "num_bad": sum(result.num_quarantined for result in results)}
+    numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id, "input_manifest_id": inputs.id}
+    numbers |= {"num_bad": sum(result.num_quarantined for result in results)}
     numbers |= whole.summary(tokenizer)
     report = _write(url, config, numbers, whole, results, tokenizer.autoencoder.quantizer)
     shown = [key for key in ("num_samples", *whole.quality, *USAGE, "bits_per_pixel", "kbps") if key in numbers]
@@ -125,12 +127,28 @@ class EvaluateWorker(EncodeWorker[Tokenizer]):
             result.examples.append(Example(one.sample.key, tokenizer.modality.mime, views, files))
 
 
+def _base(url: str, config: Config, numbers: dict[str, Any]) -> str:
+    """URL of the report without the extension: in `run`, or else beside the tokenizer's folder.
+
+    A report about other shards or another tokenizer stays; the new one then has the ids of both
+    in its name.
+    """
+    run_url = storage.normalise(config.run) if config.run else url.rsplit("/", 2)[0]
+    base = storage.join(run_url, "reports", f"evaluate-{url.rsplit('/', 1)[1]}")
+    existing = storage.read_if_exists(f"{base}.json")
+    if existing is None:
+        return base
+    before = json.loads(existing)
+    same = all(before.get(key, numbers[key]) == numbers[key] for key in ("tokenizer_id", "input_manifest_id"))
+    return base if same else f"{base}-{numbers['tokenizer_id'][:8]}-{numbers['input_manifest_id'][:8]}"
+
+
 def _write(
     url: str, config: Config, numbers: dict[str, Any], whole: Evaluation, results: list[Evaluated], quantizer: Quantizer
 ) -> str:
     """Writes the report. Returns its URL without the extension."""
     name = url.rsplit("/", 1)[1]
-    base = storage.join(url.rsplit("/", 2)[0], "reports", f"evaluate-{name}")
+    base = _base(url, config, numbers)
     examples = [example for result in results for example in result.examples][: config.evaluate.num_examples]
     z = np.concatenate([rows for result in results for rows in result.latents])[:PLOTTED_LATENTS, : quantizer.dim]
     codebook = quantizer.codebook.reshape(-1, quantizer.dim).numpy()

@@ -1,15 +1,19 @@
 """Trains an autoencoder on shards with Ray Train: `run`, `data.shards`, `model`, `quantizer`, `train`, `workers`.
 
 Writes RUN/config.yaml, RUN/checkpoints, RUN/model and RUN/reports (train.html, train.jsonl, tensorboard/). Rerun the
-same command after a crash: it resumes from the last checkpoint. On SIGTERM, which `ray job stop` sends, training saves
-a checkpoint and stops with exit code 3.
+same command after a crash: it resumes from the last checkpoint. Ctrl-C and SIGTERM, which `ray job stop` sends, save a
+checkpoint first (exit codes 130 and 143). Raise train.steps to train a finished run for longer: it continues from its
+last checkpoint with the learning rate of the longer schedule.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from jobs.actors import cluster
-from jobs.config import Config, ConfigError, TrainConfig, with_new_names
+from jobs.config import Config, ConfigError, TrainConfig, WorkersConfig, with_new_names
 from jobs.reports.progress import Progress
+from jobs.reports.training import SKIPPED
 from jobs.training.channel import open_channel
 from jobs.training.checkpoint import LANES_FILE
 from jobs.training.checks import check, loss_weights
@@ -30,6 +35,7 @@ from tokenizer.modalities.base import MODALITIES
 from tokenizer.nets.base.net import NETS
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 
+SAY_EVERY_S = 30.0  # while no rank has started
 MAY_CHANGE = (
     *("workers", "decode_threads", "log_every", "reconstruct_every", "num_examples", "profile"),
     *("checkpoint_every", "keep_checkpoints", "max_failures"),
@@ -48,20 +54,36 @@ def run(config: Config) -> int:
     shards = find_shards(config.data.shards).shards
     _claim(url, config)
     _check_lanes(url, config)
-    if storage.exists(storage.join(url, "model", "model.safetensors")):
-        print(f"train: {url}/model already exists; choose another `run` to train again")
+    if storage.exists(_model_file(url)):
+        print(f"train: {url}/model already exists; raise train.steps to train it for longer, or choose another `run`")
         return 0
     config.train.losses = _absolute(config.train.losses)
     _remove_orphans(url)
     cluster.start()
-    stopped = _fit(url, {"config": config, "shards": shards}, config)
+    cluster.check_room(config.workers, ranks=config.workers.count or 1)
+    stopped, received = _fit(url, {"config": config, "shards": shards}, config)
     if stopped is not None:
         print(f"train: stopped: {stopped}")
-        return 3
+        return 128 + received if received else 3
     last = json.loads(storage.read(storage.join(url, "reports", "train.jsonl")).splitlines()[-1])
     print(f"train: done, step {last['step']}/{config.train.steps}  {_described(last)}")
+    _print_skipped(storage.join(url, "reports", SKIPPED))
     print(f"train: model at {url}/model, curves and pictures at {url}/reports/train.html")
     return 0
+
+
+def _print_skipped(place: str) -> None:
+    """Says how many samples were skipped, if any, and why."""
+    listed = storage.read_if_exists(place)
+    if listed is None:
+        return
+    reasons = collections.Counter(json.loads(line)["reason"] for line in listed.splitlines())
+    commonest = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
+    print(f"train: skipped {reasons.total()} samples that cannot be decoded ({commonest}); they are listed in {place}")
+
+
+def _model_file(url: str) -> str:
+    return storage.join(url, "model", "model.safetensors")
 
 
 def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +95,10 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _claim(url: str, config: Config) -> None:
-    """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not."""
+    """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not.
+
+    A run that has no checkpoint yet, and so no step to keep, takes the new configuration.
+    """
     given = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
     given["train"] = asdict(config.train) | {"loss_weights": loss_weights(config)}
     text = OmegaConf.to_yaml(OmegaConf.create(given))
@@ -82,7 +107,26 @@ def _claim(url: str, config: Config) -> None:
         storage.write_once(place, text.encode())
         return
     except FileExistsError:
-        stored = OmegaConf.to_container(OmegaConf.create(storage.read(place).decode()))
+        before, now = _compared(url, storage.read(place), text)
+    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
+    if not differing:
+        return
+    if not (storage.exists(_model_file(url)) or storage.glob(storage.join(url, "checkpoints", "*", LANES_FILE))):
+        print(f"train: {url} has made no checkpoint yet; it now trains with the new {', '.join(differing)}")
+    elif differing == ["train.steps"] and now["train.steps"] > before["train.steps"]:
+        _extend(url, before["train.steps"], now["train.steps"])
+    else:
+        key = differing[0]
+        raise ConfigError(
+            f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or restore the value"
+        )
+    storage.replace(place, text.encode())
+
+
+def _compared(url: str, stored_text: bytes, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The stored settings and the given ones, by dotted key."""
+    stored = OmegaConf.to_container(OmegaConf.create(stored_text.decode()))
     assert isinstance(stored, dict)
     stored = with_new_names(stored)[0]
     defaults = _flat(_defaults_of(stored))  # for keys that were added after the run began
@@ -93,13 +137,27 @@ def _claim(url: str, config: Config) -> None:
         print(f"train: {url} was started by an earlier version, which did not record its default loss weights;")
         print(f"train: it continues with {weights}; set these keys to keep the earlier weights")
         before |= {key: now[key] for key in unknown}
-    differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
-    if differing:
-        key = differing[0]
+    return before, now
+
+
+def _extend(url: str, before: int, now: int) -> None:
+    """Lets a run train for more steps. Withdraws its model, if it is finished.
+
+    Raises ConfigError if tokenizers or latents were made with that model: they would no longer belong to the run.
+    """
+    made = [folder for name in ("tokenizers", "latents") if (folder := storage.join(url, name)) and _has_files(folder)]
+    if made:
         raise ConfigError(
-            f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or restore the value"
+            f"train.steps can be raised from {before} to {now} only before anything is made with the model; "
+            f"delete {' and '.join(made)} first, or choose another `run`"
         )
+    if storage.exists(_model_file(url)):
+        storage.remove(_model_file(url))  # first: a kill from here on leaves a run that is not finished
+    print(f"train: {url} now trains to step {now} instead of {before}, with the learning rate of the longer schedule")
+
+
+def _has_files(folder: str) -> bool:
+    return bool(storage.list_folders(folder) or storage.list_files(folder))
 
 
 def _defaults_of(stored: dict[Any, Any]) -> dict[str, Any]:
@@ -149,8 +207,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name in value for key, leaf in _flat(value[name], f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def _fit(url: str, settings: dict[str, Any], config: Config) -> str | None:
-    """Trains. Returns why training stopped before its last step, or None."""
+def _fit(url: str, settings: dict[str, Any], config: Config) -> tuple[str | None, int]:
+    """Trains. Returns why training stopped before its last step, or None, and the signal that stopped it, or 0."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -168,28 +226,61 @@ def _fit(url: str, settings: dict[str, Any], config: Config) -> str | None:
             **_storage(url),
         ),
     )
-    with Listener(channel, config.train.steps) as listener, _stopping_at_sigterm(channel):
-        trainer.fit()
-    return listener.stopped
+    with Listener(channel, config.train.steps) as listener, _stopping_at_signals(channel) as received:
+        _wait(_in_thread(trainer.fit), listener, workers)
+    return listener.stopped, received[0] if received else 0
+
+
+def _in_thread(function: Callable[[], Any]) -> "concurrent.futures.Future[Any]":
+    """Calls the function in a daemon thread: in the main thread, Ray Train would handle ctrl-C itself and save
+    nothing."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # raised again in the main thread
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def _wait(training: "concurrent.futures.Future[Any]", listener: "Listener", workers: WorkersConfig) -> None:
+    """Waits for the end of training. Until a rank has started, prints what it waits for. Raises NoRoom."""
+    start = time.monotonic()
+    while not concurrent.futures.wait([training], timeout=min(SAY_EVERY_S, workers.wait_s)).done:
+        waited = time.monotonic() - start
+        if not listener.started and waited >= workers.wait_s:
+            raise cluster.gave_up(workers)
+        if not listener.started:
+            listener.progress.say(cluster.waiting_line("train", workers, waited).removeprefix("train: "))
+    training.result()
 
 
 @contextlib.contextmanager
-def _stopping_at_sigterm(channel: Any) -> Iterator[None]:
-    """Inside, the first SIGTERM asks the ranks to save a checkpoint and stop; a second one acts as it did before."""
+def _stopping_at_signals(channel: Any) -> Iterator[list[int]]:
+    """Inside, the first ctrl-C or SIGTERM asks the ranks to save a checkpoint and stop; a second one acts as it did
+    before. Yields a list to which the signal is added."""
+    received: list[int] = []
 
     def request_stop(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
-        print("train: SIGTERM: saving a checkpoint after this step, then stopping", flush=True)
+        received.append(signum)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        name = "ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        print(f"train: {name}: saving a checkpoint after this step, then stopping; repeat it to stop now", flush=True)
         channel.request_stop.remote()
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, request_stop)
+    before = {one: signal.signal(one, request_stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _storage(url: str) -> dict[str, Any]:
@@ -203,10 +294,14 @@ def _storage(url: str) -> dict[str, Any]:
 
 
 class Listener:
-    """Shows the messages of rank 0, in a thread of its own. stopped: why training stopped early, or None."""
+    """Shows the messages of the ranks, in a thread of its own.
+
+    started: whether rank 0 has started. stopped: why training stopped early, or None.
+    """
 
     def __init__(self, channel: Any, steps: int):
         self.channel, self.progress = channel, Progress("train", steps, "steps")
+        self.started = False
         self.stopped: str | None = None
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
@@ -222,11 +317,12 @@ class Listener:
         import ray
 
         while (message := ray.get(self.channel.receive.remote())) is not None:
+            self.started = True
             if "stopped" in message:
                 self.stopped = message["stopped"]
             elif "message" in message:
                 self.progress.say(message["message"])
-            else:
+            elif "row" in message:
                 row = message["row"]
                 self.progress.done = row["step"]
                 left_s = (self.progress.total - row["step"]) * row["seconds_per_step"]

@@ -17,6 +17,10 @@ class UnsafeStorage(ValueError):
     """The storage overwrites objects on create-only writes, so two writers could destroy each other's work."""
 
 
+class UnknownStorage(ValueError):
+    """A URL has a protocol that is unknown or lacks its package, or options that its client does not accept."""
+
+
 class OutputMismatch(ValueError):
     """An output belongs to a different tokenizer, corpus or setting."""
 

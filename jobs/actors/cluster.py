@@ -3,20 +3,32 @@
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from typing import Any
 
-from jobs.config import WorkersConfig
+from jobs.config import ConfigError, WorkersConfig
 from pipeline import storage
+
+CONNECT_S = 20.0  # Ray itself would try for minutes
+
+
+class NoRoom(RuntimeError):
+    """The cluster had no room for a worker for workers.wait_s seconds."""
 
 
 def start() -> None:
-    """Joins the cluster in RAY_ADDRESS, which `ray job submit` sets, or starts a local one."""
+    """Joins the cluster in RAY_ADDRESS, which `ray job submit` sets, or starts a local one.
+
+    Raises ConfigError if nothing listens at that address.
+    """
     import ray
 
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "local")
+    _check_reachable(address)
     if address == "local":
         # otherwise it would depend on whether there is a token file in the home directory
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -36,6 +48,41 @@ def start() -> None:
     )
     if handler is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray has replaced it by its own
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError if address is HOST:PORT, maybe with ray://, and nothing accepts connections there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # local, auto
+        return
+    start = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() - start > CONNECT_S or isinstance(error, OverflowError | socket.gaierror):
+                raise ConfigError(
+                    f"RAY_ADDRESS is {address}, but nothing answers there ({error}); start that cluster, correct the "
+                    "address, or unset RAY_ADDRESS to run on this machine"
+                ) from error
+        time.sleep(1)
+
+
+def check_room(workers: WorkersConfig, ranks: int = 1) -> None:
+    """Raises ConfigError if this command's own Ray, which cannot grow, will never have room for so many workers."""
+    import ray
+
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return
+    total = ray.cluster_resources()
+    needs = {"CPU": (workers.cpus or 1) * ranks, "GPU": workers.gpus * ranks}
+    for kind, needed in needs.items():
+        if needed > total.get(kind, 0):
+            raise ConfigError(
+                f"{ranks} worker{'s' * (ranks != 1)} with {described(workers)} each need {needed:g} {kind}s, but this "
+                f"machine has {total.get(kind, 0):g}; lower workers.count, workers.cpus or workers.gpus"
+            )
 
 
 def _runtime_env() -> dict[str, dict[str, str]] | None:
@@ -84,6 +131,21 @@ def have() -> str:
     parts = [f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU")]
     nodes = sum(node["Alive"] for node in ray.nodes())
     return f"the cluster has {' and '.join(parts)} free on {nodes} node{'s' * (nodes != 1)}"
+
+
+def waiting_line(job: str, workers: WorkersConfig, waited_s: float) -> str:
+    """What a job that has no worker yet waits for, and for how long."""
+    return (
+        f"{job}: no worker has started for {waited_s:.0f} s. A worker needs {described(workers)}; {have()}. "
+        f"The job starts as soon as there is room, and gives up after {workers.wait_s:.0f} s (workers.wait_s)"
+    )
+
+
+def gave_up(workers: WorkersConfig) -> NoRoom:
+    return NoRoom(
+        f"no worker has started for {workers.wait_s:.0f} s (workers.wait_s). A worker needs {described(workers)}; "
+        f"{have()}. Free some, add nodes, or lower these keys, and rerun the same command"
+    )
 
 
 def on_this_node() -> Any:

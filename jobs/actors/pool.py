@@ -5,6 +5,7 @@ retries the work of an actor that died. This module adds two things: it detects 
 shard that keeps killing its actors, which Ray Data would retry forever.
 """
 
+import _thread
 import collections
 import contextlib
 import logging
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
-from jobs.actors.cluster import described, device_for, have, on_this_node, room
+from jobs.actors.cluster import device_for, gave_up, on_this_node, room, waiting_line
 from jobs.config import WorkersConfig
 
 MAX_TRIES = 3  # for a shard whose worker dies or hangs
@@ -107,7 +108,8 @@ def map_shards(
 
     If a worker dies or hangs, another one retries its shard; after MAX_TRIES the result is `failed(shard, reason)`. A
     worker that is lost with its node does not count as a try. job: the name in Ray's dashboard and metrics. Raises what
-    `process` and `worker.__init__` raise.
+    `process` and `worker.__init__` raise, and NoRoom if no worker has started for workers.wait_s (in the main thread;
+    in another one it continues to wait).
     """
     import ray.data
     from ray import cloudpickle
@@ -141,12 +143,16 @@ def map_shards(
         num_gpus=workers.gpus or None,
     )
     results.set_name(job)
-    over = threading.Event()
-    threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over), daemon=True).start()
+    over, no_room = threading.Event(), threading.Event()
+    threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over, no_room), daemon=True).start()
     try:
         # no prefetch: it would hold a result back until the next one arrives
         for batch in results.iter_batches(prefetch_batches=0, batch_size=None, batch_format="numpy"):
             yield from map(cloudpickle.loads, batch["result"])
+    except KeyboardInterrupt:
+        if no_room.is_set():
+            raise gave_up(workers) from None
+        raise
     finally:
         over.set()
         ray.kill(ledger)
@@ -165,11 +171,16 @@ def configure(context: Any) -> None:
             handler.setLevel(logging.ERROR)
 
 
-def _watch_ledger(job: str, workers: WorkersConfig, ledger: Any, over: threading.Event) -> None:
-    """Prints what the job waits for as long as no worker has a shard. Restarts a ledger that does not answer."""
+def _watch_ledger(
+    job: str, workers: WorkersConfig, ledger: Any, over: threading.Event, no_room: threading.Event
+) -> None:
+    """Prints what the job waits for as long as no worker has a shard. Restarts a ledger that does not answer.
+
+    Interrupts the main thread, and sets no_room, when the job has waited for workers.wait_s.
+    """
     import ray
 
-    while not over.wait(SAY_EVERY_S):
+    while not over.wait(min(SAY_EVERY_S, workers.wait_s)):
         with contextlib.suppress(ray.exceptions.RayError):  # the driver itself reports a lost cluster
             try:
                 idle_s = ray.get(ledger.idle_s.remote(), timeout=SAY_EVERY_S)
@@ -177,12 +188,12 @@ def _watch_ledger(job: str, workers: WorkersConfig, ledger: Any, over: threading
                 print(f"{job}: restarting the ledger of shards, which did not answer for {SAY_EVERY_S:g} s", flush=True)
                 ray.kill(ledger, no_restart=False)
                 continue
+            if idle_s >= workers.wait_s:
+                no_room.set()
+                _thread.interrupt_main()
+                return
             if idle_s >= SAY_EVERY_S:
-                print(
-                    f"{job}: no worker has started for {idle_s:.0f} s. A worker needs {described(workers)}; {have()}. "
-                    "The job continues as soon as there is room; press ctrl-C to stop it",
-                    flush=True,
-                )
+                print(waiting_line(job, workers, idle_s), flush=True)
 
 
 class _Ledger:

@@ -69,6 +69,7 @@ def run_shards(
     cluster.start()
     if not shards:
         return
+    cluster.check_room(workers)
     progress = Progress(command, total=len(shards), unit="shards")
     for result in map_shards(shards, worker, settings, workers, job=command):
         progress.advance(**result.counts())

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def load_config(arguments: list[str]) -> Config:
     parts, notices = [], []
     for given in [*map(_read, files), _overrides(overrides)]:
         part, found = _with_new_names(given)
+        check_shapes(part)
         parts.append(part)
         notices += found
     for notice in dict.fromkeys(notices):
@@ -63,6 +65,29 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"{name!r} is neither a YAML file, nor a shipped config, nor KEY=VALUE; {hint}")
 
 
+def check_shapes(part: DictConfig) -> None:
+    """Raises ConfigError where a value of one file or of the command line has another shape than the schema, which
+    OmegaConf would report without the key: a list in place of a section, or a number in place of a map."""
+    _check_shape(OmegaConf.to_container(part, resolve=False), Config, "")  # type: ignore[arg-type]
+
+
+def _check_shape(given: dict[str, Any], cls: type, prefix: str) -> None:
+    for f in dataclasses.fields(cls):
+        value = given.get(f.name)
+        if value is None or (isinstance(value, str) and value.startswith("${")):
+            continue
+        name, kind = f"{prefix}{f.name}", str(f.type)
+        if dataclasses.is_dataclass(f.type):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} is {value!r}; it must hold keys: {_names(f.type)}")
+            _check_shape(value, f.type, f"{name}.")  # type: ignore[arg-type]
+        elif kind.startswith("dict") and not isinstance(value, dict):
+            example = f", such as {name}.name={value}" if f.name in ("quantizer", "net") else ""
+            raise ConfigError(f"{name} is {value!r}; it must hold keys with values{example}")
+        elif kind.startswith("list") and isinstance(value, dict):
+            raise ConfigError(f"{name} is {value!r}; it must be a list, such as [a, b]")
+
+
 def _with_new_names(part: DictConfig) -> tuple[DictConfig, list[str]]:
     given, notices = with_new_names(OmegaConf.to_container(part, resolve=False))  # type: ignore[arg-type]
     return OmegaConf.create(given), notices
@@ -76,6 +101,7 @@ def _build(parts: list[DictConfig]) -> Config:
     _refuse_unknown(given, Config, prefix="")
     config = _typed(Config, given, "")
     _type_dicts(config)
+    _refuse_infinite(dataclasses.asdict(config), "")
     return config
 
 
@@ -135,9 +161,18 @@ def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:
 def _overrides(texts: list[str]) -> DictConfig:
     """Values stay text, so that a key 0002 does not become 2. The type of the field converts them later."""
     given = OmegaConf.create()
+    lists = {one.name for one in all_keys() if isinstance(one.default, list)}
     for text in texts:
         key, value = text.split("=", 1)
-        OmegaConf.update(given, key, _parsed(value, text), force_add=True)
+        if not all(key.split(".")):
+            raise ConfigError(f"{text!r} has an empty key; write KEY=VALUE, such as train.steps=1000")
+        parsed = _parsed(value, text)
+        if key in lists and isinstance(parsed, str) and not parsed.startswith("${"):
+            parsed = [parsed]  # a single value: decode.keys=a is decode.keys=[a]
+        try:
+            OmegaConf.update(given, key, parsed, force_add=True)
+        except (OmegaConfBaseException, TypeError) as error:
+            raise ConfigError(f"{text}: {_in_words(error)}") from error
     return given
 
 
@@ -193,9 +228,31 @@ def _typed(cls: type, given: dict[str, Any], prefix: str) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or getattr(error, "key", None) or ""
-        raise ConfigError(f"{prefix}{key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{prefix}{key}{_in_words(error)}") from error
     except (ValueError, TypeError) as error:  # from a __post_init__
         raise ConfigError(str(error)) from error
+
+
+KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+
+
+def _in_words(error: Exception) -> str:
+    """What OmegaConf reports, without the names of its classes. Follows the key."""
+    first = str(error).splitlines()[0]
+    value = re.match(r"Value (.*) of type '.*' could not be converted to (\w+)", first)
+    return f" is {value[1]}; it must be {KINDS.get(value[2], value[2])}" if value else f": {first}"
+
+
+def _refuse_infinite(value: Any, name: str) -> None:
+    """Raises ConfigError for nan and inf, at any depth: they pass most checks of a range."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_infinite(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_infinite(inner, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; it must be a finite number")
 
 
 def _type_dicts(config: Config) -> None:

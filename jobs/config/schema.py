@@ -144,9 +144,12 @@ class WorkersConfig:
         600.0, "seconds without progress after which a worker is killed and its shard restarted", POOLS
     )
 
+    wait_s: float = key(3600.0, "seconds to wait for a cluster with room for the first worker, before giving up")
+
     def __post_init__(self) -> None:
-        if self.stall_timeout_s <= 0:
-            raise ValueError(f"workers.stall_timeout_s is {self.stall_timeout_s}; it must be above 0 seconds")
+        for name in ("stall_timeout_s", "wait_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"workers.{name} is {getattr(self, name)}; it must be above 0 seconds")
         _check_minimum("workers", self, 0, "count", "cpus", "gpus")
 
 
@@ -240,6 +243,9 @@ class DecodeConfig:
     keys: list[str] = key([], "keys of the samples to decode; empty decodes the first rows")
     limit: int = key(16, "number of rows to decode when no keys are given")
     output: str = key("", "folder for the decoded images or audio files")
+
+    def __post_init__(self) -> None:
+        _check_minimum("decode", self, 1, "limit")
 
 
 @dataclass

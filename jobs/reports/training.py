@@ -15,17 +15,21 @@ from jobs.reports.plots import curves_png, sheet_png
 from pipeline import storage
 
 WRITE_EVERY_S = 60.0
+SKIPPED, SHOWN = "skipped.jsonl", 20
 
 
 class TrainReport:
-    """train.jsonl, train.png, train.html and tensorboard/. Each file is written whole each time.
+    """train.jsonl, train.png, train.html, tensorboard/, and skipped.jsonl if samples were skipped. Each file is written
+    whole each time.
 
     history: rows of the log from step 1 on; `log` appends to it. step: the checkpoint that training resumes from.
+    skipped: shard, index, key and reason of samples that could not be decoded.
     """
 
     def __init__(self, run: str, history: list[dict[str, Any]], step: int):
         self.run, self.history = run, history
         self.examples: list[Example] = []
+        self.skipped: list[dict[str, Any]] = []
         self.examples_step = 0
         self._folder = tempfile.TemporaryDirectory()  # event files grow; objects in storage cannot
         self._events = SummaryWriter(self._folder.name, purge_step=step + 1)  # a killed run may have logged later steps
@@ -47,6 +51,8 @@ class TrainReport:
         return time.monotonic() - self._written > WRITE_EVERY_S
 
     def write(self) -> None:
+        if self.skipped:
+            self._replace(SKIPPED, "".join(json.dumps(one) + "\n" for one in self.skipped).encode())
         if not self.history:
             return  # a run that stops in its first steps has no curves
         log = "".join(json.dumps(row) + "\n" for row in self.history)
@@ -67,6 +73,10 @@ class TrainReport:
     def _page(self, curves: bytes) -> bytes:
         shown = [f"<h2>Originals and reconstructions at step {self.examples_step}</h2>"] if self.examples else []
         shown += map(side_by_side, self.examples)
+        if self.skipped:
+            shown.append(f"<h2>Skipped samples: {len(self.skipped)}</h2>")
+            shown.append(f"<p>All are listed in {SKIPPED}. The first {min(SHOWN, len(self.skipped))}:</p>")
+            shown.append(table({f"{one['shard']} {one['key']}": one["reason"] for one in self.skipped[:SHOWN]}))
         return page(f"Training of {self.run}", [table(self.history[-1]), picture(curves), *shown])
 
     def _replace(self, name: str, data: bytes) -> None:

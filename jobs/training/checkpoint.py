@@ -50,18 +50,21 @@ def load_checkpoint(state: TrainState) -> bool:
     own = ranks.get(_rank_file(state))
     if own is None:  # the number of ranks has changed: every rank draws fresh noise, which no rank had before
         state.seed_noise()
-        state.data.num_skipped = sum(rank["num_bad"] for rank in ranks.values()) if state.rank == 0 else 0
+        mine = list(ranks.values()) if state.rank == 0 else []
     else:
-        state.data.num_skipped = own["num_bad"]
+        mine = [own]
         torch.set_rng_state(own["rng"])
         if state.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"])
+    state.data.num_skipped = sum(rank["num_bad"] for rank in mine)
+    state.data.skipped = [sample for rank in mine for sample in rank.get("skipped", [])]  # older ones have none
     return True
 
 
 def _rank_state(state: TrainState) -> dict[str, Any]:
     positions = {lane: list(astuple(at)) for lane, at in state.data.positions.items()}
-    own: dict[str, Any] = {"positions": positions, "num_bad": state.data.num_skipped, "rng": torch.get_rng_state()}
+    own: dict[str, Any] = {"positions": positions, "rng": torch.get_rng_state()}
+    own |= {"num_bad": state.data.num_skipped, "skipped": state.data.skipped}
     if state.device.type == "cuda":
         own["cuda_rng"] = torch.cuda.get_rng_state()
     return own

@@ -1,5 +1,6 @@
 """Batches for one training rank, decoded in background threads, with the position in the corpus after each batch."""
 
+import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,17 +14,27 @@ from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard
 from pipeline.corpus.streams import Lanes, LaneSample, Position, is_storage_failure, training_samples
 from pipeline.errors import ShardError
+from pipeline.tokens import Quarantined
 from tokenizer.modalities.base import Modality
+
+GIVE_UP_AFTER = 1000  # samples, if none of them can be decoded
+LISTED = 1000  # skipped samples that a rank remembers, to name them in the report
+SampleRecord = dict[str, str | int]  # shard, index, key; for a skipped sample also its reason
+
+
+class NoGoodSample(ValueError):
+    """No sample of the corpus can be decoded."""
 
 
 @dataclass
 class TrainBatch:
-    """x: the model's input. samples: shard, index and key of each. positions: of the lanes, after this batch."""
+    """x: the model's input. positions: of the lanes, after this batch. skipped: samples that could not be decoded, each
+    only in the first pass over the corpus."""
 
     x: Tensor
-    samples: list[dict[str, str | int]]
+    samples: list[SampleRecord]
     positions: dict[int, Position]
-    num_skipped: int  # samples that could not be decoded
+    skipped: list[SampleRecord]
 
 
 @dataclass
@@ -38,7 +49,8 @@ class TrainingData:
     world_size: int
     on_bad_shard: Callable[[ShardError], None]
     positions: dict[int, Position] = field(default_factory=dict)  # after the last batch that was trained on
-    num_skipped: int = 0
+    num_skipped: int = 0  # different samples, in all
+    skipped: list[SampleRecord] = field(default_factory=list)  # the first of them
 
     def __post_init__(self) -> None:
         self.lanes = Lanes.for_ranks(self.world_size, len(self.shards), self.options.shuffle_buffer, self.options.seed)
@@ -56,7 +68,8 @@ class TrainingData:
     def trained_on(self, batch: TrainBatch) -> None:
         """Moves the positions past this batch, so that the next checkpoint does not repeat it."""
         self.positions.update(batch.positions)
-        self.num_skipped += batch.num_skipped
+        self.num_skipped += len(batch.skipped)
+        self.skipped += batch.skipped[: LISTED - len(self.skipped)]
 
     def _make_batches(self, pinned: bool) -> Iterator[TrainBatch]:
         place = {"rank": self.rank, "world_size": self.world_size}
@@ -64,27 +77,64 @@ class TrainingData:
             self.shards, self.lanes, **place, positions=dict(self.positions), on_bad_shard=self.on_bad_shard
         )
         arrays: list[np.ndarray] = []
-        batch = TrainBatch(Tensor(), [], {}, 0)
-        for array, drawn in map_in_threads(self._segment, stream, self.options.decode_threads):
+        batch = TrainBatch(Tensor(), [], {}, [])
+        bad = _BadSamples(len(range(self.rank, self.lanes.count, self.world_size)))
+        for outcome, drawn in map_in_threads(self._crop, stream, self.options.decode_threads):
             batch.positions[drawn.lane] = drawn.after
-            if array is None:
-                batch.num_skipped += 1
+            about: SampleRecord = {"shard": drawn.shard, "index": drawn.sample.index, "key": drawn.sample.key}
+            if isinstance(outcome, Quarantined):
+                if drawn.before.epoch == 0:  # later passes meet the same ones again
+                    batch.skipped.append({**about, "reason": outcome.message})
+                bad.add(outcome.message, drawn)
                 continue
-            arrays.append(array)
-            batch.samples.append({"shard": drawn.shard, "index": drawn.sample.index, "key": drawn.sample.key})
+            bad.clear()
+            arrays.append(outcome)
+            batch.samples.append(about)
             if len(arrays) == self.options.batch_size:
                 batch.x = self.modality.batch(arrays, self.factor).x
                 batch.x = batch.x.pin_memory() if pinned else batch.x
                 yield batch
-                arrays, batch = [], TrainBatch(Tensor(), [], {}, 0)
+                arrays, batch = [], TrainBatch(Tensor(), [], {}, [])
 
-    def _segment(self, drawn: LaneSample) -> tuple[np.ndarray | None, LaneSample]:
-        """A random segment of the sample, the same in every run; None if the sample cannot be decoded."""
+    def _crop(self, drawn: LaneSample) -> tuple[np.ndarray | Quarantined, LaneSample]:
+        """A random crop of the sample, the same in every run, or why the sample cannot be decoded."""
         decoded = decode_sample(drawn.sample, self.modality)
         if not isinstance(decoded, DecodedSample):
-            return None, drawn
+            return decoded, drawn
         rng = np.random.default_rng([self.options.seed, drawn.before.epoch, drawn.lane, drawn.before.sample])
         return self.modality.segment(decoded.decoded.array, self.options.crop_size, rng), drawn
+
+
+class _BadSamples:
+    """The bad samples of a rank since its last good one."""
+
+    def __init__(self, num_lanes: int):
+        self.num_lanes, self.any_good = num_lanes, False
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.first: dict[int, Position] = {}  # by lane: the position of the first of them
+        self.passed: set[int] = set()  # lanes whose samples have all been read since then
+
+    def add(self, reason: str, drawn: LaneSample) -> None:
+        """Raises NoGoodSample after a pass over the corpus without a good sample, or after GIVE_UP_AFTER samples if
+        there was none before."""
+        self.reasons[reason] += 1
+        first = self.first.setdefault(drawn.lane, drawn.before)
+        if drawn.before.epoch > first.epoch + (first.sample > 0):
+            self.passed.add(drawn.lane)
+        if len(self.passed) < self.num_lanes and (self.any_good or self.reasons.total() < GIVE_UP_AFTER):
+            return
+        commonest = "; ".join(f"{count} {reason}" for reason, count in self.reasons.most_common(3))
+        raise NoGoodSample(
+            f"none of the last {self.reasons.total()} samples can be decoded ({commonest}); check data.shards, "
+            "model.modality and data.preprocess"
+        )
+
+    def clear(self) -> None:
+        self.any_good = True
+        if self.first:
+            self.reasons.clear()
+            self.first.clear()
+            self.passed.clear()
 
 
 def fixed_samples(shards: list[Shard], modality: Modality, segment: int, count: int) -> list[tuple[str, np.ndarray]]:

@@ -7,20 +7,21 @@ from typing import Any
 
 import ray.train
 import torch
-import torch.distributed
 
 from jobs.stopwatch import Stopwatch
 from jobs.training.checkpoint import load_checkpoint, save_checkpoint
-from jobs.training.data import TrainBatch
+from jobs.training.data import NoGoodSample, TrainBatch
 from jobs.training.monitor import Monitor, stopped_at
 from jobs.training.state import TrainState
 from pipeline import storage
-from pipeline.errors import StorageError
+from pipeline.errors import ShardError, StorageError
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Entry point of a rank: resumes, then trains. settings: those of TrainState."""
     state = TrainState(**settings)
+    if state.rank == 0:
+        state.send({"started": state.world_size})
     if load_checkpoint(state) and state.rank == 0:
         state.send({"message": f"resuming from the checkpoint of step {state.step}"})
     TrainLoop(state).train()
@@ -51,7 +52,7 @@ class TrainLoop:
             if state.any_rank(batch is None or (self.monitor is not None and self.monitor.should_stop())):
                 self._save()
                 reason = self.monitor.reason if self.monitor else ""
-                return self._stop(reason or stopped_at(state.step, "because storage gave no more samples"))
+                return self._stop(reason or stopped_at(state.step, "because there are no more samples"))
             assert batch is not None
             try:
                 result = state.trainer.update(batch.x, state.step)
@@ -69,10 +70,10 @@ class TrainLoop:
         self._finish()
 
     def _next(self, batches: Iterator[TrainBatch]) -> TrainBatch | None:
-        """The next batch; None if storage fails."""
+        """The next batch; None if storage fails, or no sample can be decoded."""
         try:
             return next(batches)
-        except StorageError as error:
+        except (StorageError, ShardError, NoGoodSample) as error:
             self.state.send({"message": str(error)})
             return None
 
@@ -91,7 +92,12 @@ class TrainLoop:
         return self.node_is_leaving
 
     def _save(self) -> None:
-        save_checkpoint(self.state)
+        """Every rank must call it. Before the first step there is nothing to save."""
+        if self.state.step:
+            save_checkpoint(self.state)
+        skipped = self.state.gather(self.state.data.skipped)
+        if self.monitor is not None:
+            self.monitor.report.skipped = [sample for rank in skipped for sample in rank]
         self.lap("checkpoint")
 
     def _stop(self, reason: str) -> None:
@@ -102,10 +108,7 @@ class TrainLoop:
     def _save_samples(self, batch: TrainBatch, error: FloatingPointError) -> str:
         """Writes the samples of all ranks' batches to a file, and returns its URL. Every rank must call it."""
         state = self.state
-        samples: list[Any] = [batch.samples]
-        if state.cpu_group is not None:
-            samples = [None] * state.world_size
-            torch.distributed.all_gather_object(samples, batch.samples, group=state.cpu_group)
+        samples = state.gather(batch.samples)
         url = state.report_url(f"nan-step-{state.step + 1}.json")
         if state.rank == 0:
             content = {"step": state.step + 1, "error": str(error), "samples_by_rank": samples}
@@ -113,8 +116,10 @@ class TrainLoop:
         return url
 
     def _finish(self) -> None:
-        """Rank 0 writes the reports, and then the model: a run with a model is finished."""
+        """Saves the last checkpoint, from which more steps can be made. Then rank 0 writes the reports, and last the
+        model: a run with a model is finished."""
         state = self.state
+        self._save()
         if self.monitor is None:
             return
         self.monitor.report.close()

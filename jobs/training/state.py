@@ -70,8 +70,16 @@ class TrainState:
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=self.cpu_group)
         return bool(flags)
 
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each rank, in their order. Every rank must call it."""
+        if self.cpu_group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
     def send(self, message: Message) -> None:
-        """To the driver: {"row": numbers of a step}, {"message": text} or {"stopped": reason}."""
+        """To the driver: {"started": ranks}, {"row": numbers of a step}, {"message": text} or {"stopped": reason}."""
         ray.get(self.channel.send.remote(message))
 
     def report_url(self, name: str) -> str:

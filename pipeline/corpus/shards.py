@@ -92,7 +92,8 @@ def _expand(pattern: str) -> list[Shard]:
 
 
 def _is_glob(url: str) -> bool:
-    return any(wild in url for wild in "*?[")
+    wildcards = "*[" if url.lower().startswith(("http://", "https://")) else "*?["  # there, ? begins the query
+    return any(wild in url for wild in wildcards)
 
 
 def _look_up(urls: list[str]) -> list[Shard]:

@@ -14,8 +14,9 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.errors import StorageError, UnknownStorage
 from pipeline.storage import s3
-from pipeline.storage.retries import with_retries
+from pipeline.storage.retries import http_status, with_retries
 
 R = TypeVar("R")
 Options = dict[str, dict[str, Any]]  # protocol -> arguments of its fsspec file system
@@ -46,13 +47,12 @@ def configure(options: Options, create_only: str = SERVER) -> None:
 
 
 def normalise(url: str) -> str:
-    """One spelling per location: local paths become absolute, without file://; trailing slashes are removed."""
-    url = str(url)
-    if url.startswith("file://"):
-        url = url.removeprefix("file://")
-    if "://" not in url:
-        url = os.path.abspath(os.path.expanduser(url))
-    return url.rstrip("/")
+    """One spelling per location: lower-case protocols; local paths become absolute, without file://; trailing slashes
+    are removed."""
+    protocol, separator, rest = str(url).partition("://")
+    if separator and protocol.lower() != "file":
+        return f"{protocol.lower()}://{rest}".rstrip("/")
+    return os.path.abspath(os.path.expanduser(rest if separator else str(url)))
 
 
 def join(url: str, *parts: str) -> str:
@@ -73,10 +73,27 @@ def locate_once(url: str, tries: int = 1) -> tuple[Any, str]:
     options: dict[str, Any] = {"use_listings_cache": False}
     if s3.is_s3(url):
         options["config_kwargs"] = s3.client_settings(options_of("s3"), tries)
-    fs, path = fsspec.core.url_to_fs(normalise(url), **options)
+    try:
+        fs, path = fsspec.core.url_to_fs(normalise(url), **options)
+    except OSError:
+        raise
+    except Exception as error:  # each file system raises its own
+        raise _unknown_storage(url, error) from error
     if s3.is_s3(url):
         fs.retries = tries
     return fs, path
+
+
+def _unknown_storage(url: str, error: Exception) -> UnknownStorage:
+    protocol = url.partition("://")[0].lower()
+    if isinstance(error, ImportError):
+        return UnknownStorage(f"{url}: {protocol}:// needs another package. {error}")
+    if protocol not in fsspec.available_protocols():
+        return UnknownStorage(
+            f"{url}: unknown protocol {protocol!r}; use a local path, s3://, gs://, az:// or http(s)://"
+        )
+    given = ", ".join(options_of(protocol)) or "none"
+    return UnknownStorage(f"{url}: {error}; check the URL and storage.options.{protocol} (keys given: {given})")
 
 
 def is_local(fs: AbstractFileSystem) -> bool:
@@ -97,6 +114,15 @@ def request(what: str, url: str, call: Callable[[], R], cancelled: threading.Eve
     try:
         return with_retries(call, url, cancelled)
     except Exception as error:
+        if isinstance(error, TypeError) and options_of(
+            url.partition("://")[0]
+        ):  # clients pass options on when first used
+            raise _unknown_storage(url, error) from error
         if s3.is_s3(url) and (refused := s3.permission_error(error, what, url, options_of("s3"))) is not None:
             raise refused from error
+        status = None if s3.is_s3(url) else http_status(error)
+        if status in (401, 403):
+            raise PermissionError(f"the server refused to {what} {url} (status {status}); check the URL") from error
+        if status is not None and not isinstance(error, OSError):  # the clients of other protocols raise their own
+            raise StorageError(f"{url}: cannot {what} it: {type(error).__name__}: {error}") from error
         raise

@@ -159,4 +159,6 @@ def _version(fs: AbstractFileSystem, info: dict[str, Any]) -> str | None:
 
 
 def _as_url(fs: AbstractFileSystem, path: str, like: str) -> str:
-    return path if is_local(fs) else f"{like.split('://')[0]}://{path.lstrip('/')}"
+    if is_local(fs) or "://" in path:  # http file systems keep whole URLs
+        return path
+    return f"{like.split('://')[0]}://{path.lstrip('/')}"

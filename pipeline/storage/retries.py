@@ -27,7 +27,14 @@ TRANSIENT_NAMES = {
     "botocore.exceptions.CredentialRetrievalError",
     "botocore.exceptions.HTTPClientError",  # closed, timed out
     "botocore.parsers.ResponseParserError",  # overloaded proxies respond with HTML
+    "azure.core.exceptions.ServiceRequestError",  # no connection
+    "azure.core.exceptions.ServiceResponseError",  # a connection that broke
+    "google.auth.exceptions.TransportError",
     "http.client.HTTPException",
+    "httpx.TransportError",  # of the Hugging Face hub
+    "httpx2.TransportError",
+    "requests.exceptions.ConnectionError",
+    "requests.exceptions.Timeout",
     "urllib3.exceptions.HTTPError",
 }
 TRANSIENT_ERRNOS = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ESTALE}
@@ -58,7 +65,10 @@ def with_retries(call: Callable[[], R], url: str, cancelled: threading.Event | N
                     f"{url}: {_describe(error)}, after {tries}; check the endpoint and the network"
                 ) from error
             if pause >= LOG_FROM_S:
-                logging.getLogger(__name__).warning("%s: %s; retrying in %.0f s", url, _describe(error), pause)
+                left = RETRY_FOR_S - waited
+                logging.getLogger(__name__).warning(
+                    "%s: %s; retrying in %.0f s, for at most %.0f s more", url, _describe(error), pause, left
+                )
             cancelled.wait(pause)
     raise AssertionError("unreachable")
 
@@ -70,6 +80,8 @@ def is_transient(error: BaseException) -> bool:
         return False
     if (status := http_status(error)) is not None:
         return status in TRANSIENT_STATUSES or bool(TRANSIENT_CODES & {_code(cause) for cause in causes})
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # fsspec's HTTP client, for any error
+        return is_transient(error.__cause__)
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
     return (
         isinstance(error, TRANSIENT)
@@ -79,10 +91,16 @@ def is_transient(error: BaseException) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The status of the server's response, if there was one."""
+    """The status of the server's response, if there was one. Each client keeps it in another place."""
     for cause in _causes(error):
-        if isinstance(response := getattr(cause, "response", None), dict):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        # azure and requests: status_code; aiohttp: status; gcsfs: code, sometimes as text
+        for holder, name in ((response, "status_code"), (cause, "status_code"), (cause, "status"), (cause, "code")):
+            value = getattr(holder, name, None)
+            if isinstance(value, int | str) and str(value).isdecimal() and 100 <= int(value) < 600:
+                return int(value)
     return None
 
 

@@ -152,7 +152,7 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
     told = capsys.readouterr().out
     assert f"resuming from the checkpoint of step {before}\n" in told
     assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in told
-    assert f"stopped: at step {step}, because storage gave no more samples; rerun the same command" in told
+    assert f"stopped: at step {step}, because there are no more samples; rerun the same command" in told
     away.replace(struck)
 
     killed: list[str] = []

@@ -38,6 +38,20 @@ def server_error(status: int, code: str) -> OSError:
     return error
 
 
+def with_attributes(**attributes: object) -> Exception:
+    """As gcsfs (code), adlfs (status_code) and aiohttp (status) raise the server's answer."""
+    error = Exception("refused")
+    error.__dict__.update(attributes)
+    return error
+
+
+def not_found_because_of(cause: Exception) -> FileNotFoundError:
+    """As fsspec's HTTP client raises every error."""
+    error = FileNotFoundError("http://x/y.tar")
+    error.__cause__ = cause
+    return error
+
+
 TRANSIENT = [
     ConnectionResetError("reset"),
     TimeoutError("slow"),
@@ -47,6 +61,12 @@ TRANSIENT = [
     server_error(500, "InternalError"),
     server_error(409, "ConditionalRequestConflict"),
     server_error(400, "RequestTimeout"),
+    with_attributes(code=503),
+    with_attributes(code="429"),
+    with_attributes(status_code=500),
+    with_attributes(status=502),
+    not_found_because_of(aiohttp.ClientConnectionError("refused")),
+    not_found_because_of(with_attributes(status=503)),
 ]
 PERMANENT = [
     FileNotFoundError("gone"),
@@ -55,6 +75,11 @@ PERMANENT = [
     server_error(412, "PreconditionFailed"),
     server_error(400, "InvalidArgument"),
     server_error(501, "NotImplemented"),
+    with_attributes(code=404),
+    with_attributes(status_code=403),
+    with_attributes(code="KeyTooLong"),
+    not_found_because_of(with_attributes(status=404)),
+    not_found_because_of(ValueError("not a URL")),
 ]
 
 

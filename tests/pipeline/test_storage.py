@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from pipeline import storage
-from pipeline.errors import ReplacedObject
+from pipeline.errors import ReplacedObject, UnknownStorage
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -141,7 +142,7 @@ def test_all_spellings_of_a_path_are_normalised_to_one(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     spellings = ["data/x", "./data/x", "data/../data/x/", f"file://{tmp_path}/data/x", f"{tmp_path}/data/x"]
     assert {storage.normalise(url) for url in spellings} == {f"{tmp_path}/data/x"}
-    assert storage.normalise("s3://bucket/x/") == "s3://bucket/x"
+    assert storage.normalise("s3://bucket/x/") == storage.normalise("S3://bucket/x") == "s3://bucket/x"
 
 
 def test_a_folder_is_uploaded_and_downloaded(root: str, tmp_path: Path):
@@ -224,3 +225,26 @@ def test_the_checked_mode_keeps_an_existing_object(monkeypatch: pytest.MonkeyPat
     with pytest.raises(FileExistsError, match="x already exists"):
         storage.write_once(url, b"second")
     assert storage.read(url) == b"first"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("foo://bucket/a", "unknown protocol 'foo'; use a local path, s3://"),
+        ("gs://bucket/a", "gs:// needs another package. Please install gcsfs"),
+        ("zip://a.txt::no.zip", r"not a zip file; check the URL and storage.options.zip \(keys given: none\)"),
+    ],
+)
+def test_a_url_that_cannot_be_opened_names_the_cause(
+    url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("no.zip").write_bytes(b"text")
+    with pytest.raises(UnknownStorage, match=message):
+        storage.read(url)
+
+
+def test_an_option_that_the_client_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"colour": "red"})
+    with pytest.raises(UnknownStorage, match=r"colour.*storage.options.s3 \(keys given: colour\)"):
+        storage.read("s3://bucket/a")

@@ -215,8 +215,16 @@ class VPVAE(CodebookQuantizer):
     # -- after training: k-means makes the codebook ---------------------------------------------------------------
 
     def _fit(self, latents: Latents, codebook_size: int | None, seed: int) -> list[float]:
-        """k-means over the latents, with any codebook_size. Errors are weighted by `balance`."""
+        """k-means over the latents, with any codebook_size. Errors are weighted by `balance`.
+
+        Raises ValueError for fewer latents than codes.
+        """
         self.codebook_size = codebook_size or self.codebook_size
+        if 0 < len(latents) < self.codebook_size:  # without latents k-means raises the error
+            raise ValueError(
+                f"a codebook of {self.codebook_size} codes needs as many latents, but there are {len(latents)}; "
+                "lower codebook.size, raise codebook.max_latents, or give more shards"
+            )
         start = self.table if 0 < len(self.table) <= self.codebook_size else None
         if self.config.balance and len(latents):  # without latents k-means raises the error
             count = 16 * self.dim * self.codebook_size
