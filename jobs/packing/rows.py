@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from jobs.config import ConfigError
 from pipeline import storage
+from pipeline.errors import ReplacedObject, StorageError
 
 Row = dict[str, Any]  # by column
 ROWS_AT_ONCE = 64
@@ -36,12 +37,14 @@ def _parquet_rows(url: str) -> Iterator[Any]:
     """First the columns, then the rows."""
     try:
         with storage.open_stream(url) as stream:
-            file = pq.ParquetFile(stream)
+            file = pq.ParquetFile(stream, page_checksum_verification=True)
             yield file.schema_arrow.names
             for batch in file.iter_batches(ROWS_AT_ONCE):
                 yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise ConfigError(f"{url} cannot be read as Parquet: {error}") from error
+    except (StorageError, ReplacedObject, PermissionError):
+        raise
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow raises OSError for damaged pages
+        raise ConfigError(f"{url} cannot be read as Parquet: {' '.join(str(error).split())}") from error
 
 
 def _csv_rows(url: str) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Packing in tests, and the shards that come of it."""
+"""Runs `pack` in tests and reads the shards that it wrote."""
 
 from pathlib import Path
 

@@ -168,7 +168,9 @@ def test_a_folder_of_tables_says_how_to_pack_them(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere/*.parquet", "notes.doc"])
-def test_a_source_that_is_none_is_refused(tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]):
+def test_a_source_that_is_neither_a_folder_nor_a_table_is_refused(
+    tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "notes.doc").write_text("?")
     assert pack(tmp_path / source, tmp_path / "out") == 2
     assert source in logged(capsys)

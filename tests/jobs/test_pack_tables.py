@@ -2,6 +2,7 @@
 
 import base64
 import io
+import random
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import pytest
 import soundfile
 
 from jobs.__main__ import main
+from jobs.config import ConfigError
+from jobs.packing.media import Media
+from jobs.packing.table import table_samples
+from jobs.packing.tally import Tally
 from pipeline import storage
 from pipeline.corpus.samples import read_samples
 from tests.faults.proxy import start_proxy
@@ -168,8 +173,26 @@ def test_a_table_without_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "holds no samples" in logged(capsys)
 
 
-def test_a_broken_parquet_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "t.parquet").write_bytes(parquet(tmp_path, table(), "whole").read_bytes()[:-40])
+def test_damaged_parquet_files_are_named(tmp_path: Path):
+    """Three bytes of each file are changed: anywhere, or near its end, which describes the rest."""
+    pq.write_table(table(txt=KEYS), tmp_path / "whole.parquet", write_page_checksum=True)
+    whole, rng = (tmp_path / "whole.parquet").read_bytes(), random.Random(0)
+    messages = []
+    for i in range(200):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[rng.randrange(len(data) - 1500 if i % 2 else 0, len(data))] ^= rng.randrange(1, 256)
+        (tmp_path / "t.parquet").write_bytes(data)
+        try:
+            list(table_samples([f"{tmp_path}/t.parquet"], Media("image", ("jpg",)), Tally()))
+        except ConfigError as error:
+            messages.append(str(error))
+    assert len(messages) > 100  # some bytes describe nothing that is needed
+    assert all("t.parquet" in message and "\n" not in message for message in messages)
+
+
+def test_a_file_that_is_not_parquet_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "t.parquet").write_bytes(PICTURE)
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
     assert "t.parquet cannot be read as Parquet" in logged(capsys)
 
@@ -236,7 +259,7 @@ def test_csv_files_as_spreadsheets_and_pandas_write_them(tmp_path: Path, capsys:
     assert "skipped columns without a name" in capsys.readouterr().out
 
 
-def test_base64_that_is_none_is_named_with_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_text_that_is_not_base64_is_named_with_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert pack(csv(tmp_path, "key,jpg\na,no base64!\n"), tmp_path / "out") == 2
     assert "key 'a': 'no base64!' is neither base64 nor the path" in logged(capsys)
 
