@@ -75,7 +75,7 @@ def medium_in(cell: Any, media: Media, folder: str) -> tuple[str, Content] | Non
         return None
     if isinstance(cell, bytes):
         return media.recognise(cell), cell
-    if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
+    if isinstance(cell, dict) and cell.get("bytes") and isinstance(cell["bytes"], bytes):
         return media.recognise(cell["bytes"]) or media.extension(cell.get("path") or ""), cell["bytes"]
     if isinstance(cell, dict) and set(cell) == {"bytes", "path"}:
         return medium_in(cell["path"], media, folder)

@@ -37,7 +37,7 @@ class Written:
 def shard_pattern(text: str) -> str:
     """A pattern for the % operator with a number. Without a number in the name, one is added to it."""
     if "%" not in text:
-        return f"{text.removesuffix('.tar')}-%06d.tar"
+        return f"{text}%06d.tar" if text.endswith("/") else f"{text.removesuffix('.tar')}-%06d.tar"
     if len(NUMBER.findall(text)) != 1 or text.count("%") != 1:
         raise ConfigError(f"pack.shards is {text!r}; it must contain one number such as %06d, and no other %")
     return text

@@ -225,10 +225,12 @@ def test_a_shard_of_a_larger_corpus_is_not_left_beside_the_new_ones(
     assert "s-003.tar is not part of them" in logged(capsys)
 
 
-@pytest.mark.parametrize("name", ["photos", "photos.tar"])
-def test_a_name_without_a_number_gets_one(folder: Path, tmp_path: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "first"), [("photos", "photos-000000.tar"), ("photos.tar", "photos-000000.tar"), ("", "000000.tar")]
+)
+def test_a_name_without_a_number_gets_one(folder: Path, tmp_path: Path, name: str, first: str):
     assert pack(folder, tmp_path, f"pack.shards={tmp_path}/out/{name}") == 0
-    assert min(file.name for file in (tmp_path / "out").iterdir()) == "photos-000000.tar"
+    assert min(file.name for file in (tmp_path / "out").iterdir()) == first
 
 
 @pytest.mark.parametrize("name", ["100%/s", "s-%s.tar", "s-%d-%d.tar", "s%%.tar"])

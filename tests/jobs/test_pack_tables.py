@@ -71,8 +71,8 @@ def test_several_processes_write_the_same_shards(tmp_path: Path):
 
 def test_pictures_as_hugging_face_stores_them(tmp_path: Path):
     """{bytes, path}: the path may be empty, and the column has no name of a format."""
-    pictures = [{"bytes": PICTURE, "path": "x.jpeg"}, {"bytes": PICTURE, "path": None}]
-    assert pack(parquet(tmp_path, {"image": pictures, "label": [3, 4]}), tmp_path / "out") == 0
+    pictures = [{"bytes": PICTURE, "path": "x.jpeg"}, {"bytes": PICTURE, "path": None}, {"bytes": b"", "path": None}]
+    assert pack(parquet(tmp_path, {"image": pictures, "label": [3, 4, 5]}), tmp_path / "out") == 0
     assert packed(tmp_path / "out") == {
         "000000000": {"jpg": PICTURE, "label": b"3"},
         "000000001": {"jpg": PICTURE, "label": b"4"},
