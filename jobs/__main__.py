@@ -86,8 +86,8 @@ def _run(command: str, arguments: list[str]) -> int:
     from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnknownStorage, UnsafeStorage
     from tokenizer.errors import CodebookMissing, TokenizerMismatch
 
-    mistakes: tuple[type[Exception], ...] = (ConfigError, NoShards, OutputMismatch, BrokenOutput)
-    mistakes += (UnknownStorage, UnsafeStorage, TokenizerMismatch, CodebookMissing)
+    broken = (NoShards, OutputMismatch, BrokenOutput, UnknownStorage, UnsafeStorage)
+    mistakes = (ConfigError, *broken, TokenizerMismatch, CodebookMissing, PermissionError)
     try:
         with _raising_at_sigterm():
             config = load_config([_as_setting(argument) for argument in arguments if argument != "--print"])
@@ -98,7 +98,7 @@ def _run(command: str, arguments: list[str]) -> int:
             job = importlib.import_module(COMMANDS[command][0])
             storage.configure(config.storage.options, config.storage.create_only)
             return _finish(command, job.run(config))
-    except (*mistakes, PermissionError) as error:
+    except mistakes as error:
         return _finish(command, 2, str(error))
     except StorageError as error:  # committed shards stay; the same command continues from them
         return _finish(command, 3, str(error))

@@ -144,7 +144,8 @@ def map_shards(
     )
     results.set_name(job)
     over, no_room = threading.Event(), threading.Event()
-    threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over, no_room), daemon=True).start()
+    watcher = threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over, no_room), daemon=True)
+    watcher.start()
     try:
         # no prefetch: it would hold a result back until the next one arrives
         for batch in results.iter_batches(prefetch_batches=0, batch_size=None, batch_format="numpy"):
@@ -155,6 +156,7 @@ def map_shards(
         raise
     finally:
         over.set()
+        watcher.join(timeout=1)  # Ray prints a line about each call that is pending when its actor is killed
         ray.kill(ledger)
 
 

@@ -233,13 +233,13 @@ def _typed(cls: type, given: dict[str, Any], prefix: str) -> Any:
         raise ConfigError(str(error)) from error
 
 
-KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
 
 def _in_words(error: Exception) -> str:
     """What OmegaConf reports, without the names of its classes. Follows the key."""
     first = str(error).splitlines()[0]
-    value = re.match(r"Value (.*) of type '.*' could not be converted to (\w+)", first)
+    value = re.match(r"Value (.*) (?:of type '.*' could not be converted to|is not a valid) (\w+)", first)
     return f" is {value[1]}; it must be {KINDS.get(value[2], value[2])}" if value else f": {first}"
 
 

@@ -85,7 +85,7 @@ class Lab:
     def trial(self, name: str, *changes: str, on_s3: bool = False) -> "Trial":
         """changes: KEY=VALUE, in addition to the settings of all trials."""
         number = f"{name}-{next(self._count):03d}"
-        place = self.server.url if on_s3 else str(self.folder)
+        place = f"{self.server.url}/{self.folder.name}" if on_s3 else str(self.folder)
         arguments = [
             f"tokenizer={place}/tokenizer",
             f"data.shards={place}/corpus/photos-*.tar",
@@ -155,7 +155,7 @@ def open_lab(folder: Path, server: S3Server) -> Iterator[Lab]:
     tokenizer = save_tiny_tokenizer(folder / "tokenizer")
     corpus = write_corpus(folder / "corpus")
     for place in (folder / "tokenizer", folder / "corpus"):
-        storage.upload(place, f"{server.url}/{place.name}")
+        storage.upload(place, f"{server.url}/{folder.name}/{place.name}")  # a name of this lab's own
     expected = undisturbed(corpus, tokenizer, folder / "undisturbed")
     with start_proxy(server.port) as proxy, start_cluster(server.environment(endpoint=proxy.endpoint)) as cluster:
         yield Lab(folder, server, proxy, cluster, tokenizer, corpus, expected)

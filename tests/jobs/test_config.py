@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,7 +235,9 @@ def test_a_method_file_may_have_old_names(write):
 
 @pytest.fixture
 def old_run(tmp_path: Path) -> str:
-    """The config.yaml of a run that has old names."""
+    """A run with a checkpoint, whose config.yaml has old names."""
+    (tmp_path / "checkpoints/checkpoint_0").mkdir(parents=True)
+    (tmp_path / "checkpoints/checkpoint_0/lanes.json").write_text("{}")
     (tmp_path / "config.yaml").write_bytes((SAMPLES.parent / "tests/golden/run/config.yaml").read_bytes())
     return str(tmp_path)
 
@@ -392,6 +395,35 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pack pack.shards=R", "pack.source is not set"),
         ("pack pack.source=/nope pack.shards=R", "/nope does not exist; a folder must be on this machine"),
         ("pack pack.source=/nope.parquet pack.shards=R", "/nope.parquet does not exist"),
+        # shapes of values
+        ("train run=R data.shards=S train=[1]", "train is ['1']; it must hold keys: steps, batch_size"),
+        ("train run=R data.shards=S quantizer=fsp", "quantizer is 'fsp'; it must hold keys with values, such as quant"),
+        ("train run=R data.shards=S quantizer=[1]", "quantizer is ['1']; it must hold keys with values"),
+        ("train run=R data.shards=S train.loss_weights=[1]", "train.loss_weights is ['1']; it must hold keys"),
+        ("train run=R data.shards=S metrics=[1]", "metrics is ['1']; it must hold keys with values"),
+        ('train run=R data.shards=S train.betas={"a":1}', "train.betas is {'a': '1'}; it must be a list"),
+        ("train run=R data.shards=S train.steps=1e3", "train.steps is '1e3'; it must be a whole number"),
+        ("train run=R data.shards=S train.compile=maybe", "train.compile is 'maybe'; it must be true or false"),
+        ("train run=R data.shards=S train.lr=nan", "train.lr is nan; it must be a finite number"),
+        ("train run=R data.shards=S workers.gpus=inf", "workers.gpus is inf; it must be a finite number"),
+        ("train run=R data.shards=S train.betas=[0.9,nan]", "train.betas is nan; it must be a finite number"),
+        ("train run=R data.shards=S train..steps=1", "has an empty key; write KEY=VALUE"),
+        ("train run=R data.shards=S =1", "has an empty key; write KEY=VALUE"),
+        ("train run=R data.shards=S train.steps=${nope", "train.steps=${nope"),
+        ("decode output=O decode.output=R decode.limit=-3", "decode.limit is -3; it must be 1 or more"),
+        # URLs and paths
+        ("train run=foo://x data.shards=S", "unknown protocol 'foo'"),
+        ("train run=R data.shards=foo://x/y.tar", "unknown protocol 'foo'"),
+        ("train run=R data.shards=gs://x/y.tar", "gs:// needs another package"),
+        ("tokenize output=O data.shards=S tokenizer=foo://x", "unknown protocol 'foo'"),
+        ("train run=/proc/x data.shards=S", "'/proc/x'; check this path"),
+        ("train run=/dev/null/x data.shards=S", "'/dev/null/x'; check this path"),
+        ("status output=/dev/null", "Not a directory: '/dev/null/dataset.json'"),
+        # paths in Ray's copy of the working directory, which is deleted after a job
+        ("train run=U/run data.shards=S", "run is U/run: a path in Ray's copy of the working directory"),
+        ("tokenize output=U/out data.shards=S tokenizer=T", "output is U/out: a path in Ray's copy"),
+        ("decode output=O decode.output=U/x", "decode.output is U/x: a path in Ray's copy"),
+        ("pack pack.source=S pack.shards=U/%06d.tar", "pack.shards is U/%06d.tar: a path in Ray's copy"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_ray_starts(
@@ -399,7 +431,9 @@ def test_mistakes_are_told_in_one_line_before_ray_starts(
 ):
     places = {"S": f"{SAMPLES}/heldout/*.tar", "T": tokenizer, "R": f"{tmp_path}/run", "O": f"{tmp_path}/out"}
     words = [key + eq + places.get(value, value) for key, eq, value in (a.partition("=") for a in arguments.split())]
-    assert told in refused(words, capsys)
+    uploaded = "/tmp/ray/working_dir_files/_ray_pkg_1"
+    words = [word.replace("=U/", f"={uploaded}/") for word in words]
+    assert told.replace("U/", f"{uploaded}/") in refused(words, capsys)
     assert list(tmp_path.iterdir()) == []  # a command that was refused leaves nothing behind
 
 
@@ -419,6 +453,23 @@ def test_values_that_cannot_work_are_refused_before_ray_starts(
     given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert given.split("=")[0] in refused(["train", f"run={tmp_path}/run", SHARDS, given], capsys)
+
+
+@pytest.mark.parametrize("key", ["decode.keys", "tokens.passthrough"])
+def test_a_single_value_is_a_list_of_one(key: str):
+    section, name = key.split(".")
+    config = load_config(["quantizer.name=fsp", f"{key}=0002"])
+    assert getattr(getattr(config, section), name) == ["0002"]
+
+
+@pytest.mark.parametrize("given", [["--help"], ["train", "--help"], ["train", "--print"]])
+def test_a_reader_that_closes_the_pipe_gets_no_traceback(given: list[str]):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        command = [sys.executable, "-m", "jobs", *given]
+        done = subprocess.run(command, cwd=SAMPLES.parent, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]):

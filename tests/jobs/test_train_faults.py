@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from jobs.__main__ import main
 from pipeline import storage
+from tests.corpus import write_tar
 from tests.faults.cluster import Cluster, start_cluster, wait_for
-from tests.jobs.helpers import SAMPLES, TINY_NET, children_named, driver_in_a_session
+from tests.jobs.helpers import SAMPLES, TINY_NET, children_named, driver_in_a_session, jpegs
 from tests.s3 import S3Server
 from tokenizer.autoencoder import Autoencoder
 
@@ -97,13 +98,19 @@ def sigterm_myself() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def stopped(command: list[str], folder: Path, act: Callable[[], None], after: int = 0, workers: int = 2) -> int:
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped(
+    command: list[str], folder: Path, act: Callable[[], None], code: int, *, after: int = 0, workers: int = 2
+) -> int:
     """Runs the command, and acts once a checkpoint past step `after` is recorded. Returns the step at which it stops.
 
     Every sample must then be accounted for.
     """
     with meanwhile(lambda: noted_step(folder) > after, act):
-        assert main(command) == 3
+        assert main(command) == code
     assert not (folder / "run/model").exists()
     step, taken = samples_taken(folder)
     assert after < step < STEPS
@@ -141,14 +148,14 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
         shutil.copy(shard, tmp_path)
     command = ["train", config(tmp_path), f"data.shards={tmp_path}/*.tar", "train.max_failures=1"]
 
-    step = stopped(command, tmp_path, sigterm_myself)
+    step = stopped(command, tmp_path, sigterm_myself, 143)
     told = capsys.readouterr().out
     assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in told
-    assert "tokenmill train: exit 3: incomplete" in told
+    assert "tokenmill train: exit 143: terminated (SIGTERM); rerun the same command to continue" in told
 
     # Now a shard cannot be opened any more, which shows in the next epoch, on one rank.
     struck, away = tmp_path / "photos-001.tar", tmp_path / "away"
-    before, step = step, stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), after=step)
+    before, step = step, stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), 3, after=step)
     told = capsys.readouterr().out
     assert f"resuming from the checkpoint of step {before}\n" in told
     assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in told
@@ -179,9 +186,10 @@ def kill_a_worker(killed: list[str]) -> None:
 def test_another_number_of_workers_resumes_at_the_positions_of_the_lanes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """1 worker, stopped by SIGTERM; then 2, stopped by a collapse; then 1. Both stops leave a checkpoint."""
+    """1 worker, stopped by ctrl-C; then 2, stopped by a collapse; then 1. Both stops leave a checkpoint."""
     command = ["train", config(tmp_path)]
-    first = stopped([*command, "workers.count=1"], tmp_path, sigterm_myself, workers=1)
+    first = stopped([*command, "workers.count=1"], tmp_path, press_ctrl_c, 130, workers=1)
+    assert "exit 130: interrupted (ctrl-C); rerun the same command to continue" in capsys.readouterr().out
     rows = log(tmp_path)
 
     alarm = ["train.collapse_below=1000", "train.collapse_steps=5", "train.collapse_stops=true"]
@@ -192,8 +200,53 @@ def test_another_number_of_workers_resumes_at_the_positions_of_the_lanes(
     assert samples_taken(tmp_path) == (second, taken)
 
     assert main([*command, "workers.count=1", f"train.checkpoint_every={STEPS - 1}"]) == 0
-    assert samples_taken(tmp_path) == (STEPS - 1, taken + BATCH * (STEPS - 1 - second))
+    assert samples_taken(tmp_path) == (STEPS, taken + BATCH * (STEPS - second))
     assert log(tmp_path)[:first] == rows
+
+
+# -- corpora without good samples, and runs that become longer -----------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_corpus_without_a_good_sample_ends_training_and_leaves_the_run_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Then the same run trains with one bad sample, which several passes count once, and then for more steps."""
+    write_tar(tmp_path / "bad.tar", [(f"{i}.txt", b"a caption") for i in range(5)])
+    write_tar(tmp_path / "mixed.tar", sorted([*jpegs(6), ("9999.jpg", b"not a picture")]))
+    file = config(tmp_path)
+    small = ["workers.count=1", "train.steps=6", "train.shuffle_buffer=1"]
+    assert main(["train", file, f"data.shards={tmp_path}/bad.tar", *small]) == 3
+    out = capsys.readouterr().out
+    assert "none of the last" in out
+    assert "needs one member of" in out
+    assert "check data.shards, model.modality and data.preprocess" in out
+    assert not list(tmp_path.glob("run/checkpoints/checkpoint_*"))
+
+    good = [file, f"data.shards={tmp_path}/mixed.tar", *small]
+    assert main(["train", *good]) == 0
+    out = capsys.readouterr().out
+    assert "has made no checkpoint yet; it now trains with the new data.shards" in out
+    assert "skipped 1 samples that cannot be decoded (1 " in out
+    [skipped] = [json.loads(line) for line in (tmp_path / "run/reports/skipped.jsonl").read_text().splitlines()]
+    assert (skipped["key"], skipped["index"]) == ("9999", 6)
+    assert skipped["shard"] == f"{tmp_path}/mixed.tar"
+    assert "Skipped samples: 1" in (tmp_path / "run/reports/train.html").read_text()
+
+    before = log(tmp_path)
+    assert main(["train", *good, "train.steps=8"]) == 0
+    assert "now trains to step 8 instead of 6, with the learning rate of the longer schedule" in capsys.readouterr().out
+    assert [row["step"] for row in log(tmp_path)] == list(range(1, 9))
+    assert log(tmp_path)[:6] == before
+    assert samples_taken(tmp_path)[0] == 8
+
+    (tmp_path / "run/tokenizers/x").mkdir(parents=True)
+    assert main(["train", *good, "train.steps=9"]) == 2
+    assert f"delete {tmp_path}/run/tokenizers first, or choose another `run`" in capsys.readouterr().err
+    assert (tmp_path / "run/model/model.safetensors").exists()
+    assert main(["train", *good, "train.steps=7"]) == 2
+    assert "trains with train.steps=8, not 7" in capsys.readouterr().err
 
 
 # -- on S3 --------------------------------------------------------------------------------------------------------
@@ -209,7 +262,7 @@ def test_a_run_on_s3_is_stopped_and_resumed(s3: S3Server, tmp_path: Path, monkey
         snapshot = f"{run}/checkpoints/checkpoint_manager_snapshot.json"
         wait_for(lambda: driver.poll() is not None or storage.exists(snapshot), START_S, "a checkpoint")
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(START_S) == 3
+        assert driver.wait(START_S) == 143
     rows = storage.read(f"{run}/reports/train.jsonl").splitlines()
     assert 0 < len(rows) < STEPS
     with driver_in_a_session(["train", file, "train.checkpoint_every=8"]) as driver:
