@@ -19,7 +19,7 @@ from typing import Any
 from jobs.reports.terminal import printing_safely
 
 COMMANDS = {  # name: (module, summary); a module is imported only to run its command, since torch and ray are slow
-    "pack": ("jobs.pack", "pack a folder of files, a Parquet file or a CSV file into WebDataset shards"),
+    "pack": ("jobs.pack", "pack a folder of files, or Parquet or CSV files, into WebDataset shards"),
     "train": ("jobs.train", "train an autoencoder on shards"),
     "codebook": ("jobs.codebook", "make the codebook of a trained model and freeze the tokenizer"),
     "tokenize": ("jobs.tokenize_corpus", "turn shards into token shards, each sample exactly once"),

@@ -2,7 +2,7 @@
 
 EXTRAS = {  # package as it is imported: the extra of pyproject.toml that installs it
     **dict.fromkeys(("torch", "safetensors", "scipy", "faiss", "PIL", "matplotlib", "torchmetrics"), "tokenizer"),
-    **dict.fromkeys(("ray", "omegaconf", "yaml", "braceexpand", "webdataset", "tensorboardX"), "jobs"),
+    **dict.fromkeys(("ray", "omegaconf", "yaml", "braceexpand", "tensorboardX"), "jobs"),
     **dict.fromkeys(("s3fs", "botocore", "aiobotocore"), "s3"),
     **dict.fromkeys(("soundfile", "soxr", "av", "pesq", "pystoi"), "audio"),
     **dict.fromkeys(("lpips", "torchvision"), "lpips"),

@@ -254,13 +254,16 @@ class AuditConfig:
 
 @dataclass
 class PackConfig:
-    source: str = key("", "a folder, a Parquet file or a CSV file")
+    source: str = key("", "a folder, or a Parquet or CSV file or a glob of them")
     shards: str = key("", "name pattern of the shards to write, such as corpus/photos-%06d.tar")
     samples_per_shard: int = key(1000, "samples per shard")
     shuffle_seed: int = key(-1, "seed of the shuffled order; -1 keeps the order of the source")
+    workers: int = key(0, "processes that write shards; 0 takes one per CPU core, up to 8")
 
     def __post_init__(self) -> None:
         _check_minimum("pack", self, 1, "samples_per_shard")
+        _check_minimum("pack", self, -1, "shuffle_seed")
+        _check_minimum("pack", self, 0, "workers")
 
 
 @dataclass

@@ -420,7 +420,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("verify output=O", "is not an output of `tokenmill tokenize`"),
         ("decode output=O decode.output=R", "is not an output of `tokenmill tokenize`"),
         ("pack pack.shards=R", "pack.source is not set"),
-        ("pack pack.source=/nope pack.shards=R", "/nope is neither a folder nor a .parquet or .csv file"),
+        ("pack pack.source=/nope pack.shards=R", "/nope does not exist; a folder must be on this machine"),
         ("pack pack.source=/nope.parquet pack.shards=R", "/nope.parquet does not exist"),
         # shapes of values
         ("train run=R data.shards=S train=[1]", "train is ['1']; it must hold keys: steps, batch_size"),

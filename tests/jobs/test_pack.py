@@ -1,19 +1,20 @@
-"""Files and tables to shards, and back: nothing is lost, changed or renamed on the way."""
+"""Folders to shards, and back: nothing is lost, changed or renamed on the way, and what is skipped is counted."""
 
-import base64
+import os
+import signal
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 import pytest
 import webdataset
 
 from jobs.__main__ import main
-from pipeline.corpus.samples import read_samples
-from tests.corpus import encoded, picture
+from jobs.config import ConfigError
+from jobs.packing.sample import Packed
+from jobs.packing.shards import in_processes, write_shard
+from tests.jobs.packs import PICTURES, logged, pack, packed
 
-PICTURES = {f"p{i}": encoded(picture(seed=i), "jpeg") for i in range(5)}
+PICTURE = PICTURES["p0"]
 
 
 @pytest.fixture
@@ -28,27 +29,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def pack(source: Path, target: Path, *more: str) -> int:
-    return main(
-        ["pack", f"pack.source={source}", f"pack.shards={target}/s-%03d.tar", "pack.samples_per_shard=2", *more]
-    )
+def folder_of(root: Path, *names: str) -> Path:
+    """A folder with the same picture under each of these names."""
+    for name in names:
+        (root / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "source" / name).write_bytes(PICTURE)
+    return root / "source"
 
 
-def packed(target: Path) -> dict[str, dict[str, bytes]]:
-    """Key to members, over all shards."""
-    samples = [sample for file in sorted(target.glob("*.tar")) for sample in read_samples(str(file))]
-    assert all(sample.quarantine_reason is None for sample in samples)
-    assert len({sample.key for sample in samples}) == len(samples)
-    return {sample.key: sample.members for sample in samples}
+def by_webdataset(target: Path) -> dict[str, dict[str, bytes]]:
+    """Key to members, as webdataset's own reader finds them."""
+    shards = [str(file) for file in sorted(target.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    found = {s["__key__"]: {n: v for n, v in s.items() if n not in ("__key__", "__url__")} for s in samples}
+    assert len(found) == len(samples)
+    for members in found.values():
+        members.pop("__local_path__", None)
+    return found
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr."""
-    [line] = capsys.readouterr().err.splitlines()
-    return line
-
-
-# -- a folder -----------------------------------------------------------------------------------------------------
+# -- what becomes a sample ----------------------------------------------------------------------------------------
 
 
 def test_a_folder_comes_back_file_by_file(folder: Path, tmp_path: Path):
@@ -65,22 +65,130 @@ def test_a_folder_comes_back_file_by_file(folder: Path, tmp_path: Path):
 
 def test_webdatasets_own_reader_finds_the_same(folder: Path, tmp_path: Path):
     pack(folder, tmp_path / "out")
-    shards = [str(file) for file in sorted((tmp_path / "out").glob("*.tar"))]
-    theirs = {sample["__key__"]: sample for sample in webdataset.WebDataset(shards, shardshuffle=False)}
-    ours = packed(tmp_path / "out")
-    assert set(theirs) == set(ours)
-    for key, members in ours.items():
-        assert {name: theirs[key][name] for name in members} == members
+    assert by_webdataset(tmp_path / "out") == packed(tmp_path / "out")
 
 
-def test_packing_twice_gives_the_same_bytes(folder: Path, tmp_path: Path):
-    for name in ("one", "two"):
-        pack(folder, tmp_path / name, "pack.shuffle_seed=3")
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+def test_the_last_dot_of_a_picture_ends_its_key(tmp_path: Path):
+    names = ("Screenshot 2024-01-05 at 10.23.45", "Screenshot 2024-01-05 at 10.23.59", "a.v1", "a.v2", "a")
+    assert pack(folder_of(tmp_path, *(f"{name}.jpg" for name in names)), tmp_path / "out") == 0
+    found = packed(tmp_path / "out")
+    assert {unquote_to_bytes(key).decode() for key in found} == set(names)
+    assert found["a%2Ev1"] == {"jpg": PICTURE}
+    assert by_webdataset(tmp_path / "out") == found
 
 
-def test_shuffling_changes_the_order_alone(folder: Path, tmp_path: Path):
+def test_names_of_any_kind_are_the_same_for_every_reader_and_can_be_recovered(tmp_path: Path):
+    odd = ["100%", "per%20cent", "%2E", "日本", "a\nb", "-dash", "q'\"", "x y", "b.c/d.e", "__data__/f", "__g__"]
+    source = folder_of(tmp_path, *(f"{name}.jpg" for name in odd))
+    (source / os.fsdecode(b"caf\xe9.jpg")).write_bytes(PICTURE)
+    assert pack(source, tmp_path / "out") == 0
+    found = packed(tmp_path / "out")
+    assert by_webdataset(tmp_path / "out") == found
+    assert {unquote_to_bytes(key) for key in found} == {*(name.encode() for name in odd), b"caf\xe9"}
+
+
+def test_other_files_belong_to_the_picture_with_the_longest_name_in_theirs(tmp_path: Path):
+    source = folder_of(tmp_path, "a.jpg", "a.v1.jpg")
+    for name in ("a.txt", "a.v1.txt", "a.v1.caption.txt", "a.jpg.json", "a._meta.json"):
+        (source / name).write_text(name)
+    assert pack(source, tmp_path / "out") == 0
+    found = packed(tmp_path / "out")
+    assert set(found["a"]) == {"jpg", "txt", "jpg.json", "_meta.json"}
+    assert set(found["a%2Ev1"]) == {"jpg", "txt", "caption.txt"}
+    assert by_webdataset(tmp_path / "out") == found
+
+
+def test_two_files_that_would_be_one_member_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "a/p0.JPG").write_bytes(b"another picture of the same name")
+    assert pack(folder, tmp_path / "out") == 2
+    assert "p0.jpg and " in (line := logged(capsys))
+    assert "p0.JPG would become the same member" in line
+
+
+def test_pictures_that_share_a_sample_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert pack(folder_of(tmp_path, "a.jpg", "a.png", "b.jpg"), tmp_path / "out") == 0
+    assert "samples with several members that hold image data: 1, such as a (jpg, png)" in capsys.readouterr().out
+
+
+# -- what is skipped ----------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_samples_are_counted_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    junk = ("README", "LICENSE", "notes.txt", ".DS_Store", ".git/x.jpg", "__MACOSX/._a.jpg", "Thumbs.db", "desktop.ini")
+    unfinished = ("a.jpg.part", "a.jpg~", "b.jpg.crdownload")
+    assert pack(folder_of(tmp_path, "a.jpg", "a.__key__", *junk, *unfinished), tmp_path / "out") == 0
+    assert set(packed(tmp_path / "out")) == {"a"}
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "pack: skipped files and folders of the operating system: 3, such as Thumbs.db",
+        "pack: skipped unfinished downloads and backups: 3, such as a.jpg.part",
+        "pack: skipped files without an extension, which belong to no image file: 2, such as LICENSE",
+        "pack: skipped hidden files and folders: 2, such as .DS_Store",
+        "pack: skipped .txt files, which belong to no image file: 1, such as notes.txt",
+        "pack: skipped names that webdataset reserves for itself: 1, such as a.__key__",
+    ]
+
+
+def test_links_are_followed_and_circles_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = folder_of(tmp_path, "real/a.jpg")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.jpg").write_bytes(PICTURE)
+    links = {
+        "away": tmp_path / "elsewhere",
+        "file.jpg": source / "real/a.jpg",
+        "real/up": source,
+        "gone.jpg": source / "x",
+    }
+    for name, target in links.items():
+        (source / name).symlink_to(target)
+    assert pack(source, tmp_path / "out") == 0
+    assert set(packed(tmp_path / "out")) == {"away/b", "file", "real/a"}
+    out = capsys.readouterr().out
+    assert "skipped links that lead nowhere: 1, such as gone.jpg" in out
+    assert "skipped links to a folder that contains them: 1, such as real/up" in out
+
+
+def test_pipes_and_sockets_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = folder_of(tmp_path, "a.jpg")
+    os.mkfifo(source / "b.jpg")
+    assert pack(source, tmp_path / "out") == 0
+    assert "skipped neither files nor folders: 1, such as b.jpg" in capsys.readouterr().out
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty").mkdir()
+    assert pack(tmp_path / "empty", tmp_path / "out") == 2
+    assert "holds no samples" in logged(capsys)
+
+
+def test_a_folder_of_tables_says_how_to_pack_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert pack(folder_of(tmp_path, "t.parquet"), tmp_path / "out") == 2
+    assert "give a glob such as FOLDER/*.parquet" in logged(capsys)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere/*.parquet", "notes.doc"])
+def test_a_source_that_is_neither_a_folder_nor_a_table_is_refused(
+    tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "notes.doc").write_text("?")
+    assert pack(tmp_path / source, tmp_path / "out") == 2
+    assert source in logged(capsys)
+
+
+# -- shards -------------------------------------------------------------------------------------------------------
+
+
+def test_any_number_of_processes_writes_the_same_shards(folder: Path, tmp_path: Path):
+    for workers in (1, 2, 3):
+        assert pack(folder, tmp_path / str(workers), f"pack.workers={workers}", "pack.shuffle_seed=3") == 0
+    shards = {file.name: file.read_bytes() for file in (tmp_path / "1").iterdir()}
+    assert len(shards) == 3
+    for workers in (2, 3):
+        assert {file.name: file.read_bytes() for file in (tmp_path / str(workers)).iterdir()} == shards
+
+
+def test_shuffling_changes_only_the_order(folder: Path, tmp_path: Path):
     pack(folder, tmp_path / "plain")
     pack(folder, tmp_path / "shuffled", "pack.shuffle_seed=3")
     plain, shuffled = packed(tmp_path / "plain"), packed(tmp_path / "shuffled")
@@ -92,93 +200,67 @@ def test_an_existing_shard_is_refused_and_left_alone(folder: Path, tmp_path: Pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out/s-000.tar").write_bytes(b"mine")
     assert pack(folder, tmp_path / "out") == 2
-    assert "s-000.tar already exists" in told(capsys)
+    assert "s-000.tar already exists with other content" in logged(capsys)
     assert (tmp_path / "out/s-000.tar").read_bytes() == b"mine"
 
 
-def test_a_file_without_an_extension_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (folder / "README").write_text("?")
-    assert pack(folder, tmp_path / "out") == 2
-    assert f"{folder}/README is not named KEY.EXTENSION" in told(capsys)
+def test_a_rerun_keeps_the_shards_that_are_there(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pack(folder, tmp_path / "out")
+    (tmp_path / "out/s-001.tar").unlink()
+    before = (tmp_path / "out/s-000.tar").stat().st_mtime_ns
+    capsys.readouterr()
+    assert pack(folder, tmp_path / "out", "pack.workers=2") == 0
+    assert "5 samples in 3 shards, 2 of which already existed with the same content" in capsys.readouterr().out
+    assert (tmp_path / "out/s-000.tar").stat().st_mtime_ns == before
+    assert len(packed(tmp_path / "out")) == 5
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "empty").mkdir()
-    assert pack(tmp_path / "empty", tmp_path / "out") == 2
-    assert "holds no samples" in told(capsys)
-
-
-def test_two_files_that_would_be_one_member_are_refused(
+def test_a_shard_of_a_larger_corpus_is_not_left_beside_the_new_ones(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (folder / "a/p0.JPG").write_bytes(b"another picture of the same name")
+    """A glob would match it, and its samples would be trained on and tokenized too."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/s-003.tar").write_bytes(b"of an earlier pack")
     assert pack(folder, tmp_path / "out") == 2
-    assert "p0" in told(capsys)
+    assert "s-003.tar is not part of them" in logged(capsys)
 
 
-# -- tables -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "first"), [("photos", "photos-000000.tar"), ("photos.tar", "photos-000000.tar"), ("", "000000.tar")]
+)
+def test_a_name_without_a_number_gets_one(folder: Path, tmp_path: Path, name: str, first: str):
+    assert pack(folder, tmp_path, f"pack.shards={tmp_path}/out/{name}") == 0
+    assert min(file.name for file in (tmp_path / "out").iterdir()) == first
 
 
-def table(**columns: list) -> pa.Table:
-    return pa.table({"key": list(PICTURES), "jpg": list(PICTURES.values()), **columns})
+@pytest.mark.parametrize("name", ["100%/s", "s-%s.tar", "s-%d-%d.tar", "s%%.tar"])
+def test_a_pattern_that_cannot_number_shards_is_refused(
+    folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+):
+    assert pack(folder, tmp_path, f"pack.shards={tmp_path}/{name}") == 2
+    assert "must contain one number such as %06d" in logged(capsys)
 
 
-def test_a_parquet_file_of_bytes_comes_back(tmp_path: Path):
-    pq.write_table(table(cls=[0, 1, 2, 3, None], txt=["é", "b", "c", "d", "e"]), tmp_path / "t.parquet")
-    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 0
-    found = packed(tmp_path / "out")
-    assert {key: members["jpg"] for key, members in found.items()} == PICTURES
-    assert [members.get("cls") for members in found.values()] == [b"0", b"1", b"2", b"3", None]
-    assert found["p0"]["txt"] == "é".encode()
+@pytest.mark.parametrize("setting", ["samples_per_shard=0", "samples_per_shard=-2", "workers=-1", "shuffle_seed=-3"])
+def test_numbers_that_make_no_sense_are_refused(
+    folder: Path, tmp_path: Path, setting: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["pack", f"pack.source={folder}", f"pack.shards={tmp_path}/out/s", f"pack.{setting}"]) == 2
+    assert f"pack.{setting.replace('=', ' is ')}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_csv_file_with_base64_comes_back(tmp_path: Path):
-    coded = [base64.b64encode(data).decode() for data in PICTURES.values()]
-    pyarrow.csv.write_csv(pa.table({"key": list(PICTURES), "jpg": coded, "cls": [1, 2, 3, 4, 5]}), tmp_path / "t.csv")
-    assert pack(tmp_path / "t.csv", tmp_path / "out") == 0
-    found = packed(tmp_path / "out")
-    assert {key: members["jpg"] for key, members in found.items()} == PICTURES
-    assert [members["cls"] for members in found.values()] == [b"1", b"2", b"3", b"4", b"5"]
+def test_a_file_that_has_gone_since_is_named_and_its_shard_is_not_written(tmp_path: Path):
+    gone = Packed("a", {"jpg": tmp_path / "gone.jpg"})
+    with pytest.raises(ConfigError, match=r"gone\.jpg cannot be read"):
+        write_shard(str(tmp_path / "s.tar"), [gone])
+    assert not (tmp_path / "s.tar").exists()
 
 
-def test_text_in_a_csv_file_stays_as_it_is_written(tmp_path: Path):
-    (tmp_path / "t.csv").write_text("key,txt,cls\n0001,1.50,007\n0002,true,2020-01-01\n0003,NA,1e3\n")
-    assert pack(tmp_path / "t.csv", tmp_path / "out") == 0
-    assert packed(tmp_path / "out") == {
-        "0001": {"txt": b"1.50", "cls": b"007"},
-        "0002": {"txt": b"true", "cls": b"2020-01-01"},
-        "0003": {"txt": b"NA", "cls": b"1e3"},
-    }
+def die(url: str, samples: list[Packed]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_rows_without_a_key_column_are_numbered(tmp_path: Path):
-    pq.write_table(table().drop_columns("key"), tmp_path / "t.parquet")
-    pack(tmp_path / "t.parquet", tmp_path / "out")
-    assert list(packed(tmp_path / "out")) == [f"{i:09d}" for i in range(5)]
-
-
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pq.write_table(pa.concat_tables([table(), table().slice(1, 1)]), tmp_path / "t.parquet")
-    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
-    assert "key 'p1' occurs twice" in told(capsys)
-
-
-@pytest.mark.parametrize("key", ["a.001", "photo.jpg", ".hidden", "", "a/.b", "folder/"])
-def test_a_key_that_no_file_can_have_is_refused(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]):
-    """What follows the first dot would be read back as the extension, and samples would flow together."""
-    pq.write_table(pa.table({"key": [key, "b"], "jpg": list(PICTURES.values())[:2]}), tmp_path / "t.parquet")
-    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
-    assert repr(key) in told(capsys)
-
-
-def test_a_nested_column_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """As Hugging Face datasets store pictures: {bytes, path}. Its text form would be no picture."""
-    pq.write_table(pa.table({"jpg": [{"bytes": PICTURES["p0"], "path": None}]}), tmp_path / "t.parquet")
-    assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
-    assert "flatten the column" in told(capsys)
-
-
-def test_base64_that_is_none_is_told_with_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "t.csv").write_text("key,jpg\na,no base64!\n")
-    assert pack(tmp_path / "t.csv", tmp_path / "out") == 2
-    assert "'a'" in told(capsys)
+def test_a_killed_process_is_reported():
+    with pytest.raises(ConfigError, match=r"lower pack\.workers"):
+        list(in_processes(die, iter([("a", []), ("b", [])]), workers=2))
