@@ -56,7 +56,7 @@ def settings(speech: Path, *more: str) -> list[str]:
     """E4 in tiny, over those clips."""
     net = [f"model.net.{key}={value}" for key, value in NET.items()]
     shards = [f"data.shards={speech}/train.tar", f"compare.heldout={speech}/heldout.tar", "metrics={slow: false}"]
-    recipe = ["train.steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.segment=2400"]
+    recipe = ["train.steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.crop_size=2400"]
     return [
         "configs/compare/e4_speech.yaml",
         *net,

@@ -46,7 +46,7 @@ RUN = {
     },
     "quantizer": {"name": "vp_vae", "codebook_size": 16, "dim": 2},
     "train": {
-        **{"steps": 4, "batch_size": 4, "segment": 16, "lr": 3e-3, "warmup_steps": 1, "shuffle_buffer": 8},
+        **{"steps": 4, "batch_size": 4, "crop_size": 16, "lr": 3e-3, "warmup_steps": 1, "shuffle_buffer": 8},
         **{"log_every": 1, "checkpoint_every": 2, "ema": 0.5},
     },
     "codebook": {"cache": True, "max_latents": 200},
@@ -183,14 +183,15 @@ def make_outputs() -> None:
     assert command("tokenize", config, f"data.shards={HOME}/in/photos-000.tar") == 0
     names.tokenize_then_retry(f"{HOME}/in/photos-001.tar", MADE / RUN_TOKENIZER, out, passthrough=["txt"])
     assert command("tokenize", config) == 0
-    assert command("verify", config, "deep=true") == 0
+    assert command("verify", config, "verify.deep=true") == 0
     shutil.copytree(out, GOLDEN / "out")
     shutil.copytree(GOLDEN / "tokenizers/sound", MADE / "sound")
     sound = [f"tokenizer={MADE}/sound", f"output={MADE}/out_audio"]
     assert command("tokenize", *sound, f"data.shards={SOUND}", "tokens.encoding=packed") == 0
     shutil.copytree(MADE / "out_audio", GOLDEN / "out_audio")
     for name, tokenizer in (("out", GOLDEN / RUN_TOKENIZER), ("out_audio", GOLDEN / "tokenizers/sound")):
-        given = [f"output={GOLDEN / name}", f"tokenizer={tokenizer}", f"to={GOLDEN}/decoded/{name}", "limit=2"]
+        given = [f"output={GOLDEN / name}", f"tokenizer={tokenizer}", "decode.limit=2"]
+        given.append(f"decode.output={GOLDEN}/decoded/{name}")
         assert command("decode", *given) == 0
 
 
@@ -219,7 +220,7 @@ def make_expected() -> None:
 def _status() -> dict[str, Any]:
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
-        assert command("status", f"output={GOLDEN / 'out'}", "json=true") == 0
+        assert command("status", f"output={GOLDEN / 'out'}", "status.json=true") == 0
     return json.loads(told.getvalue())
 
 

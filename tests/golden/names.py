@@ -279,7 +279,8 @@ def _packed() -> list[str]:
         for i in range(12):
             (Path(folder) / f"{i:02d}.png").write_bytes(b"not looked at")
         to = Path(folder) / "packed-%d.tar"
-        assert command("pack", f"source={folder}", f"shards={to}", "samples_per_shard=8", "shuffle_seed=3") == 0
+        order = ["pack.samples_per_shard=8", "pack.shuffle_seed=3"]
+        assert command("pack", f"pack.source={folder}", f"pack.shards={to}", *order) == 0
         return [s.key for i in range(2) for s in read_samples(str(to).replace("%d", str(i)))]
 
 

@@ -120,7 +120,7 @@ def test_shards_have_the_same_names_and_manifest_id():
     assert names.manifest_id(PHOTOS) == EXPECTED["input_manifest_id"]
 
 
-@pytest.mark.parametrize("deep", ["deep=false", "deep=true"])
+@pytest.mark.parametrize("deep", ["verify.deep=false", "verify.deep=true"])
 @pytest.mark.parametrize("output", [*OUTPUTS, "run/latents"])
 def test_verify_accepts_an_old_output(output: str, deep: str):
     assert command("verify", f"output={GOLDEN / output}", deep) == 0
@@ -132,7 +132,7 @@ def test_a_half_done_output_is_resumed(half_done: Path):
     assert names.rows_of(half_done).equals(names.rows_of(GOLDEN / "out"))
     assert files_below(half_done) == files_below(GOLDEN / "out")
     assert all((half_done / file).read_bytes() == data for file, data in before.items())
-    assert command("verify", f"output={half_done}", "deep=true") == 0
+    assert command("verify", f"output={half_done}", "verify.deep=true") == 0
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_pixels_give_the_cached_latents():
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_old_tokens_decode_to_the_same_samples(name: str, tmp_path: Path):
     tokenizer = f"tokenizer={GOLDEN / OUTPUTS[name]}"
-    assert command("decode", f"output={GOLDEN / name}", tokenizer, f"to={tmp_path}", "limit=2") == 0
+    assert command("decode", f"output={GOLDEN / name}", tokenizer, f"decode.output={tmp_path}", "decode.limit=2") == 0
     assert files_below(tmp_path) == files_below(GOLDEN / "decoded" / name)
     for file in files_below(tmp_path):
         new, old = samples_in(tmp_path / file), samples_in(GOLDEN / "decoded" / name / file)
@@ -212,7 +212,7 @@ def samples_in(file: Path) -> np.ndarray:
 
 
 def test_status_tells_the_same_names(capsys: pytest.CaptureFixture[str]):
-    assert command("status", f"output={GOLDEN / 'out'}", "json=true") == 0
+    assert command("status", f"output={GOLDEN / 'out'}", "status.json=true") == 0
     found = json.loads(capsys.readouterr().out)
     assert names.names_in(found) >= set(EXPECTED["status_names"])
     assert (found["samples"], found["tokens"], found["quarantined"]) == (15, 356, 2)
@@ -271,7 +271,7 @@ def test_the_command_resumes_a_half_done_output(half_done: Path):
     given = [f"data.shards={PHOTOS}", f"tokenizer={GOLDEN / RUN_TOKENIZER}", f"output={half_done}"]
     assert names.command_alone("tokenize", *given, "tokens.passthrough=[txt]") == 4  # 2 of 17 samples are broken
     assert names.rows_of(half_done).equals(names.rows_of(GOLDEN / "out"))
-    assert command("verify", f"output={half_done}", "deep=true") == 0
+    assert command("verify", f"output={half_done}", "verify.deep=true") == 0
 
 
 @pytest.mark.ray

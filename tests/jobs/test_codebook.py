@@ -135,7 +135,7 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
         assert one.tokens_sha256 == other.tokens_sha256  # with text, sizes and footer
         assert one.quarantine_sha256 == other.quarantine_sha256
     assert sum(entry.num_quarantined for entry in cached.commits()) == 2
-    assert main(["verify", file, chosen, f"output={place}/from-cache", "deep=true"]) == 0
+    assert main(["verify", file, chosen, f"output={place}/from-cache", "verify.deep=true"]) == 0
 
 
 @pytest.mark.ray

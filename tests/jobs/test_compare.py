@@ -29,7 +29,7 @@ def config(folder: Path, methods: dict = METHODS, **compare) -> str:
         "run": f"{folder}/run",
         "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
         "model": {"net": {"name": "resnet32", "channels": 8, "res_blocks": 1}},
-        "train": {"steps": 3, "batch_size": 4, "segment": 32, "warmup_steps": 1},
+        "train": {"steps": 3, "batch_size": 4, "crop_size": 32, "warmup_steps": 1},
         "compare": {
             "heldout": f"{SAMPLES}/heldout/*.tar",
             "methods": methods,
@@ -37,7 +37,7 @@ def config(folder: Path, methods: dict = METHODS, **compare) -> str:
             "dims": {16: 3},
             "seeds": [0, 1],
             "max_samples": 12,
-            "pictures": 2,
+            "num_examples": 2,
             **compare,
         },
     }

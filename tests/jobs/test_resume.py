@@ -52,7 +52,7 @@ def wait_for_commits(output: Path, count: int, timeout_s: float = 90) -> None:
 
 
 def assert_whole(output: Path, corpus: str, tokenizer: str) -> None:
-    assert main(["verify", f"output={output}", "deep=true"]) == 0
+    assert main(["verify", f"output={output}", "verify.deep=true"]) == 0
     rows = rows_of(output)
     assert len(set(rows["key"].to_pylist())) == rows.num_rows == NUM_SHARDS * PER_SHARD
     assert rows.equals(rows_without_ray(corpus, tokenizer))
@@ -133,7 +133,7 @@ def test_an_unfinished_entry_is_not_a_second_entry(finished: Path, torn: bool, c
     """A kill after the temporary file was linked to its final name, or while it was being written."""
     entry = sorted((finished / "manifest").iterdir())[0]
     (finished / "manifest" / f"{storage.TEMPORARY}x").write_bytes(b"" if torn else entry.read_bytes())
-    assert main(["verify", f"output={finished}", "deep=true"]) == 0
+    assert main(["verify", f"output={finished}", "verify.deep=true"]) == 0
     assert main(["status", f"output={finished}"]) == 0
     assert "6 tokenized" in capsys.readouterr().out
 
@@ -153,5 +153,5 @@ def test_a_torn_token_shard_without_its_entry_is_written_again(finished: Path, t
     entry.unlink()
     tokens.write_bytes(tokens.read_bytes()[:100])
     tokenize_without_ray(f"{tmp_path}/*.tar", tokenizer, finished)
-    assert main(["verify", f"output={finished}", "deep=true"]) == 0
+    assert main(["verify", f"output={finished}", "verify.deep=true"]) == 0
     assert rows_of(finished).equals(rows_without_ray(f"{tmp_path}/*.tar", tokenizer))

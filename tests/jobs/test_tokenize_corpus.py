@@ -75,7 +75,7 @@ def test_packed_tokens_and_passthrough_arrive(tokenizer: str, tmp_path: Path):
     assert str(table.schema.field("tokens").type) == "binary"
     assert {text is None for text in table["txt"].to_pylist()} == {True, False}  # some photos have no caption
     assert all("licence" in text for text in table["json"].to_pylist())
-    assert main(["verify", f"output={tmp_path}", "deep=true"]) == 0
+    assert main(["verify", f"output={tmp_path}", "verify.deep=true"]) == 0
 
 
 # -- a corpus with everything in it that can be wrong -------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_bad_input_is_reported_and_repaired_and_verified(
     assert main(command(corpus, tokenizer, output)) == 4  # 13 bad samples of 67 are more than the 1 % of the default
     assert "max_bad_fraction" in capsys.readouterr().out
     assert main(command(corpus, tokenizer, output, "tokens.max_bad_fraction=0.5")) == 0
-    assert main(["verify", f"output={output}", "deep=true"]) == 0
+    assert main(["verify", f"output={output}", "verify.deep=true"]) == 0
     assert main(["status", f"output={output}"]) == 0
     assert "11 done, 0 left (0 failed last time)" in capsys.readouterr().out
     assert rows_of(output).equals(rows_without_ray([f"{corpus}/*.tar"], tokenizer))

@@ -26,7 +26,7 @@ SETTINGS = {
     "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
     "model": {"net": {**TINY_NET, "patch_size": 4}},
     "quantizer": {"name": "vp_vae", "codebook_size": 16, "dim": 2, "latents_per_code": 16, "update_probability": 0.2},
-    "train": {"steps": STEPS, "batch_size": 8, "segment": 32, "log_every": 1, "checkpoint_every": 30},
+    "train": {"steps": STEPS, "batch_size": 8, "crop_size": 32, "log_every": 1, "checkpoint_every": 30},
     "workers": {"count": 2},
 }
 
@@ -174,7 +174,7 @@ def test_the_codebook_does_not_depend_on_the_number_of_workers(frozen: Path, fro
 
 @pytest.mark.ray
 def test_the_tokens_are_proven_and_read(tokenized: Path):
-    assert main(["verify", str(tokenized / "config.yaml"), "deep=true"]) == 0
+    assert main(["verify", str(tokenized / "config.yaml"), "verify.deep=true"]) == 0
     tokenizer = Tokenizer.from_pretrained(tokenized / "run/tokenizers/vp_vae-K16")
     rows = list(TokenDataset(str(tokenized / "out"), tokenizer_id=tokenizer.id, columns=("height", "width")))
     assert len(rows) == 108
@@ -190,7 +190,8 @@ def test_the_tokens_are_proven_and_read(tokenized: Path):
 def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path):
     tokenizer = tokenized / "run/tokenizers/vp_vae-K16"
     shards = f"data.shards={SAMPLES}/heldout/photos-001.tar"
-    assert main(["evaluate", str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", shards, "limit=3"]) == 0
+    given = [str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", shards, "evaluate.num_examples=3"]
+    assert main(["evaluate", *given]) == 0
     numbers = json.loads((tokenized / "run/reports/evaluate-vp_vae-K16.json").read_text())
     assert numbers["num_samples"] == 44
     assert numbers["num_bad"] == 0
@@ -202,7 +203,8 @@ def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path
     assert page.count("class=pair") == 3
     assert "http" not in page.replace("data:image/png;base64", "")  # it needs no other file
 
-    decode = ["decode", str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", f"to={tmp_path}", "limit=108"]
+    given = [f"tokenizer={tokenizer}", f"decode.output={tmp_path}", "decode.limit=108"]
+    decode = ["decode", str(tokenized / "config.yaml"), *given]
     assert main(decode) == 0
     assert numbers["psnr"] == pytest.approx(np.mean(_psnr_of_decoded(tmp_path)), abs=0.01)
 

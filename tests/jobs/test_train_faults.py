@@ -31,9 +31,9 @@ SETTINGS = {
     "model": {"net": {**TINY_NET, "patch_size": 4}},
     "quantizer": {"name": "vq_vae", "codebook_size": 32, "dim": 4, "replace_after": 3},
     "train": {
-        **{"steps": STEPS, "batch_size": BATCH, "segment": 32, "log_every": 1, "checkpoint_every": 1},
+        **{"steps": STEPS, "batch_size": BATCH, "crop_size": 32, "log_every": 1, "checkpoint_every": 1},
         # everything that has state, so that every test here covers it
-        **{"accumulate": 2, "ema": 0.9},
+        **{"grad_accum_steps": 2, "ema": 0.9},
         "discriminator": {"weight": 0.5, "start_step": 2, "channels": 8, "layers": 1},
     },
     "workers": {"count": 2, "cpus": 1},
@@ -184,7 +184,7 @@ def test_another_number_of_workers_resumes_at_the_positions_of_the_lanes(
     first = stopped([*command, "workers.count=1"], tmp_path, sigterm_myself, workers=1)
     rows = log(tmp_path)
 
-    alarm = ["train.collapse_below=1000", "train.collapse_steps=5", "train.collapse_stops=true"]
+    alarm = ["train.collapse.perplexity=1000", "train.collapse.patience=5", "train.collapse.stop=true"]
     assert main([*command, *alarm, "train.checkpoint_every=1000"]) == 3
     assert "stopped: the codebook has collapsed: perplexity" in capsys.readouterr().out
     second = log(tmp_path)[-1]["step"]
@@ -330,8 +330,8 @@ def test_monitoring_and_profiling_report_everything_and_change_no_weight(
 ):
     watched = [
         "train.profile=true",
-        "train.evaluate_every=8",
-        "train.pictures=3",
+        "train.reconstruct_every=8",
+        "train.num_examples=3",
         f"train.checkpoint_every={STEPS - 1}",
     ]
     assert main(["train", config(tmp_path), *watched]) == 0
