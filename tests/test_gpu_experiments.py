@@ -22,9 +22,9 @@ from tests.corpus import encoded, picture
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/gpu_experiments.py"
 SMALL = ("model.net.channels=8", "model.net.res_blocks=1", "compare.sizes=[16]")
-LACKING = ("ray", "tensorboardX", "webdataset", "s3fs", "faiss")  # of our dependencies, on a lent machine
+LACKING = ("ray", "tensorboardX", "webdataset", "s3fs", "faiss")  # dependencies that a borrowed machine lacks
 METHODS = ("VQ-VAE", "+ OPT", "GM-VQ")
-# fails only after training: its codebook is made by k-means, here of no latents
+# fails only after training: k-means makes its codebook, and here it gets no latents
 BAD = ("compare.methods.bad.quantizer.name=vp_vae", "compare.max_latents=0")
 
 
@@ -57,10 +57,10 @@ def command(folder: Path, *more: str, methods: tuple[str, ...] = METHODS) -> lis
 
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
-    """The script in a process of its own, in which importing what a lent machine lacks fails."""
+    """Runs the script in a separate process that cannot import the packages that a borrowed machine lacks."""
     for name in LACKING:
         (folder / "lacking" / name).mkdir(parents=True, exist_ok=True)
-        (folder / "lacking" / name / "__init__.py").write_text("raise ImportError('not on a lent machine')\n")
+        (folder / "lacking" / name / "__init__.py").write_text("raise ImportError('not on a borrowed machine')\n")
     alone = {**os.environ, "PYTHONPATH": str(folder / "lacking"), "OMP_NUM_THREADS": "1"}
     code = (
         "import atexit, runpy, sys\n"
@@ -72,7 +72,7 @@ def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
 
 
 def trials(folder: Path) -> dict[str, int]:
-    """Finished results: name to when it was written."""
+    """Finished results: name to the time of writing."""
     return {path.name: path.stat().st_mtime_ns for path in (folder / "out/e1/trials").glob("*.json")}
 
 

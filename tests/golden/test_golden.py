@@ -1,23 +1,23 @@
-"""What must not change while files move and the engine is replaced, held by artifacts that an older version made.
+"""What must not change while the code is reorganised, checked with artifacts that an older version made.
 
 - A frozen tokenizer loads under the same tokenizer, codebook and encoder id, and is saved again as the same bytes.
 - The same samples give the same tokens, from pixels and from cached latents; tokens decode to the same samples.
 - The same shards have the same names and the same manifest id.
-- An old output passes `verify`, plain and deep. `tokenize` resumes an output that is half done, also where a job died
-  between tokens and commit. `audit` makes its rows again.
+- An old output passes `verify` in both forms. `tokenize` resumes a half finished output, also if a job died between
+  tokens and commit. `audit` reproduces its rows.
 - A new output has the same files, JSON keys, columns and footers; a retry has the same name and entry.
-- Quantizers, nets and modalities have the same fields and defaults, since these are hashed into ids.
+- Quantizers, nets and modalities have the same fields and defaults, because these are hashed into ids.
 - A run's config.yaml loads and its training resumes with the same losses. A new training with the same seed has the
   same losses, and checkpoints hold the same names. The codebook made from cached latents is the same.
 - A seed gives the same order of training samples, of reading and of packing, the same reservoir sample, audit rows and
   crop.
-- Commands, configuration keys and exit codes stay.
+- Commands, configuration keys and exit codes stay the same.
 
-More may come: files, keys, columns, commands, methods. Nothing here may go, or change its name or value.
+New files, keys, columns, commands and methods are allowed. Nothing here may be removed, or change its name or value.
 
-The artifacts are the expectation, beside expected.json; make.py says how they are made and when they may be made again.
+The expected values are the artifacts and expected.json; make.py says how they are made and when they may be made again.
 Tokens are compared exactly: make.py accepts only samples whose tokens stay the same when latents move by 1e-4 of their
-spread, a hundred times the rounding of another processor. Latents and losses are compared with a stated tolerance.
+spread, a hundred times the rounding difference of another processor. Latents and losses have a stated tolerance.
 """
 
 import json
@@ -47,7 +47,7 @@ TRAIN = ("workers.count=1", "workers.cpus=1")  # one thread, as when the run was
 
 @pytest.fixture(scope="module", autouse=True)
 def corpus() -> Iterator[None]:
-    """The shards at their fixed path; and one thread, on which the last bit of a sum depends."""
+    """The shards at their fixed path, and one thread, because the last bit of a sum depends on the number."""
     names.place_corpus()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def half_done(tmp_path: Path) -> Path:
-    """The output as a job left it that was killed after two of four shards, with tokens of a third not committed."""
+    """The output of a job that was killed after two of four shards, with uncommitted tokens of a third."""
     output = shutil.copytree(GOLDEN / "out", tmp_path / "out")
     for file in [*output.glob("manifest/photos-00[23]*"), *output.glob("*/photos-003*")]:
         file.unlink(missing_ok=True)
@@ -137,7 +137,7 @@ def test_a_half_done_output_is_resumed(half_done: Path):
 
 @pytest.fixture(scope="module")
 def new_outputs(corpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs made anew, in the steps in which make.py made them."""
+    """The outputs, made again with the same steps as in make.py."""
     folder = tmp_path_factory.mktemp("new")
     given: dict[str, Any] = {"tokenizer": GOLDEN / RUN_TOKENIZER, "output": folder / "out", "passthrough": ["txt"]}
     names.tokenize_here(f"{HOME}/in/photos-000.tar", **given)
@@ -172,7 +172,7 @@ def test_a_new_output_has_the_same_columns_and_footers(new_outputs: Path, name: 
 def test_the_same_samples_are_in_quarantine(new_outputs: Path):
     files = sorted((GOLDEN / "out/quarantine").iterdir())
     assert len(files) == 3
-    for file in files:  # the message is the decoder's, which may choose other words in another version
+    for file in files:  # the message comes from the decoder and may differ in another version
         new, old = (
             names.read_table(folder / file.name).drop("message")
             for folder in (new_outputs / "out/quarantine", file.parent)
@@ -218,7 +218,7 @@ def test_status_tells_the_same_names(capsys: pytest.CaptureFixture[str]):
     assert (found["samples"], found["tokens"], found["quarantined"]) == (15, 356, 2)
 
 
-# -- what a seed decides, and the command line ------------------------------------------------------------------------
+# -- what a seed determines, and the command line --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,8 @@ def assert_same_names_in_checkpoint(new: Path, old: Path) -> None:
 def test_training_resumes_from_an_old_checkpoint(run: Path):
     shutil.rmtree(run / "model")
     assert command("train", run / "config.yaml", f"run={run}", *TRAIN, "train.checkpoint_every=3") == 0
-    assert history(run)[:2] == history(GOLDEN / "run")[:2]  # with their times: these steps were not made again
+    # The times are also equal, which shows that these steps did not run again.
+    assert history(run)[:2] == history(GOLDEN / "run")[:2]
     assert_same_losses(run)
     assert files_below(run / "model") >= files_below(GOLDEN / "run/model")
     [old] = checkpoints(GOLDEN / "run")

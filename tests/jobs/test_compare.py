@@ -67,7 +67,7 @@ def test_size_and_width_reach_the_methods_that_have_them(tmp_path):
     assert (vq["codebook_size"], vq["dim"]) == (16, 3)
     assert fsq["codebook_size"] == 16
     assert "dim" not in fsq
-    assert (fsq["edges"], fsq["noise_rate"]) == ("symmetric", 0.0)  # of the file, and over it
+    assert (fsq["edges"], fsq["noise_rate"]) == ("symmetric", 0.0)  # the file's settings, and those that override them
 
 
 def test_a_width_that_the_comparison_gives_a_method_wins(tmp_path):
@@ -76,7 +76,7 @@ def test_a_width_that_the_comparison_gives_a_method_wins(tmp_path):
 
 
 def test_defaults_that_depend_on_the_width_follow_it(tmp_path):
-    """latents_per_code is 16 per dimension: 48 at 3 dims, not the 64 of the default width."""
+    """latents_per_code is 16 per dimension: 48 with 3 dims, instead of 64 with the default number of dims."""
     methods = {"VP-VAE": {"quantizer": {"name": "vp_vae"}}}
     assert planned(tmp_path, methods)[0].trial.model["quantizer"]["latents_per_code"] == 48
 

@@ -92,8 +92,8 @@ def test_ill_typed_value_is_named_by_its_key(given: str):
     assert str(raised.value).startswith(given.split("=")[0])
 
 
-def test_text_of_free_settings_becomes_what_it_says():
-    """No type reads these: "false" would be true."""
+def test_text_of_untyped_settings_becomes_numbers_and_booleans():
+    """These settings have no declared type, and the text "false" would be true."""
     config = load_config(["metrics.slow=false", "metrics.perceptual_weights=w.safetensors", "train.losses.scale=2"])
     assert config.metrics == {"slow": False, "perceptual_weights": "w.safetensors"}
     assert config.train.losses == {"scale": 2}
@@ -162,7 +162,7 @@ def test_keys_are_those_of_the_configuration():
 
 
 def test_a_recipe_has_the_defaults_of_the_configuration():
-    """They are written twice, since the recipe of a comparison must keep its names."""
+    """The fields exist twice, because the recipe of a comparison must keep its names."""
     assert TrainConfig().recipe() == Recipe()
     assert load_config(["train.crop_size=32", "train.discriminator.lr=0.5"]).train.recipe() == Recipe(
         segment=32, discriminator=dataclasses.replace(Recipe().discriminator, lr=0.5)
@@ -287,7 +287,7 @@ def test_a_name_finds_a_shipped_config_from_any_folder(
     monkeypatch.chdir(tmp_path)
     assert find_config(name) == SAMPLES.parent / "configs" / file
     (tmp_path / "fsp").write_text("quantizer: {name: fsp}\n")
-    assert find_config("fsp") == Path("fsp")  # a file of one's own comes first
+    assert find_config("fsp") == Path("fsp")  # the user's own file takes precedence
 
 
 def test_names_of_shipped_configs_are_unique():
@@ -400,7 +400,7 @@ def test_mistakes_are_told_in_one_line_before_ray_starts(
     places = {"S": f"{SAMPLES}/heldout/*.tar", "T": tokenizer, "R": f"{tmp_path}/run", "O": f"{tmp_path}/out"}
     words = [key + eq + places.get(value, value) for key, eq, value in (a.partition("=") for a in arguments.split())]
     assert told in refused(words, capsys)
-    assert list(tmp_path.iterdir()) == []  # a command that was refused leaves nothing behind
+    assert list(tmp_path.iterdir()) == []  # a refused command leaves no files behind
 
 
 @pytest.mark.usefixtures("no_ray")

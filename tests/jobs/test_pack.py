@@ -165,14 +165,14 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("key", ["a.001", "photo.jpg", ".hidden", "", "a/.b", "folder/"])
 def test_a_key_that_no_file_can_have_is_refused(tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]):
-    """What follows the first dot would be read back as the extension, and samples would flow together."""
+    """A reader would take the part after the first dot as the extension, and samples would be merged."""
     pq.write_table(pa.table({"key": [key, "b"], "jpg": list(PICTURES.values())[:2]}), tmp_path / "t.parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
     assert repr(key) in told(capsys)
 
 
 def test_a_nested_column_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """As Hugging Face datasets store pictures: {bytes, path}. Its text form would be no picture."""
+    """Hugging Face datasets store pictures as {bytes, path}. Converted to text, this would not be a picture."""
     pq.write_table(pa.table({"jpg": [{"bytes": PICTURES["p0"], "path": None}]}), tmp_path / "t.parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
     assert "flatten the column" in told(capsys)

@@ -116,7 +116,7 @@ def test_a_killed_worker_is_replaced_within_the_same_command(corpus: str, tokeni
     assert_whole(output, corpus, tokenizer)
 
 
-# -- what a kill leaves behind, planted ---------------------------------------------------------------------------
+# -- leftovers of a killed job, made by hand ---------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What an output tells of itself, worked out by hand."""
+"""The status of an output, computed by hand."""
 
 import json
 from pathlib import Path
@@ -71,9 +71,9 @@ def entry(at: float, seconds: dict[str, float], pid: int = 1) -> Commit:
     [
         ([entry(10, {"encode": 6, "total": 8})], 0.25),
         ([entry(10, {"encode": 3, "total": 8}), entry(12, {"encode": 3, "total": 8})], 0.4),  # two in hand: 2 to 12
-        ([entry(10, {"encode": 4, "total": 8}), entry(30, {"encode": 4, "total": 8})], 0.5),  # the pause counts not
+        ([entry(10, {"encode": 4, "total": 8}), entry(30, {"encode": 4, "total": 8})], 0.5),  # the pause does not count
         ([entry(10, {"encode": 4, "total": 8}), entry(10, {"encode": 8, "total": 8}, pid=2)], 0.25),
-        ([entry(10, {"encode": 3, "wait": 1})], 0.25),  # an entry without total: what its stages add up to
+        ([entry(10, {"encode": 3, "wait": 1})], 0.25),  # an entry without a total has the sum of its stages
         ([entry(10, {})], None),
         ([], None),
     ],

@@ -52,7 +52,7 @@ def test_a_real_shard_gives_a_row_for_each_photo(tokenizer: str):
     assert quarantined == []
     assert [row.source_index for row in rows] == list(range(44))
     assert all(row.tokens.shape == (-(-row.size["height"] // 8), -(-row.size["width"] // 8)) for row in rows)
-    assert len(np.unique(np.concatenate([row.tokens.ravel() for row in rows]))) > 32  # the pictures tell codes apart
+    assert len(np.unique(np.concatenate([row.tokens.ravel() for row in rows]))) > 32  # the pictures get different codes
     assert seconds["encode"] > 0
 
 
@@ -78,7 +78,7 @@ def test_packed_tokens_and_passthrough_arrive(tokenizer: str, tmp_path: Path):
     assert main(["verify", f"output={tmp_path}", "verify.deep=true"]) == 0
 
 
-# -- a corpus with everything in it that can be wrong -------------------------------------------------------------
+# -- a corpus with every kind of bad input -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def corpus(tmp_path: Path) -> Path:
     for name, data in shards.items():
         (folder / f"{name}.tar").write_bytes(data)
     forbidden = folder / "forbidden.tar"
-    if os.geteuid() == 0:  # root may read every file, but not a folder
+    if os.geteuid() == 0:  # root may read every file, so this is a folder
         forbidden.mkdir()
     else:
         forbidden.write_bytes(good)

@@ -147,7 +147,7 @@ def test_one_of_several_tokenizers_must_be_chosen(frozen: Path, capsys: pytest.C
 
 @pytest.fixture(scope="module")
 def frozen_by_one_worker(frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, with codebooks made by one worker, and the files of a codebook that was killed while written."""
+    """The same model, with codebooks made by one worker, and partial files of a codebook left by a killed command."""
     folder = tmp_path_factory.mktemp("one-worker")
     shutil.copytree(frozen / "run/model", folder / "run/model")
     (folder / "run/tokenizers/vp_vae-K32").mkdir(parents=True)
@@ -201,7 +201,7 @@ def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path
     assert Image.open(tokenized / "run/reports/evaluate-vp_vae-K16.png").size > (0, 0)
     page = (tokenized / "run/reports/evaluate-vp_vae-K16.html").read_text()
     assert page.count("class=pair") == 3
-    assert "http" not in page.replace("data:image/png;base64", "")  # it needs no other file
+    assert "http" not in page.replace("data:image/png;base64", "")  # no other file is needed
 
     given = [f"tokenizer={tokenizer}", f"decode.output={tmp_path}", "decode.limit=108"]
     decode = ["decode", str(tokenized / "config.yaml"), *given]
@@ -210,7 +210,7 @@ def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path
 
 
 def _psnr_of_decoded(folder: Path) -> list[float]:
-    """PSNR of each decoded PNG of photos-001 against its JPEG, by numpy alone."""
+    """PSNR of each decoded PNG of photos-001 and its JPEG, computed with numpy."""
     import io
     import tarfile
 
@@ -231,7 +231,7 @@ def _psnr_of_decoded(folder: Path) -> list[float]:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_method_with_fixed_codes_uses_the_same_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The run also has the files of a model that was being written when an earlier command was killed."""
+    """The run also has partial files of a model, left by a command that was killed."""
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/config.json").write_text("torn")
     file = config(tmp_path, quantizer={"name": "fsq", "levels": [4, 4]}, workers={"count": 1})
@@ -281,7 +281,7 @@ def test_a_run_that_began_before_a_key_existed_uses_its_default(tmp_path: Path):
 
 
 def test_a_run_keeps_the_loss_weights_that_it_began_with(tmp_path: Path):
-    """Also the default ones, which another version may change."""
+    """This includes the default weights, which another version may change."""
     gm_vq = [config(tmp_path), "quantizer.name=gm_vq", "quantizer.dim=4"]
     _claim(str(tmp_path / "run"), load_config(gm_vq))
     file = tmp_path / "run/config.yaml"
@@ -352,7 +352,7 @@ def test_the_alarm_reports_a_lasting_collapse_and_not_after_the_codebook_recover
     told = [alarm.check({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))]
     assert told[:4] == [None] * 4
     assert "perplexity 8 at step 50, below train.collapse.perplexity=10 for 20 steps" in str(told[4])
-    assert alarm.check({"step": 60, "perplexity": 8}) is None  # it has just reported
+    assert alarm.check({"step": 60, "perplexity": 8}) is None  # it reported a moment ago
     assert alarm.check({"step": 70, "soft_perplexity": 8}) is not None
 
 

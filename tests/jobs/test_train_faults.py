@@ -52,7 +52,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def noted_step(folder: Path) -> int:
-    """Step of the last checkpoint that Ray Train has recorded (0 for none). Others are lost with the workers."""
+    """Step of the last checkpoint that Ray Train has recorded (0 for none). Others are lost if the workers die."""
     snapshot = folder / "run/checkpoints/checkpoint_manager_snapshot.json"
     steps = re.findall(r'"step": *([0-9]+)', snapshot.read_text()) if snapshot.exists() else []
     return max(map(int, steps), default=0)
@@ -71,14 +71,14 @@ def samples_taken(folder: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def meanwhile(condition: Callable[[], object], act: Callable[[], None]) -> Iterator[None]:
-    """Inside, `act` is called in another thread as soon as the condition holds. Raises if it never does."""
+    """Inside, another thread calls `act` as soon as the condition holds. Raises if it never does."""
     failed: list[BaseException] = []
     over = threading.Event()
 
     def run() -> None:
         try:
             wait_for(lambda: over.is_set() or condition(), START_S, "the moment to act")
-            assert not over.is_set(), "it was over before the moment to act came"
+            assert not over.is_set(), "the command ended before the condition held"
             act()
         except BaseException as error:
             failed.append(error)
@@ -113,7 +113,7 @@ def stopped(command: list[str], folder: Path, act: Callable[[], None], after: in
 
 
 def assert_the_same_training(folder: Path, other: Path) -> None:
-    """Bit by bit, losses (of the discriminator too) and weights."""
+    """Losses, including those of the discriminator, and weights are equal to the bit."""
     assert [row["step"] for row in log(folder)] == list(range(1, STEPS + 1))
     for name in ("loss", "discriminator"):
         assert [row.get(name) for row in log(folder)] == [row.get(name) for row in log(other)]
@@ -146,7 +146,7 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
     assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in told
     assert "tokenmill train: exit 3: incomplete" in told
 
-    # Now a shard cannot be opened any more, which shows in the next epoch, on one rank.
+    # Now a shard can no longer be opened, which one rank notices in the next epoch.
     struck, away = tmp_path / "photos-001.tar", tmp_path / "away"
     before, step = step, stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), after=step)
     told = capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
 
 
 def replace_by_a_loop(file: Path, away: Path) -> None:
-    """Makes opening the file fail ("too many levels of symbolic links"), in place of a disk that fails."""
+    """Makes opening the file fail ("too many levels of symbolic links"), to imitate a failing disk."""
     file.rename(away)
     file.symlink_to(file)
 
@@ -216,7 +216,7 @@ def test_a_run_on_s3_is_stopped_and_resumed(s3: S3Server, tmp_path: Path, monkey
         assert driver.wait(2 * START_S) == 0
     after = storage.read(f"{run}/reports/train.jsonl").splitlines()
     assert len(after) == STEPS
-    assert after[: len(rows)] == rows  # their times too: those steps were not repeated
+    assert after[: len(rows)] == rows  # also the same times, which shows that those steps were not repeated
     assert storage.exists(f"{run}/model/model.safetensors")
     assert len(storage.glob(f"{run}/checkpoints/*/state.pt")) == 2  # train.keep_checkpoints
 
@@ -253,7 +253,7 @@ def test_a_killed_node_is_replaced_and_training_continues(cluster: Cluster, tmp_
 @pytest.mark.ray
 @pytest.mark.faults
 def test_a_node_that_is_about_to_be_lost_causes_a_checkpoint(cluster: Cluster, tmp_path: Path):
-    """No other checkpoint is due in this run, which would take hours."""
+    """The run would take hours, and no other checkpoint is due in it."""
     environment = {**cluster.client_environment(), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     endless = ["train.checkpoint_every=1000000", "train.steps=1000000", "workers.count=1"]
     command = [sys.executable, "-m", "jobs", "train", config(tmp_path), *endless]

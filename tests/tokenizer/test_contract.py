@@ -24,7 +24,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "vp_vae": {"latents_per_code": 16},  # a queue of 1,024: full after TRAIN_STEPS, with latents waiting
     "token_bridge": {"dim": 0},  # derived from 64 codes
 }
-# What the methods promise, by the name of the method; residual and product promise what their base does
+# What each method promises. Residual and product promise the same as their base
 ENCODES_UNTRAINED = {"bsq", "fsp", "fsq", "lfq"}  # their codes are fixed
 NEEDS_FIT = {"token_bridge", "vp_vae"}  # their codebook is made by `fit`
 FITS_ANY_SIZE = {"vp_vae"}
@@ -235,7 +235,7 @@ def test_g3_indices_are_int64_in_range_and_rows_of_the_codebook(case):
     assert 0 <= int(indices.min()) < int(indices.max()) < quantizer.codebook_size
     codebook, size = quantizer.codebook, (quantizer.codebook_size, quantizer.dim)
     assert codebook.shape == (*several(quantizer), *size)
-    if several(quantizer):  # the sum of each one's code
+    if several(quantizer):  # the sum of the codes of all quantizers
         codes = codebook[torch.arange(quantizer.num_quantizers), indices].sum(dim=-2)
         torch.testing.assert_close(quantizer.decode(indices), codes, rtol=0, atol=1e-6)
     else:
@@ -273,7 +273,7 @@ def test_g5_state_dict_continues_training_as_if_never_stopped(case):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_g6_a_copy_continues_training_like_its_original(case, copied):
     quantizer = trained(case)
-    train_outputs(quantizer, steps=1)  # fills everything that is cached between steps
+    train_outputs(quantizer, steps=1)  # fills all caches between steps
     twin = copied(quantizer)
     assert_same(train_outputs(twin), train_outputs(quantizer))
 

@@ -75,13 +75,13 @@ def by_av(folder: Path, x: np.ndarray, sample_rate: int, codec: str, kind: str, 
 
 
 def snr(expected: np.ndarray, found: np.ndarray) -> float:
-    """Signal over error in dB."""
+    """Ratio of signal to error in dB."""
     error = float(np.mean((expected.astype(np.float64) - found) ** 2))
     return 10 * math.log10(float(np.mean(expected**2.0)) / error) if error else math.inf
 
 
 def delay(expected: np.ndarray, found: np.ndarray) -> int:
-    """The delay of found against expected, in samples, at most 2000 either way."""
+    """The delay of found relative to expected, in samples, from -2000 to 2000."""
     lags = range(-2000, 2001)
     x, y = expected[4000:8000, 0], found[2000:10000, 0]
     return lags[int(np.argmax([x @ y[2000 + lag :][:4000] for lag in lags]))]
