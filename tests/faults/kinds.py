@@ -43,7 +43,7 @@ class Report:
     reruns: int = 0
     seconds: float | None = None
     damage: Damage | None = None  # None if no job finished
-    verified: bool = False  # by `tokenmill verify verify.deep=true`
+    verified: bool = False  # by `tokenmill verify --deep`
 
     def is_correct(self) -> bool:
         return self.verified and self.damage == Damage(0, 0, 0)
