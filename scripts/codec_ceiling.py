@@ -37,7 +37,7 @@ from tokenizer.training.step import Trainer
 from tokenizer.training.trial import training_batches
 
 QUALITY = {"pesq": "PESQ", "stoi": "STOI", "si_sdr": "SI-SDR", "mel_distance": "mel distance", "mse": "MSE"}
-TELL_EVERY = 50  # steps
+LOG_EVERY = 50  # steps
 
 
 class Unquantized(Quantizer):
@@ -85,7 +85,7 @@ def train(
     for step, x in training_batches(modality, arrays, recipe, autoencoder.factor):
         result = trainer.update(x, step)
         history.append({"step": step + 1, **trainer.numbers(result), "gradient_norm": norms[-1]})
-        if (step + 1) % TELL_EVERY == 0:
+        if (step + 1) % LOG_EVERY == 0:
             print(f"  step {step + 1}/{recipe.steps}  loss {history[-1]['loss']:.4g}", flush=True)
     return autoencoder, history
 

@@ -90,7 +90,7 @@ CONFIGS = {  # experiment: its config, and the file with the papers' length that
     "e2": ("e2_cifar10.yaml", "e2_paper.yaml"),
     "e3": ("e3_cifar10.yaml", "e2_paper.yaml"),
 }
-TELL_EVERY_S = 15.0
+REPORT_EVERY_S = 15.0
 
 
 class OutOfTime(Exception):
@@ -317,14 +317,14 @@ def _fits(job: Job, took: dict[tuple[str, int], float]) -> bool:
 
 def run_job(job: Job) -> tuple[str, float]:
     """Runs the trial in this process and writes its result. Returns a line for the log, and the seconds it took."""
-    started = told = time.time()
+    started = reported = time.time()
 
     def tell(row: dict[str, float]) -> None:
-        nonlocal told
+        nonlocal reported
         if time.time() > job.deadline:
             raise OutOfTime
-        if time.time() - told > TELL_EVERY_S:
-            told = time.time()
+        if time.time() - reported > REPORT_EVERY_S:
+            reported = time.time()
             steps = job.one.trial.recipe.steps
             print(f"  {job.title}: step {row['step']} of {steps}, loss {row['loss']:.4g}", flush=True)
 

@@ -173,7 +173,7 @@ def test_the_data_are_in_the_order_of_the_rows_and_known_by_their_content(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "printed"),
     [
         (["e4"], r"experiments are ['e1', 'e4']; give one or more of: e1, e2, e3"),
         (["--length", "long"], "--length is 'long'; it must be paper, quick, or a number of steps above 0"),
@@ -187,22 +187,22 @@ def test_the_data_are_in_the_order_of_the_rows_and_known_by_their_content(tmp_pa
         (["train.crop_size=30"], "train.crop_size is 30; it must be a multiple of the net's factor, 4"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, script, capsys, change: list[str], told: str):
+def test_a_mistake_is_one_line(tmp_path, script, capsys, change: list[str], printed: str):
     assert script.main(command(tmp_path, *change)) == 2
     said = capsys.readouterr().err
-    assert told in said
+    assert printed in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("jpegs", "told"),
+    ("jpegs", "printed"),
     [
         ([encoded(picture(32, 32), "jpeg"), b"no picture"], "row 1: not a picture that we can read"),
         ([encoded(picture(32, 32), "jpeg"), encoded(picture(16, 16), "jpeg")], "all pictures must have one size"),
     ],
 )
-def test_data_that_is_not_cifar_is_one_line(tmp_path, script, capsys, jpegs: list[bytes], told: str):
+def test_data_that_is_not_cifar_is_one_line(tmp_path, script, capsys, jpegs: list[bytes], printed: str):
     write_parquet(tmp_path / "cifar.parquet", jpegs)
     assert script.main([*command(tmp_path), "--heldout", "1"]) == 2
-    assert told in capsys.readouterr().err
+    assert printed in capsys.readouterr().err

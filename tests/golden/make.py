@@ -218,10 +218,10 @@ def make_expected() -> None:
 
 
 def _status() -> dict[str, Any]:
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         assert command("status", f"output={GOLDEN / 'out'}", "status.json=true") == 0
-    return json.loads(told.getvalue())
+    return json.loads(printed.getvalue())
 
 
 if __name__ == "__main__":

@@ -164,9 +164,9 @@ def test_the_command_passes_equal_rows_and_names_different_ones(
     forge(output, row=1)
     assert main(["verify", f"output={output.url}", "verify.deep=true"]) == 0  # no other check could find it
     assert main(command) == 3
-    told = capsys.readouterr().out
-    assert "audit: differs: 0001 (sample 1 of" in told
-    assert "audit: 7 of 8 rows are the same as in" in told
+    printed = capsys.readouterr().out
+    assert "audit: differs: 0001 (sample 1 of" in printed
+    assert "audit: 7 of 8 rows are the same as in" in printed
 
 
 def test_another_tokenizer_is_refused(output: Output, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -99,7 +99,7 @@ def test_the_name_of_a_result_depends_on_all_its_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "told"),
+    ("method", "message"),
     [
         ({"quantizer": {"name": "vq_va"}}, "bad at 16 codes: .*did you mean 'vq_vae'"),
         ({"quantizer": {"name": "vq_vae", "dimm": 3}}, "bad at 16 codes: unknown key quantizer.dimm"),
@@ -108,9 +108,9 @@ def test_the_name_of_a_result_depends_on_all_its_settings(tmp_path):
         ({"quantizer": {"name": "fsq"}, "train": {"loss_weights": {"codebook": 1}}}, "codebook: there is no such loss"),
     ],
 )
-def test_a_mistake_in_a_method_is_reported_before_ray_starts(tmp_path, capsys, method, told):
+def test_a_mistake_in_a_method_is_reported_before_ray_starts(tmp_path, capsys, method, message):
     assert main(["compare", config(tmp_path, {**METHODS, "bad": method})]) == 2
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 

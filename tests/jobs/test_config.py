@@ -131,7 +131,7 @@ def test_another_quantizers_field_is_unknown():
     ("given", "near"),
     [("quantizer.name=vpvae", "vp_vae"), ("model.net.name=vqgann", "vqgan"), ("model.modality=imag", "image")],
 )
-def test_unknown_name_is_told_with_its_nearest_neighbour(given: str, near: str):
+def test_unknown_name_is_reported_with_its_nearest_neighbour(given: str, near: str):
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
         load_config([given])
 
@@ -300,7 +300,7 @@ def test_a_misspelt_shipped_config_is_refused_with_its_nearest_neighbour():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("run: [a\nb: {", "is not valid YAML"),
         ("run:\n\t- x", "is not valid YAML"),
@@ -310,8 +310,8 @@ def test_a_misspelt_shipped_config_is_refused_with_its_nearest_neighbour():
         ("run: ${nope}", "nope"),
     ],
 )
-def test_a_broken_file_is_told_in_one_line(write, text: str, told: str):
-    with pytest.raises(ConfigError, match=told) as raised:
+def test_a_broken_file_gives_a_one_line_error(write, text: str, message: str):
+    with pytest.raises(ConfigError, match=message) as raised:
         load_config([write(text)])
     assert len(str(raised.value).splitlines()) == 1
 
@@ -321,7 +321,7 @@ def test_a_missing_file_is_named():
         load_config(["nope.yaml"])
 
 
-def test_an_override_that_is_no_yaml_is_told():
+def test_an_override_that_is_no_yaml_is_reported():
     with pytest.raises(ConfigError, match=r"run=\[a is not KEY=VALUE"):
         load_config(["run=[a"])
 
@@ -338,11 +338,12 @@ def test_text_that_looks_like_a_number_stays_as_it_was_typed(value: str):
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that the command leaves on stderr."""
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    [line] = told.err.splitlines()
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
     assert line.startswith(f"tokenmill {arguments[0]}: ")
     assert (
-        told.out.splitlines()[-1] == f"tokenmill {arguments[0]}: exit 2: a mistake in the command or its configuration"
+        printed.out.splitlines()[-1]
+        == f"tokenmill {arguments[0]}: exit 2: a mistake in the command or its configuration"
     )
     return line
 
@@ -359,7 +360,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("frobnicate", "unknown command 'frobnicate'; choose one of: pack, train"),
         ("train run=R data.shrads=x", "did you mean data.shards?"),
@@ -394,12 +395,12 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pack pack.source=/nope.parquet pack.shards=R", "/nope.parquet does not exist"),
     ],
 )
-def test_mistakes_are_told_in_one_line_before_ray_starts(
-    arguments: str, told: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_mistakes_are_reported_in_one_line_before_ray_starts(
+    arguments: str, message: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     places = {"S": f"{SAMPLES}/heldout/*.tar", "T": tokenizer, "R": f"{tmp_path}/run", "O": f"{tmp_path}/out"}
     words = [key + eq + places.get(value, value) for key, eq, value in (a.partition("=") for a in arguments.split())]
-    assert told in refused(words, capsys)
+    assert message in refused(words, capsys)
     assert list(tmp_path.iterdir()) == []  # a refused command leaves no files behind
 
 
@@ -423,8 +424,8 @@ def test_values_that_cannot_work_are_refused_before_ray_starts(
 
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main([]) == main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"  {name}" in told for name in COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(f"  {name}" in printed for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -473,22 +474,22 @@ def test_print_refuses_mistakes(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_shell_sees_exit_code_2_and_no_traceback(tmp_path: Path):
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "jobs", "train", f"run={tmp_path}/r", "data.shards=/nope/*.tar"],
         capture_output=True,
         text=True,
         cwd=SAMPLES.parent,
     )
-    assert told.returncode == 2
-    assert told.stderr == "tokenmill train: data.shards: nothing matches '/nope/*.tar'\n"
+    assert done.returncode == 2
+    assert done.stderr == "tokenmill train: data.shards: nothing matches '/nope/*.tar'\n"
 
 
 @pytest.mark.parametrize("given", [["--help"], ["train", "--help"]])
 def test_help_needs_neither_torch_nor_ray(given: list[str]):
     """It is what people type first; torch and ray take seconds to import."""
     code = f"import sys; from jobs.__main__ import main; main({given}); print({{'torch', 'ray'}} & set(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SAMPLES.parent)
-    assert told.stdout.endswith("\nset()\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SAMPLES.parent)
+    assert done.stdout.endswith("\nset()\n")
 
 
 def test_what_was_given_can_be_written_down_and_read_again(write, tmp_path: Path):

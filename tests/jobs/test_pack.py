@@ -42,7 +42,7 @@ def packed(target: Path) -> dict[str, dict[str, bytes]]:
     return {sample.key: sample.members for sample in samples}
 
 
-def told(capsys: pytest.CaptureFixture[str]) -> str:
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line on stderr."""
     [line] = capsys.readouterr().err.splitlines()
     return line
@@ -92,20 +92,20 @@ def test_an_existing_shard_is_refused_and_left_alone(folder: Path, tmp_path: Pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out/s-000.tar").write_bytes(b"mine")
     assert pack(folder, tmp_path / "out") == 2
-    assert "s-000.tar already exists" in told(capsys)
+    assert "s-000.tar already exists" in error_line(capsys)
     assert (tmp_path / "out/s-000.tar").read_bytes() == b"mine"
 
 
 def test_a_file_without_an_extension_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (folder / "README").write_text("?")
     assert pack(folder, tmp_path / "out") == 2
-    assert f"{folder}/README is not named KEY.EXTENSION" in told(capsys)
+    assert f"{folder}/README is not named KEY.EXTENSION" in error_line(capsys)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "empty").mkdir()
     assert pack(tmp_path / "empty", tmp_path / "out") == 2
-    assert "holds no samples" in told(capsys)
+    assert "holds no samples" in error_line(capsys)
 
 
 def test_two_files_that_would_be_one_member_are_refused(
@@ -113,7 +113,7 @@ def test_two_files_that_would_be_one_member_are_refused(
 ):
     (folder / "a/p0.JPG").write_bytes(b"another picture of the same name")
     assert pack(folder, tmp_path / "out") == 2
-    assert "p0" in told(capsys)
+    assert "p0" in error_line(capsys)
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_rows_without_a_key_column_are_numbered(tmp_path: Path):
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pq.write_table(pa.concat_tables([table(), table().slice(1, 1)]), tmp_path / "t.parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
-    assert "key 'p1' occurs twice" in told(capsys)
+    assert "key 'p1' occurs twice" in error_line(capsys)
 
 
 @pytest.mark.parametrize("key", ["a.001", "photo.jpg", ".hidden", "", "a/.b", "folder/"])
@@ -168,17 +168,17 @@ def test_a_key_that_no_file_can_have_is_refused(tmp_path: Path, key: str, capsys
     """A reader would take the part after the first dot as the extension, and samples would be merged."""
     pq.write_table(pa.table({"key": [key, "b"], "jpg": list(PICTURES.values())[:2]}), tmp_path / "t.parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
-    assert repr(key) in told(capsys)
+    assert repr(key) in error_line(capsys)
 
 
 def test_a_nested_column_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Hugging Face datasets store pictures as {bytes, path}. Converted to text, this would not be a picture."""
     pq.write_table(pa.table({"jpg": [{"bytes": PICTURES["p0"], "path": None}]}), tmp_path / "t.parquet")
     assert pack(tmp_path / "t.parquet", tmp_path / "out") == 2
-    assert "flatten the column" in told(capsys)
+    assert "flatten the column" in error_line(capsys)
 
 
-def test_base64_that_is_none_is_told_with_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_base64_that_is_none_is_reported_with_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "t.csv").write_text("key,jpg\na,no base64!\n")
     assert pack(tmp_path / "t.csv", tmp_path / "out") == 2
-    assert "'a'" in told(capsys)
+    assert "'a'" in error_line(capsys)

@@ -88,9 +88,9 @@ def test_a_signal_ends_the_command_in_words_and_leaves_no_process(
         driver.send_signal(sent)
         assert driver.wait(60) == code
         wait_for(lambda: not left_in_session(driver.pid), 30, "the processes of Ray to end")
-    told = log.read_text()
-    assert told.endswith(f"tokenmill tokenize: exit {code}: {words}; rerun the same command to continue\n")
-    assert "Traceback" not in told
+    printed = log.read_text()
+    assert printed.endswith(f"tokenmill tokenize: exit {code}: {words}; rerun the same command to continue\n")
+    assert "Traceback" not in printed
     assert num_committed(output) < NUM_SHARDS
     assert main(command(corpus, tokenizer, output)) == 0
     assert_whole(output, corpus, tokenizer)

@@ -29,7 +29,7 @@ def output(tmp_path: Path, inputs: list[Shard]) -> Output:
     return output
 
 
-def test_counts_reasons_and_failures_are_told(output: Output):
+def test_counts_reasons_and_failures_are_reported(output: Output):
     summary = summarise(output)
     assert summary["shards"] == {"done": 2, "left": 2, "retries": 0}
     assert (summary["samples"], summary["quarantined"]) == (4, 3)
@@ -84,7 +84,7 @@ def test_the_encoder_is_idle_while_its_worker_has_a_shard_but_does_not_encode(en
 
 def test_status_prints_it_all(output: Output, capsys: pytest.CaptureFixture[str]):
     assert main(["status", f"output={output.url}"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in (
         "2 done, 2 left (1 failed last time)",
         "2 decode BadSample",
@@ -92,7 +92,7 @@ def test_status_prints_it_all(output: Output, capsys: pytest.CaptureFixture[str]
         "cut short",
         "encoder      idle",
     ):
-        assert words in told
+        assert words in printed
 
 
 def test_status_as_json_is_the_same(output: Output, capsys: pytest.CaptureFixture[str]):

@@ -172,9 +172,9 @@ def test_bad_input_is_reported_and_repaired_and_verified(
     """One long test, since each step needs the files of the step before."""
     output = tmp_path / "out"
     assert main(command(corpus, tokenizer, output)) == 3
-    told = capsys.readouterr().out
-    assert "7 shards failed" in told
-    assert "exit 3" in told.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "7 shards failed" in printed
+    assert "exit 3" in printed.splitlines()[-1]
 
     entries = {Path(entry.source_shard).stem: entry for entry in Output.open(str(output)).commits()}
     assert {name: entry.num_quarantined for name, entry in entries.items()} == SUCCEEDS

@@ -315,7 +315,7 @@ def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(t
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("train.ema=1", "train.ema is 1.0; it must be at least 0 (no average) and below 1"),
         ("train.grad_accum_steps=3", "train.grad_accum_steps is 3; it must divide train.batch_size, 8"),
@@ -323,13 +323,13 @@ def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(t
         ("train.collapse.perplexity=-1", "train.collapse.perplexity is -1.0; it must be 0 (off) or more"),
     ],
 )
-def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_invalid_settings_are_refused(tmp_path: Path, change: str, message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_config([config(tmp_path), change])
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (["train.discriminator.weigth=1"], "unknown key train.discriminator.weigth; did you mean"),
         (
@@ -342,16 +342,18 @@ def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
         ),
     ],
 )
-def test_an_invalid_discriminator_is_refused_before_ray_starts(tmp_path: Path, changes: list[str], told: str):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_an_invalid_discriminator_is_refused_before_ray_starts(tmp_path: Path, changes: list[str], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         check(load_config([config(tmp_path), "train.discriminator.layers=4", *changes]))
 
 
 def test_the_alarm_reports_a_lasting_collapse_and_not_after_the_codebook_recovers():
     alarm = CollapseAlarm(below=10, steps=20)
-    told = [alarm.check({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))]
-    assert told[:4] == [None] * 4
-    assert "perplexity 8 at step 50, below train.collapse.perplexity=10 for 20 steps" in str(told[4])
+    messages = [
+        alarm.check({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))
+    ]
+    assert messages[:4] == [None] * 4
+    assert "perplexity 8 at step 50, below train.collapse.perplexity=10 for 20 steps" in str(messages[4])
     assert alarm.check({"step": 60, "perplexity": 8}) is None  # it reported a moment ago
     assert alarm.check({"step": 70, "soft_perplexity": 8}) is not None
 

@@ -142,17 +142,17 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
     command = ["train", config(tmp_path), f"data.shards={tmp_path}/*.tar", "train.max_failures=1"]
 
     step = stopped(command, tmp_path, sigterm_myself)
-    told = capsys.readouterr().out
-    assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in told
-    assert "tokenmill train: exit 3: incomplete" in told
+    printed = capsys.readouterr().out
+    assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in printed
+    assert "tokenmill train: exit 3: incomplete" in printed
 
     # Now a shard can no longer be opened, which one rank notices in the next epoch.
     struck, away = tmp_path / "photos-001.tar", tmp_path / "away"
     before, step = step, stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), after=step)
-    told = capsys.readouterr().out
-    assert f"resuming from the checkpoint of step {before}\n" in told
-    assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in told
-    assert f"stopped: at step {step}, because storage gave no more samples; rerun the same command" in told
+    printed = capsys.readouterr().out
+    assert f"resuming from the checkpoint of step {before}\n" in printed
+    assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in printed
+    assert f"stopped: at step {step}, because storage gave no more samples; rerun the same command" in printed
     away.replace(struck)
 
     killed: list[str] = []
@@ -236,8 +236,8 @@ def cluster() -> Iterator[Cluster]:
 def test_a_killed_node_is_replaced_and_training_continues(cluster: Cluster, tmp_path: Path):
     file = config(tmp_path)
     command = [sys.executable, "-m", "jobs", "train", file, "train.max_failures=1"]
-    with (tmp_path / "log").open("wb") as told:
-        driver = subprocess.Popen(command, cwd=ROOT, env=cluster.client_environment(), stdout=told, stderr=told)
+    with (tmp_path / "log").open("wb") as printed:
+        driver = subprocess.Popen(command, cwd=ROOT, env=cluster.client_environment(), stdout=printed, stderr=printed)
     try:
         wait_for(lambda: driver.poll() is not None or noted_step(tmp_path), START_S, "a checkpoint")
         cluster.kill(cluster.nodes[1])
@@ -257,8 +257,8 @@ def test_a_node_that_is_about_to_be_lost_causes_a_checkpoint(cluster: Cluster, t
     environment = {**cluster.client_environment(), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     endless = ["train.checkpoint_every=1000000", "train.steps=1000000", "workers.count=1"]
     command = [sys.executable, "-m", "jobs", "train", config(tmp_path), *endless]
-    with (tmp_path / "log").open("wb") as told:
-        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=told)
+    with (tmp_path / "log").open("wb") as printed:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed)
     try:
         wait_for(
             lambda: driver.poll() is not None or b"train: 1/" in (tmp_path / "log").read_bytes(), START_S, "a step"

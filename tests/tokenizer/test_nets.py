@@ -74,7 +74,7 @@ def test_the_papers_nets_are_in_the_registry():
     assert {"resnet32", "vqgan"} <= set(NETS.names())
 
 
-def test_an_unknown_net_is_told_with_its_neighbour():
+def test_an_unknown_net_is_reported_with_its_neighbour():
     with pytest.raises(ValueError, match="unknown net 'resnet23'; did you mean 'resnet32'"):
         build_net({"name": "resnet23"})
 

@@ -104,7 +104,7 @@ def test_samples_that_fill_no_frame_are_refused(samples: int):
         ({"activation": "relu"}, "activation='relu' must be one of snake, elu"),
     ],
 )
-def test_settings_that_make_no_net_are_told_with_their_value(settings: dict[str, Any], message: str):
+def test_settings_that_make_no_net_are_reported_with_their_value(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         SEANetConfig(**settings)
 
