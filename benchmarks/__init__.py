@@ -1,1 +1,1 @@
-"""Side-by-side measurements against peers: `python -m benchmarks [name...]`."""
+"""Measurements of Tokenmill and other libraries side by side: `python -m benchmarks [name...]`."""

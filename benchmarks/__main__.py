@@ -1,4 +1,7 @@
-"""`python -m benchmarks [name...]`: runs them, prints their tables, leaves results/<name>.md and .json."""
+"""`python -m benchmarks [name...]`: runs the benchmarks, prints their tables, and writes results/<name>.md.
+
+results/<name>.json has every single measurement; git ignores it.
+"""
 
 import importlib
 import json
@@ -17,10 +20,10 @@ RESULTS = Path(__file__).parent / "results"
 def main(names: list[str]) -> int:
     unknown = sorted(set(names) - set(NAMES))
     if unknown:
-        print(f"benchmarks: unknown {', '.join(unknown)}; there are: {', '.join(NAMES)}")
+        print(f"benchmarks: unknown name {', '.join(unknown)}; choose from: {', '.join(NAMES)}")
         return 2
-    # before torch is imported: threads that spin while they wait are slowed down 4 times by any other load, which
-    # would hit the sides unequally (the process that runs the plain loop more than Ray's workers)
+    # Before torch is imported. Threads that spin while they wait get 4 times slower under any other load, and this
+    # would affect the plain loop more than Ray's workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in names or NAMES:
         start, load = time.monotonic(), os.getloadavg()[0]

@@ -1,6 +1,6 @@
-"""`tokenize` by Ray Data against the scheduler of our own that it replaced: the same workers, shards and cores.
+"""`tokenize` with Ray Data compared to the scheduler that it replaced: the same workers, shards and cores.
 
-The old scheduler, jobs/shard_pool.py, comes from git as it last was.
+The old scheduler is the last version of jobs/shard_pool.py in git.
 """
 
 import collections
@@ -28,13 +28,13 @@ from tokenizer.tokenizer import Tokenizer
 
 OLD = "5f38885:jobs/shard_pool.py"
 SHARDS = 8
-PICTURES = 1000  # a shard
+PICTURES = 1000  # per shard
 ROUNDS = 5
 Map = Callable[..., Iterator[Any]]
 
 
 class OldTimedWorker(TimedWorker):
-    """For the old scheduler, which reads a count of ticks where ours reads the time of the last."""
+    """For the old scheduler, which reads the number of ticks. The new one reads the time of the last tick."""
 
     def __init__(self, **settings: Any):
         super().__init__(**settings)
@@ -52,7 +52,7 @@ def run() -> Table:
         config = load_config([str(ROOT / "configs/demo.yaml")])
         make_tokenizer(config, work / "tokenizer")
         shards = write_shards(work / "shards")
-        for side in sides.values():  # a warm-up of both
+        for side in sides.values():  # warm up both
             timed_run(side, config.tokens, shards[:2], work)
         runs: dict[str, list[Run]] = {name: [] for name in sides}
         for number in range(ROUNDS):
@@ -64,14 +64,15 @@ def run() -> Table:
 def report(runs: dict[str, list[Run]]) -> Table:
     old = next(iter(runs.values()))
     table = Table(
-        "tokenize by Ray Data against our own scheduler",
+        "tokenize with Ray Data compared to our own scheduler",
         [
-            f"{SHARDS} shards of {PICTURES} photos (those of samples/train, over and over), model of configs/demo.yaml "
-            "with random weights, a worker per CPU, two shards in flight each. The other side is jobs/shard_pool.py "
-            f"of commit {OLD.split(':')[0]}, with the same workers.",
-            "Steady: from the moment the first shard is begun to the end. CPU: of the workers. Start: from the call "
-            "until the first shard is begun.",
-            f"Medians of {ROUNDS} interleaved rounds; ratios are of runs of the same round, with their range.",
+            f"{SHARDS} shards of {PICTURES} photos (those of samples/train, repeated). The model is that of "
+            "configs/demo.yaml with random weights. One worker per CPU, each with two shards in flight. The other side "
+            f"is jobs/shard_pool.py of commit {OLD.split(':')[0]}, with the same workers.",
+            "start: from the call until work on the first shard begins. steady: from then to the end. CPU: CPU time of "
+            "the workers.",
+            f"Medians of {ROUNDS} interleaved rounds. Ratios compare runs of the same round; the range is in "
+            "parentheses.",
         ],
         ["side", "start, s", "steady, samples/s", "ratio", "CPU ms/sample", "ratio", "driver CPU ms/sample"],
     )

@@ -1,4 +1,4 @@
-"""k-means of ours against faiss, scikit-learn and the official routine: time to the same error, and the last error.
+"""Our k-means compared to faiss, scikit-learn and the official routine: time to the same error, and the final error.
 
 Legend: N points, K clusters, D dims. Error: mean squared distance to the nearest centroid.
 """
@@ -20,17 +20,17 @@ from tokenizer.clustering.latents import InMemory, LatentBatch, T
 
 POINTS = 2_000_000
 CASES = ((1024, 5, 5), (4096, 5, 1), (16384, 5, 1), (1024, 8, 5))  # K, D, rounds
-NEAR = 1.01  # of the best error that any side ended with: what all are timed to
+NEAR = 1.01  # times the lowest final error: the error up to which all sides are timed
 FAISS_ITERATIONS = 50
-SKLEARN_MAX_CLUSTERS = 4096  # its k-means++ takes minutes for more
-SKLEARN_S = 15  # it goes on without an end of its own
+SKLEARN_MAX_CLUSTERS = 4096  # for more, its k-means++ takes minutes
+SKLEARN_S = 15  # it never stops by itself
 SKLEARN_BATCH = 16_384
-OFFICIAL_QUERIES = 16_384  # its chunk of an assignment
+OFFICIAL_QUERIES = 16_384  # rows per chunk in its assignment
 
 
 @dataclass
 class Curve:
-    """Seconds from the start at which a side had centroids of these errors."""
+    """Seconds since the start, and the error of the centroids at that time."""
 
     seconds: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
@@ -41,19 +41,22 @@ class Curve:
 
 def run() -> Table:
     table = Table(
-        "k-means against faiss, scikit-learn and the official routine",
+        "k-means compared to faiss, scikit-learn and the official routine",
         [
-            f"N = {POINTS} points of N(0, I), the law that VP-VAE's norm loss asks for. Each side as it is by default, "
-            f"but faiss over all points for {FAISS_ITERATIONS} iterations (by default it takes 25, and 256 points a "
-            "cluster: that is the side `faiss, default`), and scikit-learn's MiniBatchKMeans step by step in batches "
-            f"of {SKLEARN_BATCH} for {SKLEARN_S} s at most, its errors measured with the clock stopped.",
-            f"Same error: {NEAR} times the best that any side ended with in that round. Ratio: theirs over ours.",
-            "Ours: until an iteration lowers the error by less than 1e-4 of itself; the seeding is part of its time.",
-            "Official routine, from its description (k-means++ one by one over all points, then at most 200 "
-            "iterations of distances and argmin): estimated from 3 of its draws and one chunk of one iteration.",
-            f"torch and faiss threads: {torch.get_num_threads()}. Medians over the rounds, with their range.",
+            f"N = {POINTS} points from N(0, I), the distribution that VP-VAE's norm loss aims for. Each side has its "
+            f"default settings, with two exceptions: `faiss` uses all points and {FAISS_ITERATIONS} iterations (its "
+            "default, `faiss, default`, is 25 iterations on 256 points per cluster), and scikit-learn's "
+            f"MiniBatchKMeans runs in batches of {SKLEARN_BATCH} for at most {SKLEARN_S} s, with the clock stopped "
+            "while we measure its error.",
+            f"same error: {NEAR} times the lowest final error of any side in that round. ratio: their time divided by "
+            "ours.",
+            "Ours stops when an iteration reduces the error by less than 0.01 %. Its time includes the seeding.",
+            "The time of the official routine (k-means++ one by one over all points, then at most 200 iterations of "
+            "distances and argmin) is estimated from 3 of its draws and one chunk of one iteration.",
+            f"torch and faiss threads: {torch.get_num_threads()}. Medians over the rounds; the range is in "
+            "parentheses.",
         ],
-        ["K", "D", "rounds", "side", "s to same error", "ratio", "last error / best", "whole, s"],
+        ["K", "D", "rounds", "side", "s to same error", "ratio", "final error / best", "total, s"],
     )
     for num_clusters, dim, rounds in CASES:
         _measure(num_clusters, dim, rounds, table)
@@ -70,7 +73,7 @@ def _measure(num_clusters: int, dim: int, rounds: int, table: Table) -> None:
     found: dict[str, list[Curve]] = {name: [] for name in sides}
     for seed in range(rounds):
         for name in [*sides][seed % len(sides) :] + [*sides][: seed % len(sides)]:
-            if seed == 0 or name != "scikit-learn":  # which takes long and is far off
+            if seed == 0 or name != "scikit-learn":  # one round is enough: it is slow and far off
                 found[name].append(sides[name](points, num_clusters, seed))
     best = [min(curves[r].errors[-1] for curves in found.values() if r < len(curves)) for r in range(rounds)]
     times = {n: [c.seconds_to(NEAR * b) for c, b in zip(curves, best, strict=False)] for n, curves in found.items()}
@@ -89,12 +92,12 @@ def _measure(num_clusters: int, dim: int, rounds: int, table: Table) -> None:
 
 
 def _spread(values: list[float | None], form: str = "{:.3g}") -> str:
-    """Median and range; "never" where a side did not get there in most rounds."""
+    """Median and range, or "never" if a side did not reach the error in most rounds."""
     there = sorted(value for value in values if value is not None)
     if 2 * len(there) <= len(values):
         return "never"
-    told = form.format(statistics.median(there))
-    return told if len(there) == 1 else f"{told} ({form.format(there[0])}..{form.format(there[-1])})"
+    text = form.format(statistics.median(there))
+    return text if len(there) == 1 else f"{text} ({form.format(there[0])}..{form.format(there[-1])})"
 
 
 def _ratio(theirs: list[float | None], ours: list[float | None]) -> str:
@@ -105,7 +108,7 @@ def _ratio(theirs: list[float | None], ours: list[float | None]) -> str:
 
 
 class Watched(InMemory):
-    """Notes the time and the error of each assignment of all points."""
+    """Records the time and the error of each assignment of all points."""
 
     def __init__(self, points: Tensor):
         super().__init__(points)
@@ -125,7 +128,7 @@ def ours(points: Tensor, num_clusters: int, seed: int) -> Curve:
 
 
 def by_faiss(points: Tensor, num_clusters: int, seed: int) -> Curve:
-    """Its errors are those of the centroids before each update, as ours are."""
+    """Its errors are those of the centroids before each update, like ours."""
     start = time.perf_counter()
     found = faiss.Kmeans(
         points.shape[1], num_clusters, niter=FAISS_ITERATIONS, seed=seed + 1, max_points_per_centroid=len(points)
@@ -157,7 +160,7 @@ def by_sklearn(points: Tensor, num_clusters: int, seed: int) -> Curve:
 
 
 def official_estimate(points: Tensor, num_clusters: int) -> float:
-    """Seconds of its whole routine: K draws, and 200 iterations, as its absolute tolerance is hardly ever met."""
+    """Seconds for the whole routine: K draws and 200 iterations, because its absolute tolerance is hardly ever met."""
     start = time.perf_counter()
     distance = torch.full((len(points),), torch.inf)
     for center in points[:3]:

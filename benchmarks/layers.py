@@ -1,4 +1,4 @@
-"""Our quantizers against those of lucidrains/vector-quantize-pytorch: forward and backward in train mode.
+"""Our quantizers compared to lucidrains/vector-quantize-pytorch: forward and backward in train mode.
 
 Legend: N latents, K codes, D dims, z [N, D], z_q [N, D].
 """
@@ -21,18 +21,18 @@ from tokenizer.quantizers.base.quantizer import Quantizer, build_quantizer
 from tokenizer.quantizers.residual import Residual
 
 ROUNDS, ROUNDS_OF_LARGE = 5, 3
-MIN_TIMED_S = 0.05  # calls are repeated within one timing until they last about so long
+MIN_TIMED_S = 0.05  # a timing repeats calls for about this long
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_QUANTIZERS = 4
 SMALL = [(1024, dim, num_latents) for dim in (4, 8, 64) for num_latents in (512, 8192)]  # K, D, N
-LARGE = (16384, 8, 8192)  # where theirs takes 10 s a call on two cores
+LARGE = (16384, 8, 8192)  # theirs takes 10 s per call on two cores
 TABLES = [*SMALL, (16384, 5, 512), (16384, 8, 512), (16384, 64, 512), LARGE]
 SCALAR = [(size, dim, num_latents) for size, dim in ((1024, 4), (16384, 5)) for num_latents in (512, 8192)]
 
 
 @dataclass
 class Step:
-    """What a layer gives for z. indices are None where ours makes none in training."""
+    """The output of a layer for z. indices is None for methods whose training has no indices."""
 
     z_q: Tensor
     indices: Tensor | None
@@ -41,11 +41,11 @@ class Step:
 
 @dataclass
 class Pair:
-    """One method on either side, with the same codes. after_step: proves the states equal that a step changes."""
+    """One method on both sides, with the same codes. after_step: checks that a step changes both states equally."""
 
     ours: Quantizer
     theirs: nn.Module
-    weights: dict[str, float]  # of our losses, with which they are theirs
+    weights: dict[str, float]  # of our losses, to make them equal to theirs
     same_gradients: bool = True
     after_step: Callable[[Tensor], None] | None = None
 
@@ -60,25 +60,27 @@ class Pair:
 
 
 Case = tuple[int, int, int]  # K, D, N
-MakePair = Callable[[int, Tensor], Pair]  # from K, and the latents that both sides will get
+MakePair = Callable[[int, Tensor], Pair]  # arguments: K, and the latents that both sides get
 
 
 def run() -> Table:
     table = Table(
-        "Quantizer layers against lucidrains/vector-quantize-pytorch",
+        "Quantizer layers compared to lucidrains/vector-quantize-pytorch",
         [
-            f"vector-quantize-pytorch {version('vector-quantize-pytorch')}. One call: forward in train mode, and "
-            "backward to the latents and to what codes are learned, of a random gradient of z_q plus the losses.",
-            "Same codes, same settings: straight-through (their default is the rotation trick), no k-means start, no "
-            "replacement of dead codes; vq: codes learned by gradient, commitment weight 1; ema_vq: decay 0.99; "
-            f"sim_vq: bias in both; rvq: {NUM_QUANTIZERS} layers of vq; fsp: tanh, quantize_rate 0.",
-            "Proven first: same indices for 99.9 % of the latents or more (ties), same z_q for those to 1e-4, same "
-            "gradients of latents and codes, same codes after a step of ema_vq. rvq: indices and z_q alone, since "
-            "the gradient of z_q is theirs 4 times over. fsp: train mode with the same random numbers.",
-            "Latents and codes N(0, I). fsq and fsp: the papers' levels for K.",
-            f"On {DEVICE}, torch threads: {torch.get_num_threads()} on either side. Medians of {ROUNDS} interleaved "
-            f"rounds ({ROUNDS_OF_LARGE} at K={LARGE[0]} and N={LARGE[2]}); ratios round by round with their range; CPU "
-            "is seconds of all cores.",
+            f"vector-quantize-pytorch {version('vector-quantize-pytorch')}. One call is a forward pass in "
+            "train mode and a backward pass to the latents and to learned codes, from a random gradient of z_q plus "
+            "the losses.",
+            "Both sides have the same codes and settings: straight-through (their default is the rotation trick), no "
+            "k-means start, no replacement of dead codes; vq: codes learned by gradient, commitment weight 1; ema_vq: "
+            f"decay 0.99; sim_vq: bias in both; rvq: {NUM_QUANTIZERS} layers of vq; fsp: tanh, quantize_rate 0.",
+            "Before timing we check that both sides give the same indices for at least 99.9 % of the latents (ties "
+            "differ), the same z_q for those to 1e-4, the same gradients of latents and codes, and the same codes "
+            "after a step of ema_vq. For rvq we check only indices and z_q, because their gradient of z_q differs from "
+            "ours by a factor of 4. fsp is checked in train mode with the same random numbers.",
+            "Latents and codes are drawn from N(0, I). fsq and fsp have the papers' levels for K.",
+            f"Device: {DEVICE}; torch threads: {torch.get_num_threads()} on both sides. Medians of {ROUNDS} "
+            f"interleaved rounds ({ROUNDS_OF_LARGE} at K={LARGE[0]} and N={LARGE[2]}). Ratios compare runs of the same "
+            "round; the range is in parentheses. CPU is the ratio of the CPU time of all cores.",
         ],
         ["method", "K", "D", "N", "theirs, ms", "ours, ms", "times faster", "CPU"],
     )
@@ -117,7 +119,7 @@ def _measure(method: str, make_pair: MakePair, case: Case, table: Table) -> None
 
 
 def interleaved_calls(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[Timing]]:
-    """Of single calls, each the mean of as many as last MIN_TIMED_S: the sides may differ by orders of magnitude."""
+    """Times of one call. Each is the mean over MIN_TIMED_S, because the sides may differ by orders of magnitude."""
     calls = {side: max(1, math.ceil(MIN_TIMED_S / timed(work).wall_s)) for side, work in sides.items()}
     found = interleaved({side: repeated(work, calls[side]) for side, work in sides.items()}, rounds, warmups=0)
     return {side: [Timing(t.wall_s / calls[side], t.cpu_s / calls[side]) for t in found[side]] for side in sides}
@@ -134,7 +136,7 @@ def repeated(work: Callable[[], None], times: int) -> Callable[[], None]:
 
 
 def call(step: Callable[[Tensor], Step], z: Tensor, gradient: Tensor, module: nn.Module) -> tuple[Step, list[Tensor]]:
-    """Forward and backward: the step, and the gradients of z and of each parameter."""
+    """Forward and backward. Returns the step, and the gradients of z and of each parameter."""
     out = step(z)
     outputs, gradients = [out.z_q], [gradient]
     if out.loss.requires_grad:
@@ -143,7 +145,7 @@ def call(step: Callable[[Tensor], Step], z: Tensor, gradient: Tensor, module: nn
     return out, list(torch.autograd.grad(outputs, [z, *module.parameters()], gradients))
 
 
-# -- proofs -----------------------------------------------------------------------------------------------------------
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def prove_equal(pair: Pair, z: Tensor, gradient: Tensor) -> None:
@@ -161,12 +163,14 @@ def prove_equal(pair: Pair, z: Tensor, gradient: Tensor) -> None:
         torch.testing.assert_close(our_gradients[0][same], their_gradients[0][same], rtol=1e-3, atol=1e-3)
         for mine, other in zip(our_gradients[1:], their_gradients[1:], strict=True):
             off = (mine - other.reshape(mine.shape)).norm() / other.norm()
-            assert off < 0.05, f"the gradients of the codes differ by {off:.2%}"  # ties: one in 1000 may move
+            assert off < 0.05, (
+                f"the gradients of the codes differ by {off:.2%}"
+            )  # because of ties, one latent in 1000 may get another code
     if pair.after_step is not None:
         pair.after_step(indices)
 
 
-# -- the methods, with the same codes on either side ------------------------------------------------------------------
+# -- the methods, with the same codes on both sides -------------------------------------------------------------------
 
 
 def vq(codebook_size: int, z: Tensor) -> Pair:
@@ -192,7 +196,7 @@ def ema_vq(codebook_size: int, z: Tensor) -> Pair:
     theirs._codebook.embed_avg.copy_(ours.embedding[None])
 
     def same_codes(indices: Tensor) -> None:
-        used = indices.unique()  # ours leaves the others where they are
+        used = indices.unique()  # ours does not move unused codes
         off = (ours.embedding - theirs._codebook.embed[0])[used].norm() / ours.embedding[used].norm()
         assert off < 1e-3, f"the codes differ by {off:.2%} after a step"
 
@@ -205,7 +209,7 @@ def sim_vq(codebook_size: int, z: Tensor) -> Pair:
     theirs = lucidrains.SimVQ(
         dim=dim, codebook_size=codebook_size, codebook_transform=nn.Linear(dim, dim), rotation_trick=False
     ).to(DEVICE)
-    nn.init.orthogonal_(ours.projection.weight, gain=dim**0.5)  # codes N(0, I), as those of the other methods
+    nn.init.orthogonal_(ours.projection.weight, gain=dim**0.5)  # codes from N(0, I), like those of the other methods
     theirs.frozen_codebook.copy_(ours.frozen)
     theirs.code_transform.load_state_dict(ours.projection.state_dict())
     return Pair(ours, theirs, {"codebook": 1.0, "commitment": 0.25})
@@ -216,7 +220,7 @@ def rvq(codebook_size: int, z: Tensor) -> Pair:
     base = {"name": "vq_vae", "codebook_size": codebook_size, "dim": dim}
     ours = our_quantizer({"name": "residual", "base": base, "num_quantizers": NUM_QUANTIZERS})
     assert isinstance(ours, Residual)
-    ours(z)  # measures how much smaller each layer's residual is, which is a factor of the codes
+    ours(z)  # measures the scale of each layer's residual, which scales the codes
     theirs = lucidrains.ResidualVQ(
         **{"dim": dim, "codebook_size": codebook_size, "num_quantizers": NUM_QUANTIZERS},
         **{"rotation_trick": False, "learnable_codebook": True, "ema_update": False},
@@ -250,7 +254,7 @@ METHODS: dict[str, tuple[MakePair, list[Case]]] = {
 
 
 def our_quantizer(settings: dict[str, Any]) -> Any:
-    """In train mode; past the first batch, of which k-means would make the codes."""
+    """In train mode, and past the first batch, so that k-means does not replace the codes."""
     quantizer = build_quantizer(settings).to(DEVICE).train()
     for name, buffer in quantizer.named_buffers():
         if name.split(".")[-1] == "initialised":

@@ -1,4 +1,4 @@
-"""Rounds in which every side runs once, and what they give: medians, and ratios of runs of the same round."""
+"""Rounds in which every side runs once, and their results: medians, and ratios of runs of the same round."""
 
 import os
 import platform
@@ -15,18 +15,18 @@ PACKAGES = ("torch", "ray", "pyarrow", "numpy", "scipy", "pillow", "webdataset",
 
 @dataclass
 class Table:
-    """What one benchmark found. notes: how it was measured, what was proven equal first."""
+    """The result of one benchmark. notes: how it was measured, and what was checked first."""
 
     title: str
     notes: list[str]
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
-    raw: dict[str, object] = field(default_factory=dict)  # every single measurement, for the JSON file
+    raw: dict[str, object] = field(default_factory=dict)  # every single measurement, only for the JSON file
 
 
 @dataclass
 class Timing:
-    """Seconds of one run: on the clock, and of this process on all its cores."""
+    """Seconds of one run: wall time, and CPU time of this process on all cores."""
 
     wall_s: float
     cpu_s: float
@@ -39,7 +39,7 @@ def timed(work: Callable[[], object]) -> Timing:
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warmups: int = 1) -> dict[str, list[Timing]]:
-    """Each side once a round, every round starting with another side, so that a busy minute hits all of them."""
+    """Runs each side once per round. Each round starts with a different side, so a busy minute affects all of them."""
     for _ in range(warmups):
         for work in sides.values():
             work()
@@ -52,13 +52,13 @@ def interleaved(sides: dict[str, Callable[[], object]], rounds: int, warmups: in
 
 
 def ratio_text(over: list[float], under: list[float]) -> str:
-    """Median, and range, of the ratios of two sides round by round: "0.95 (0.91..0.97)"."""
+    """Median and range of the ratios of two sides in the same round: "0.95 (0.91..0.97)"."""
     ratios = [a / b for a, b in zip(over, under, strict=True)]
     return f"{statistics.median(ratios):.3g} ({min(ratios):.3g}..{max(ratios):.3g})"
 
 
 def about_this_run(command: str) -> dict[str, str]:
-    """Date, machine, versions and command: what every published number needs."""
+    """Date, machine, versions and command, which every published number needs."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {

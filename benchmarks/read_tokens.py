@@ -1,4 +1,4 @@
-"""Reading token shards to train on: TokenDataset, Hugging Face datasets on the same Parquet, np.memmap."""
+"""Reading token shards for training: TokenDataset, Hugging Face datasets on the same Parquet files, np.memmap."""
 
 import itertools
 import statistics
@@ -38,15 +38,17 @@ def run() -> Table:
         "Reading token shards",
         [
             f"{NUM_SHARDS} shards of {ROWS_PER_SHARD} rows of {GRID[0]}x{GRID[1]} tokens, K={CODEBOOK_SIZE} (uint16), "
-            f"uniformly random; an epoch to batches of {BATCH} rows stacked in one array. Files in the page cache.",
-            f"TokenDataset shuffles the order of shards and windows of {WINDOW} rows; Hugging Face's `shuffle` and "
-            "memmap permute all rows. One process, one epoch, key and tokens of each row (memmap: tokens alone).",
-            f"Hugging Face reads its own Arrow cache, made of the Parquet before ({conversion_s:.1f} s, not counted). "
-            "Rows: `for row in dataset`; batches: `dataset.iter(batch_size)`. In numpy format, but for packed bytes, "
-            "from which that format cuts the zeros at the end: they come as Python bytes.",
-            "Proven first: every side gives every row once, and the sequential ones in order.",
-            f"Medians of {ROUNDS} interleaved rounds; ratios round by round with their range: above 1, TokenDataset "
-            "with the encoding of the column is faster.",
+            f"uniformly random. Each side reads one epoch as batches of {BATCH} rows stacked in one array. The files "
+            "are in the page cache.",
+            f"TokenDataset shuffles the order of shards and windows of {WINDOW} rows. Hugging Face's `shuffle` and "
+            "memmap permute all rows. One process reads the key and tokens of each row (memmap: only tokens).",
+            "Hugging Face reads its own Arrow cache, which it makes from the Parquet files first "
+            f"({conversion_s:.1f} s, not counted). Rows: `for row in dataset`; batches: `dataset.iter(batch_size)`. "
+            "The format is numpy, except for packed tokens, which are read as Python bytes because the numpy format "
+            "removes trailing zeros.",
+            "Before timing we check that every side returns every row once, and in order where it reads sequentially.",
+            f"Medians of {ROUNDS} interleaved rounds. Ratios compare runs of the same round; the range is in "
+            "parentheses. Above 1, TokenDataset with the encoding of the column is faster.",
         ],
         [
             *("side", "order", "M tokens/s", "M tokens/CPU s"),
@@ -66,7 +68,7 @@ def run() -> Table:
 
 
 def write(work: Path) -> np.ndarray:
-    """Both encodings through the product's own commit, and a flat file for memmap; returns the tokens [rows, 256]."""
+    """Commits both encodings as `tokenize` does, and writes a flat file for memmap. Returns the tokens [rows, 256]."""
     tokens = np.random.default_rng(0).integers(
         CODEBOOK_SIZE, size=(NUM_SHARDS * ROWS_PER_SHARD, *GRID), dtype=np.uint16
     )
@@ -140,11 +142,11 @@ def consume(batches: Batches) -> None:
 def prove_equal(name: str, batches: Batches, tokens: np.ndarray) -> None:
     found = np.concatenate([np.array(batch) for batch in batches()])
     if name.endswith("sequential"):
-        assert np.array_equal(found, tokens), f"{name}: other tokens, or another order"
+        assert np.array_equal(found, tokens), f"{name}: the tokens or their order differ"
         return
     assert not np.array_equal(found, tokens), f"{name}: not shuffled"
     assert np.array_equal(_sorted_rows(found), _sorted_rows(tokens)), f"{name}: not every row once"
 
 
 def _sorted_rows(tokens: np.ndarray) -> np.ndarray:
-    return tokens[np.lexsort(tokens.T[:4])]  # the first 4 tokens (56 bits) tell random rows apart
+    return tokens[np.lexsort(tokens.T[:4])]  # the first 4 tokens (56 bits) distinguish random rows

@@ -1,4 +1,4 @@
-"""The control plane alone: thousands of shards through an actor that does nothing. A process for each size."""
+"""Only the control plane: thousands of shards through actors that do nothing. Each size has its own process."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-import ray  # noqa: F401  puts the psutil that it carries on the path
+import ray  # noqa: F401  puts its bundled psutil on the path
 
 import psutil  # isort: skip
 from matplotlib.figure import Figure
@@ -30,13 +30,20 @@ class Nothing(ShardWorker):
 def run() -> Table:
     found = {size: in_a_process(size) for size in SIZES}
     table = Table(
-        "thousands of shards through an actor that does nothing",
+        "thousands of shards through actors that do nothing",
         [
-            "One driver and two workers with a CPU each, Ray started before the clock starts; see scale.png.",
-            f"Up to {MAX_BLOCKS} shards a block has one shard, above it several.",
-            "Memory: resident, of the driver, above what it had before the call; at most.",
+            "One driver and two workers with one CPU each. Ray is started before the clock starts. See scale.png.",
+            f"Up to {MAX_BLOCKS} shards, a block has one shard; above that, several.",
+            "driver memory: the largest increase of the driver's resident memory since the call.",
         ],
-        ["shards", "first result, s", "all, s", "shards/s after the first", "driver memory, MB", "driver CPU, s"],
+        [
+            "shards",
+            "first result, s",
+            "all results, s",
+            "shards/s after the first",
+            "driver memory, MB",
+            "driver CPU, s",
+        ],
     )
     for size, one in found.items():
         first, last = one["seconds"][0], one["seconds"][-1]
@@ -56,7 +63,7 @@ def in_a_process(size: int) -> dict:
 
 
 def measure(size: int) -> dict:
-    """Seconds since the call and MB of memory at the first result, at each 100th, and at the last."""
+    """Seconds since the call and MB of memory at the first result, at every 100th, and at the last."""
     shards = [Shard(f"s3://bucket/corpus/shard-{i:06d}.tar", 10**9) for i in range(size)]
     cluster.start()
     driver = psutil.Process()

@@ -1,4 +1,4 @@
-"""Many small shards through one actor: memory of driver and actor over time. It must not grow with the shards."""
+"""Many small shards through one actor: memory of driver and actor over time. More shards must not need more memory."""
 
 import io
 import tarfile
@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-import ray  # noqa: F401  puts the psutil that it carries on the path
+import ray  # noqa: F401  puts its bundled psutil on the path
 
 import psutil  # isort: skip
 from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ PLOT = Path(__file__).parent / "results" / "soak.png"
 
 
 class Memory(threading.Thread):
-    """Resident MB of this process and of the actor, every half second."""
+    """Resident MB of this process and of the actor, sampled every half second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -70,7 +70,7 @@ def run() -> Table:
 
 
 def write_shards(folder: Path) -> None:
-    """The photos of samples/train in small shards, over and over."""
+    """The photos of samples/train, repeated, in small shards."""
     folder.mkdir()
     photos = [
         (sample.key, sample.members["jpg"])
@@ -92,8 +92,8 @@ def report(rows: list[tuple[int, float, float]], seconds: float) -> Table:
     axis = figure.subplots()
     table = Table(
         "memory over many small shards",
-        [f"{SHARDS} shards of {SAMPLES_PER_SHARD} photos through one actor in {seconds:.0f} s; see soak.png."],
-        ["process", f"MB after {WARM_UP:.0%} of the shards", "MB at the end", "most", "growth, kB per shard"],
+        [f"{SHARDS} shards of {SAMPLES_PER_SHARD} photos through one actor in {seconds:.0f} s. See soak.png."],
+        ["process", f"MB after {WARM_UP:.0%} of the shards", "MB at the end", "MB at most", "growth, kB per shard"],
     )
     for column, name in ((1, "driver"), (2, "actor")):
         axis.plot([row[0] for row in rows], [row[column] for row in rows], label=name)

@@ -1,4 +1,4 @@
-"""`tokenize` through Ray against a plain loop, and against the bare encoder on tensors that lie in memory.
+"""`tokenize` through Ray compared to a plain loop, and to the bare encoder on tensors in memory.
 
 Same model, same shards, same cores.
 """
@@ -50,7 +50,7 @@ WORKERS = {
 
 @dataclass
 class Run:
-    """start_s: until the first shard is begun, with the model loaded. work_s: from then to the end, cpu_s as well."""
+    """start_s: until work on the first shard begins, with the model loaded. work_s and cpu_s: from then to the end."""
 
     samples: int
     start_s: float
@@ -87,18 +87,21 @@ def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
             runs[name].append(ray_run(options, workers, shards, work)[0])
     plain, bare = runs["plain loop"], runs[BARE]
     table = Table(
-        "tokenize through Ray against a plain loop",
+        "tokenize through Ray compared to a plain loop",
         [
-            f"{SHARDS} shards (the 8 of samples/train, three times), model of configs/demo.yaml with random weights, "
-            f"K=1024; torch threads on either side: {torch.get_num_threads()} in all.",
-            "Plain loop: one process; webdataset reads, PIL decodes, batches by shape, one Parquet file a shard.",
-            "Bare encoder: a worker per CPU, as by default, but all is read, decoded and batched before the clock "
-            "starts, and nothing is written: what the encoder alone can do on these cores.",
-            f"Ray: `map_shards`, Ray started before. decode_threads={options.decode_threads}. "
-            "Tokens of the first 8 shards proven equal first, key by key.",
-            "Start: from the call until the first shard is begun, with the model loaded (and workers started). "
-            "Steady: from then to the end. Whole: both. CPU: of the processes that encode, in the steady part.",
-            f"Medians of {ROUNDS} interleaved rounds; ratios are of runs of the same round, with their range.",
+            f"{SHARDS} shards (the 8 of samples/train, three times). The model is that of configs/demo.yaml with "
+            f"random weights, K=1024. Each side uses {torch.get_num_threads()} torch threads in total.",
+            "Plain loop: one process. webdataset reads, PIL decodes, batches are made by shape, one Parquet file per "
+            "shard.",
+            "Bare encoder: one worker per CPU, as by default, but everything is read, decoded and batched before the "
+            "clock starts, and nothing is written. This is what the encoder alone can do on these cores.",
+            f"Ray: `map_shards`; Ray is started before. decode_threads={options.decode_threads}. Before timing we "
+            "check that the tokens of the first 8 shards are equal, key by key.",
+            "start: from the call until work on the first shard begins, including loading the model and starting "
+            "workers. steady: from then to the end. whole: both. CPU: CPU time of the encoding processes in the steady "
+            "part.",
+            f"Medians of {ROUNDS} interleaved rounds. Ratios compare runs of the same round; the range is in "
+            "parentheses.",
         ],
         [
             *("side", "start, s", "whole, samples/s", "ratio to plain"),
@@ -117,7 +120,7 @@ def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
 
 
 def make_tokenizer(config: Config, folder: Path) -> None:
-    """The demo's model with random weights, and a codebook of 1024 codes fitted to latents of its own."""
+    """The demo's model with random weights, and a codebook of 1024 codes fitted to its own latents."""
     torch.manual_seed(0)
     autoencoder = Autoencoder({"modality": "image", "net": config.model.net, "quantizer": config.quantizer})
     encoder = LatentEncoder(autoencoder, config.data.preprocess)
@@ -189,7 +192,7 @@ def plain_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
 
 @dataclass
 class Timed:
-    """When a worker began and ended a shard, and its process's CPU time then; monotonic time is one for a machine."""
+    """When a worker began and ended a shard, and the CPU time of its process then. All processes share the clock."""
 
     result: Committed
     pid: int
@@ -208,7 +211,7 @@ class TimedWorker(TokenizeWorker):
 
 
 class BareWorker(ShardWorker):
-    """Has the batches of all shards in memory before it begins."""
+    """Loads the batches of all shards into memory before it begins."""
 
     def __init__(self, tokenizer_url: str, shards: list[Shard], options: TokensConfig, **resources: float):
         super().__init__(**resources)
@@ -254,7 +257,7 @@ def _timed_run(worker: type[ShardWorker], settings: dict[str, Any], workers: Wor
 
 
 def run_of(call: Callable[[], list["Timed"]]) -> Run:
-    """What the call, which maps timed workers over shards, came to."""
+    """Times a call that maps timed workers over shards."""
     called, driver_cpu = time.monotonic(), time.process_time()
     results = call()
     driver_cpu = time.process_time() - driver_cpu
@@ -268,7 +271,7 @@ def run_of(call: Callable[[], list["Timed"]]) -> Run:
 
 
 def prove_equal(options: TokensConfig, shards: list[Shard], work: Path) -> None:
-    """The same tokens of the same keys by either side; a warm-up of both, too."""
+    """Checks that both sides give the same tokens for the same keys. This also warms up both sides."""
     plain_run(options, shards, work)
     (plain,) = work.glob("plain-*")
     _, output = ray_run(options, next(iter(WORKERS.values())), shards, work)

@@ -1,4 +1,4 @@
-"""Our training step against a bare PyTorch loop, and the share that VP-VAE's perturbation has of a step.
+"""Our training step compared to a bare PyTorch loop, and the share of VP-VAE's perturbation in a step.
 
 Both with nets of configs/, without Ray.
 """
@@ -37,39 +37,40 @@ from tokenizer.training.step import Trainer
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 5
-STEPS = 20  # of a round, in which ours logs once, as it does by default
+STEPS = 20  # per round; ours logs once in that many steps by default
 PROOF_STEPS = 3
 BATCHES_IN_MEMORY = 8
 BARE, OURS, OURS_WITH_DATA = "bare loop", "ours, same tensors", "ours, from shards"
 
 F8_BATCH, F8_SEGMENT = 32, 128
 F8_ROUNDS = 5 if DEVICE.type == "cuda" else 3
-F8_PICTURES = F8_BATCH if DEVICE.type == "cuda" else 4  # timed, and scaled to the batch: it would take a CPU minutes
+F8_PICTURES = F8_BATCH if DEVICE.type == "cuda" else 4  # on a CPU the whole batch would take minutes
 F8_QUANTIZERS = ((1024, 4), (16384, 5))  # K and D
 
 
 def run() -> Table:
     table = Table(
-        "One training step: ours against a bare PyTorch loop, and VP-VAE's share of it",
+        "One training step: ours compared to a bare PyTorch loop, and VP-VAE's share of it",
         [
-            "Ours: what a rank of `train` does with configs/demo.yaml, without Ray: takes a batch, Trainer.update, "
-            f"notes its place in the corpus, and writes a row of the log every {STEPS} steps, once a round.",
+            "Ours: what a rank of `train` does with configs/demo.yaml, without Ray. It takes a batch, calls "
+            "Trainer.update, records its position in the corpus, and writes a log row every "
+            f"{STEPS} steps, once per round.",
             "Bare: the same model in ten lines of PyTorch: channels_last, l1 and L_norm, AdamW, clipping, warm-up and "
-            "cosine. It logs nothing, and does not look whether the gradient is finite.",
-            f"VP-VAE's queue is full, so that every step perturbs. Proven first: same losses over {PROOF_STEPS} steps "
-            "from the same weights, batches and random numbers.",
-            "From shards: samples/train, decoded in threads beside the training; the first batch of a round is not "
-            "timed. Waited: the time that the loop stood still for a batch.",
-            f"Medians of {ROUNDS} interleaved rounds; ratios and shares of rounds, with their range.",
-            f"f=8: the net of configs/vqgan_f8.yaml at {F8_BATCH} x {F8_SEGMENT} px, fp32, l1 alone (LPIPS would make "
+            "cosine. It logs nothing and does not check that the gradient is finite.",
+            "VP-VAE's queue is full, so every step perturbs. Before timing we check that all loops have the same "
+            f"losses over {PROOF_STEPS} steps from the same weights, batches and random numbers.",
+            "From shards: samples/train, decoded in threads during training. The first batch of a round is not timed. "
+            "waiting: the time that the loop waited for a batch.",
+            f"Medians of {ROUNDS} interleaved rounds. Ratios and shares are per round; the range is in parentheses.",
+            f"f=8: the net of configs/vqgan_f8.yaml at {F8_BATCH} x {F8_SEGMENT} px, fp32, only l1 (LPIPS would make "
             f"the share smaller), {F8_ROUNDS} rounds. Forward and backward are timed on {F8_PICTURES} pictures and "
             f"scaled to {F8_BATCH}; the optimizer is not scaled.",
-            "Perturbation: forward in train() and backward of the quantizer on the latents of the whole batch, and the "
-            "rebuild of its index, as often as the queue flushes at an update_probability of 0.01. Latents and queue "
-            "N(0, I), the law that L_norm asks for.",
-            f"On {DEVICE.type}, torch threads: {torch.get_num_threads()}.",
+            "perturbation: forward in train mode and backward of the quantizer on the latents of the whole batch, and "
+            "rebuilding its index as often as the queue flushes at an update_probability of 0.01. (The default, auto, "
+            "reaches 0.01 in long runs.) Latents and queue are from N(0, I), the distribution that L_norm aims for.",
+            f"Device: {DEVICE.type}; torch threads: {torch.get_num_threads()}.",
         ],
-        ["what", "s/step", "steps/s, ratio to bare", "of it waited for data", "of it perturbation"],
+        ["what", "s/step", "steps/s, ratio to bare", "share of waiting for data", "share of perturbation"],
     )
     _measure_loops(table)
     _measure_perturbation(table)
@@ -81,7 +82,7 @@ def run() -> Table:
 
 @dataclass
 class Round:
-    """Seconds on the clock, and of them those that the loop waited for data."""
+    """Seconds of wall time, and how many of them the loop waited for data."""
 
     wall_s: float
     waited_s: float
@@ -118,7 +119,7 @@ def _measure_loops(table: Table) -> None:
         loops: dict[str, Loop] = {BARE: BareLoop(copy.deepcopy(autoencoder), config.train.recipe())}
         loops |= {OURS: ours(), OURS_WITH_DATA: with_data}
         difference = prove_equal(list(loops.values()), in_memory)
-        table.notes.append(f"Largest relative difference of a loss in the proof: {difference:.1e}.")
+        table.notes.append(f"Largest relative difference of a loss in that check: {difference:.1e}.")
         found = run_rounds(loops, with_data.data, in_memory)
     wall = {name: [r.wall_s for r in rounds] for name, rounds in found.items()}
     waited = ratio_text([r.waited_s for r in found[OURS_WITH_DATA]], wall[OURS_WITH_DATA])
@@ -130,7 +131,7 @@ def _measure_loops(table: Table) -> None:
 
 
 class BareLoop:
-    """What one would write for this model without us."""
+    """What one would write for this model without Tokenmill."""
 
     def __init__(self, model: Autoencoder, recipe: Recipe):
         self.model = model.to(DEVICE).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -161,7 +162,7 @@ class BareLoop:
 
 
 class OurLoop:
-    """A step of jobs/training/loop.py, in its order, with all but what needs Ray."""
+    """A step of jobs/training/loop.py in the same order, without what needs Ray."""
 
     def __init__(self, trainer: Trainer, data: TrainingData, report: TrainReport):
         self.trainer, self.data, self.report = trainer, data, report
@@ -207,13 +208,13 @@ def prove_equal(loops: list[Loop], batches: list[TrainBatch]) -> float:
 
 
 def run_rounds(loops: dict[str, Loop], data: TrainingData, in_memory: list[TrainBatch]) -> dict[str, list[Round]]:
-    """Each loop once a round, every round starting with another one."""
+    """Runs each loop once per round. Each round starts with a different loop."""
     names = list(loops)
     found: dict[str, list[Round]] = {name: [] for name in names}
     for r in range(ROUNDS):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             if name == OURS_WITH_DATA:
-                with stream(data) as batches:  # closed after, so that no thread decodes while another side runs
+                with stream(data) as batches:  # closed afterwards, so that no thread decodes while another loop runs
                     next(batches)
                     found[name].append(run_round(loops[name], batches))
             else:
@@ -233,7 +234,7 @@ def run_round(loop: Loop, batches: Iterator[TrainBatch]) -> Round:
 
 
 def settle() -> None:
-    """Waits for what a GPU still has to do."""
+    """Waits until the GPU has finished."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
@@ -246,7 +247,7 @@ def _measure_perturbation(table: Table) -> None:
     recipe = dataclasses.replace(config.train.recipe(), losses={}, precision="fp32")
     torch.manual_seed(0)
     settings = {**dataclasses.asdict(config.model), "quantizer": config.quantizer}
-    autoencoder = Autoencoder(settings)  # whose own queue stays far from full: it perturbs nothing
+    autoencoder = Autoencoder(settings)  # its own queue never fills, so it perturbs nothing
     trainer = Trainer(autoencoder, build_modality("image", {}), recipe, DEVICE)
     x = torch.rand(F8_PICTURES, 3, F8_SEGMENT, F8_SEGMENT)
     stages: list[dict[str, float]] = []
@@ -274,12 +275,12 @@ def _measure_perturbation(table: Table) -> None:
 
 
 def whole_batch(stages: dict[str, float]) -> float:
-    """Seconds of forward, backward and optimizer for F8_BATCH pictures, from those of F8_PICTURES."""
+    """Seconds of forward, backward and optimizer for F8_BATCH pictures, scaled from F8_PICTURES."""
     return (stages["forward"] + stages["backward"]) * F8_BATCH / F8_PICTURES + stages["optimizer"]
 
 
 class Perturber:
-    """VP-VAE with a full queue, asked for the latents of one batch."""
+    """VP-VAE with a full queue, and the latents of one batch."""
 
     def __init__(self, codebook_size: int, dim: int, num_latents: int):
         self.quantizer = (
@@ -292,7 +293,7 @@ class Perturber:
         entering = max(1, round(0.01 * num_latents))
         self.rebuilds_per_step = entering / queue.flush
 
-    def rebuild(self) -> None:  # also readies the index for the step, where this round's flush has dropped it
+    def rebuild(self) -> None:  # also prepares the index for the step, if this round's flush has dropped it
         self.quantizer._index = build_index(self.quantizer.queue.samples, self.quantizer.config.backend)
         settle()
 

@@ -1,4 +1,4 @@
-"""One VP perturbation step, ours against the official formulation: distances to the whole queue, then top-k.
+"""One VP perturbation step, ours and the official formulation: distances to the whole queue, then top-k.
 
 Legend: N queries, K codes, D dims, M latents per code, S = K * M latents in the queue.
 """
@@ -20,7 +20,7 @@ DENSITY_K = 8
 
 @dataclass
 class Case:
-    """official_queries: of the N, so many for the official side, whose time is scaled to N."""
+    """official_queries: number of queries for the official side; its time is scaled to N."""
 
     codebook_size: int
     dim: int
@@ -33,27 +33,31 @@ CASES = (Case(1024, 4, 8192, 1024), Case(1024, 4, 512, 512), Case(16384, 5, 8192
 
 def run() -> Table:
     table = Table(
-        "VP perturbation step against the official formulation",
+        "VP perturbation step compared to the official formulation",
         [
             "One training step of the quantizer: D_8 and D_M of the latents and of the proposals, Metropolis-Hastings.",
-            "Official formulation, from its description: torch.cdist in its chunks of 4194304/K rows, topk(M) over the "
-            "whole queue, twice. Its time is measured on fewer queries where said so, and scaled linearly to N.",
-            "Ours: the quantizer's forward in train() (k-d tree by default here) plus the rebuild of the index, as "
-            "often as the queue flushes at an update_probability of 0.01, the official rate.",
-            "Latents and queue N(0, I), the law that the norm loss asks for. Proven first: same distances to 0.1 %, "
-            "and with the same random numbers same moves of at least 99.8 % of the latents.",
-            f"torch threads: {torch.get_num_threads()} on either side. Medians of {ROUNDS} interleaved rounds; ratios "
-            "round by round with their range; CPU is seconds of all cores.",
+            "Official formulation: torch.cdist in its chunks of 4194304/K rows and topk(M) over the whole queue, "
+            "twice. "
+            'Its time is measured on as many queries as the column "official queries" says, and scaled linearly to N.',
+            "Ours: the quantizer's forward in train mode (with a k-d tree, the default here) plus rebuilding the index "
+            "as often as the queue flushes at an update_probability of 0.01. (The default, auto, reaches 0.01 in long "
+            "runs.)",
+            "Latents and queue are from N(0, I), the distribution that the norm loss aims for. Before timing we check "
+            "that the distances agree to 0.1 % and that with the same random numbers at least 99.8 % of the latents "
+            "make the same moves.",
+            f"torch threads: {torch.get_num_threads()} on both sides. Medians of {ROUNDS} interleaved rounds. Ratios "
+            "compare runs of the same round; the range is in parentheses. CPU is the ratio of the CPU time of all "
+            "cores.",
         ],
         [
             "K",
             "D",
             "queue",
             "N",
-            "official on",
+            "official queries",
             "official, s/step",
             "ours, s/step",
-            "of it rebuild",
+            "rebuild, s/step",
             "times faster",
             "CPU",
         ],
@@ -75,7 +79,7 @@ def _measure(case: Case, table: Table) -> None:
     def ours() -> None:
         quantizer(z)
 
-    def rebuild() -> None:  # also readies the index for the step, where this round's flush has dropped it
+    def rebuild() -> None:  # also prepares the index for the step, if this round's flush has dropped it
         quantizer._index = build_index(queue.samples, quantizer.config.backend)
 
     def official() -> None:
@@ -118,7 +122,7 @@ def _prove_equal(quantizer: VPVAE, z: Tensor) -> None:
     assert same >= 0.998, f"only {same:.2%} of the moves are the same"
 
 
-# -- the official formulation, written from methods.md section 2.2 --------------------------------------------------
+# -- the official formulation; see VP-VAE in docs/methods.md --------------------------------------------------------
 
 
 def official_distances(z: Tensor, queue: Tensor, radius_k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tokenizer or trained model a command means, how to load it, and the layout of the shards that it writes."""
+"""Finds and loads the tokenizer or trained model of a command, and the layout of the shards that it writes."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,7 @@
 """After training: fits a codebook to the latents of a corpus, for each size: `run`, `data.shards`, `codebook`.
 
 Writes RUN/tokenizers/<quantizer>-K<size>, and a report on error, usage and dead codes. If a method learns its codes in
-training, or its codes are fixed, its codebook is kept as it is and reported on.
+training, or its codes are fixed, its codebook is kept unchanged, with a report.
 """
 
 import copy

@@ -61,7 +61,7 @@ def _retry_samples(urls: list[str], load: Callable[[str], Tokenizer], output: Ou
     settings = {"load": load, "output_url": output.url, "options": config.tokens, "member": output.layout.member}
     results = list(run_shards("retry", shards, RetryWorker, settings, config.workers))
     if lost := sum(not result.won for result in results):
-        print(f"retry: another retry committed {lost} shards first; its result stands")
+        print(f"retry: another retry committed {lost} shards first; its result is kept")
     print(f"retry: recovered {sum(result.num_rows for result in results)} samples")
     return [result.failure for result in results if result.failure]
 

@@ -1,4 +1,4 @@
-"""Where the time of a loop goes."""
+"""Measures where a loop spends its time."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Choose clips of freely licensed telephone prompts for the speech shards: g722 as it is, transcript, attribution.
+"""Choose clips of freely licensed telephone prompts for the speech shards: unchanged g722, transcript, attribution.
 
     python samples/make_speech.py build/speech
 
@@ -23,11 +23,11 @@ from make_tiles import unpack_deb
 SEED = 20240
 VERSION = "1.6.1-1"
 LICENCE = "CC-BY-SA-3.0"
-BYTES_PER_SECOND = 8000  # g722 at 64 kbit/s: two samples of 16 kHz a byte
+BYTES_PER_SECOND = 8000  # g722 at 64 kbit/s: two samples of 16 kHz per byte
 SECONDS = (0.3, 15.0)
 SHARED_WORDS = 5  # a training clip shares no run of this many words with a held-out one
 
-# Tones, beeps and monkeys; the clips under silence/ go too.
+# Tones, beeps and monkeys. Clips under silence/ are also left out.
 NOT_SPEECH = {
     *("ascending-2tone", "descending-2tone", "beep", "beeperr", "confbridge-join", "confbridge-leave", "tt-monkeys"),
     "vm-intro",  # ends in a tone
@@ -53,7 +53,7 @@ class Clip(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How many seconds of a voice a split gets, at most."""
+    """The maximum length of a split in seconds."""
 
     name: str
     voice: Voice
@@ -63,7 +63,7 @@ class Split(NamedTuple):
 ENGLISH = Voice("en", "en-US", "en_US_f_Allison", "Allison Smith")
 FRENCH = Voice("fr", "fr-CA", "fr_CA_f_June", "June Wallack")
 
-# Held-out clips are drawn first: training clips are then what shares no phrase with them.
+# Held-out clips are drawn first. Training clips are those that share no phrase with them.
 SPLITS = (Split("heldout", ENGLISH, 55), Split("train", ENGLISH, 285), Split("ood", FRENCH, 55))
 # for experiments, as large as the packages allow; not for the repository
 ALL = (Split("heldout", ENGLISH, 180), Split("train", ENGLISH, float("inf")), Split("ood", FRENCH, 180))
@@ -74,7 +74,7 @@ def package(voice: Voice) -> str:
 
 
 def fetch(voice: Voice, folder: Path) -> None:
-    """Unpack a voice's sounds, and its transcripts, which another package holds."""
+    """Unpack a voice's sounds, and its transcripts from another package."""
     for name in (package(voice), f"asterisk-core-sounds-{voice.code}={VERSION}"):
         target = folder / name
         target.mkdir(parents=True)
@@ -91,7 +91,7 @@ def read_transcripts(voice: Voice, folder: Path) -> dict[str, str]:
 
 
 def read_clips(voice: Voice, folder: Path) -> list[Clip]:
-    """All clips of speech that have a transcript and a fitting length; of those with the same words, one."""
+    """All clips of speech with a transcript and a suitable length; only one of several with the same words."""
     sounds = folder / package(voice) / "usr/share/asterisk/sounds" / voice.folder
     chosen: dict[tuple[str, ...], Clip] = {}
     for name, text in sorted(read_transcripts(voice, folder).items()):
@@ -133,7 +133,7 @@ def without(clips: list[Clip], drawn: list[Clip]) -> list[Clip]:
 
 
 def write_clip(folder: Path, clip: Clip) -> None:
-    """Write a clip's .g722, .txt and .json; the .json carries the attribution along into the shards."""
+    """Write a clip's .g722, .txt and .json. The .json carries the attribution into the shards."""
     stem = folder / f"{clip.voice.code}_{clip.name.replace('/', '-')}"
     source = f"{package(clip.voice)}:usr/share/asterisk/sounds/{clip.voice.folder}/{clip.name}.g722"
     about = {
@@ -148,7 +148,7 @@ def write_clip(folder: Path, clip: Clip) -> None:
 
 
 def write_splits(splits: tuple[Split, ...], out_dir: Path, sources: Path) -> None:
-    """Draw and write every split, reporting what it holds."""
+    """Draw and write every split, and print its size."""
     clips = {voice: read_clips(voice, sources) for voice in (ENGLISH, FRENCH)}
     for split in splits:
         drawn = draw(clips[split.voice], split)
@@ -164,13 +164,13 @@ def main() -> None:
     """Fetch the packages into a temporary folder and write the clips."""
     parser = argparse.ArgumentParser(description="Choose freely licensed speech clips for the sample shards.")
     parser.add_argument("out_dir", type=Path, help="folder that gets train/, heldout/ and ood/")
-    parser.add_argument("--all", action="store_true", help="every clip there is, for experiments")
+    parser.add_argument("--all", action="store_true", help="use all clips, for experiments")
     arguments = parser.parse_args()
     out_dir: Path = arguments.out_dir
     splits = ALL if arguments.all else SPLITS
     for split in splits:
         if (out_dir / split.name).exists():
-            sys.exit(f"{out_dir / split.name} exists already: remove it first")
+            sys.exit(f"{out_dir / split.name} already exists; remove it first")
     with tempfile.TemporaryDirectory() as folder:
         for voice in (ENGLISH, FRENCH):
             fetch(voice, Path(folder))

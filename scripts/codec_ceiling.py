@@ -1,11 +1,11 @@
-"""The ceiling of a codec: the quality of a comparison's net when nothing quantizes between encoder and decoder.
+"""The ceiling of a codec: the quality of a comparison's net without quantization between encoder and decoder.
 
     python scripts/codec_ceiling.py configs/compare/e4_speech.yaml --out results/e4/ceiling --dims 3,4,5,64
 
-Trains the net by the comparison's recipe once for each number of channels of the latents, and measures it on
+Trains the net with the comparison's recipe once for each number of latent channels, and evaluates it on
 `compare.heldout` and `compare.others`, without Ray and on one thread. Arguments KEY=VALUE override the configuration.
-OUT.json gets each result as soon as it is there: the same command again trains only what is missing. OUT.md holds the
-table of the results for this configuration.
+Each result is written to OUT.json when it is ready; rerun the same command to train only what is missing. OUT.md has
+the table of the results for this configuration.
 """
 
 import argparse
@@ -37,11 +37,11 @@ from tokenizer.training.step import Trainer
 from tokenizer.training.trial import training_batches
 
 QUALITY = {"pesq": "PESQ", "stoi": "STOI", "si_sdr": "SI-SDR", "mel_distance": "mel distance", "mse": "MSE"}
-TELL_EVERY = 50  # steps
+LOG_EVERY = 50  # steps
 
 
 class Unquantized(Quantizer):
-    """Hands the latents on. It is in no registry and has no codes, so that no config and no tokenizer can use it."""
+    """Passes the latents on unchanged. It is not registered and has no codes, so no config or tokenizer can use it."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -55,9 +55,9 @@ class Unquantized(Quantizer):
 
 
 def unquantized(model: dict[str, Any], dim: int) -> Autoencoder:
-    """The net between two projections to dim channels. After the same seed, the net starts as in a comparison's trial.
+    """The net between two projections to dim channels. With the same seed, the net starts as in a comparison's trial.
 
-    model: as an Autoencoder takes it; its quantizer is left out.
+    model: as for Autoencoder; its quantizer is ignored.
     """
     autoencoder = Autoencoder({**model, "quantizer": {"name": "ema_vq", "codebook_size": 1, "dim": dim}})
     autoencoder.quantizer = Unquantized(dim)
@@ -67,9 +67,9 @@ def unquantized(model: dict[str, Any], dim: int) -> Autoencoder:
 def train(
     model: dict[str, Any], dim: int, recipe: Recipe, modality: Modality, arrays: Sequence[np.ndarray]
 ) -> tuple[Autoencoder, list[dict[str, float]]]:
-    """As `run_trial` trains: the same samples, crops and order.
+    """Trains like `run_trial`: the same samples, crops and order.
 
-    Returns the autoencoder, and a row for every step; its "gradient_norm" is that before clipping.
+    Returns the autoencoder, and a row for every step. "gradient_norm" is the norm before clipping.
     """
     torch.manual_seed(recipe.seed)
     autoencoder = unquantized(model, dim)
@@ -85,14 +85,14 @@ def train(
     for step, x in training_batches(modality, arrays, recipe, autoencoder.factor):
         result = trainer.update(x, step)
         history.append({"step": step + 1, **trainer.numbers(result), "gradient_norm": norms[-1]})
-        if (step + 1) % TELL_EVERY == 0:
+        if (step + 1) % LOG_EVERY == 0:
             print(f"  step {step + 1}/{recipe.steps}  loss {history[-1]['loss']:.4g}", flush=True)
     return autoencoder, history
 
 
 @torch.inference_mode()
 def measure(autoencoder: Autoencoder, modality: Modality, config: Config, arrays: Sequence[np.ndarray]) -> Any:
-    """Means over the clips where a metric is defined, as `Evaluation` has them. Clip by clip, so without padding."""
+    """Means over the clips where a metric is defined, as in `Evaluation`. Each clip is a batch of its own."""
     encoder = LatentEncoder(autoencoder, config.data.preprocess)
     quality = modality.metrics(config.metrics)
     found: dict[str, list[float]] = {}
@@ -110,7 +110,7 @@ def measure(autoencoder: Autoencoder, modality: Modality, config: Config, arrays
 
 
 def samples(shards: Any, modality: Modality) -> list[np.ndarray]:
-    """All samples in the order of the shards, as a comparison reads them. Raises ConfigError on a bad sample."""
+    """All samples in the order of the shards, as in a comparison. Raises ConfigError on a bad sample."""
     arrays = []
     for shard in find_shards(shards).shards:
         for sample in read_samples(shard.url):
@@ -122,14 +122,14 @@ def samples(shards: Any, modality: Modality) -> list[np.ndarray]:
 
 
 def corpora(config: Config, modality: Modality) -> dict[str, list[np.ndarray]]:
-    """ "train", "heldout", and those of compare.others."""
+    """The samples of "train", "heldout" and each name in compare.others."""
     config.require("data.shards", "compare.heldout")
     shards = {"train": config.data.shards, "heldout": config.compare.heldout, **config.compare.others}
     return {name: samples(found, modality) for name, found in shards.items()}
 
 
 def recipe_of(config: Config, **changes: Any) -> Recipe:
-    """Of the first seed of the comparison."""
+    """The recipe of the comparison with its first seed."""
     return dataclasses.replace(config.train.recipe(), **{"seed": config.compare.seeds[0], **changes})
 
 
@@ -138,7 +138,7 @@ def model_of(config: Config) -> dict[str, Any]:
 
 
 class Results:
-    """Rows by name in a JSON file. A row counts only for the settings and samples that it was made from."""
+    """Rows by name in a JSON file. A row is valid only for the settings and samples that it was made from."""
 
     def __init__(self, file: Path, arrays: Mapping[str, Sequence[np.ndarray]]):
         self.file = file
@@ -175,13 +175,13 @@ def machine() -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first column to the left, numbers to the right."""
+    """A Markdown table. The first column is left-aligned, the numbers are right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def footing(rows: Sequence[dict[str, Any]]) -> str:
-    """What made the numbers: command, machine, dates, CPU time."""
+    """The origin of the numbers: command, machine, dates, CPU time."""
     dates = sorted(row["finished"] for row in rows)
     minutes = sum(row["cpu_s"] for row in rows) / 60
     command = " ".join(["python", *sys.argv])
@@ -198,7 +198,7 @@ def quality_cells(numbers: dict[str, float]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", help="YAML files and KEY=VALUE, as for `tokenmill compare`")
-    parser.add_argument("--out", required=True, type=Path, help="results go to OUT.json and OUT.md")
+    parser.add_argument("--out", required=True, type=Path, help="write results to OUT.json and OUT.md")
     parser.add_argument("--dims", default="3,4,5,64", help="channels of the latents")
     given = parser.parse_intermixed_args()
     dims = [int(dim) for dim in given.dims.split(",")]
@@ -228,7 +228,7 @@ def report(dims: Sequence[int], rows: Sequence[dict[str, Any]], recipe: Recipe) 
         [str(dim), *[cell for place in places for cell in quality_cells(row["numbers"][place])]]
         for dim, row in zip(dims, rows, strict=True)
     ]
-    what = f"No quantizer, {recipe.steps} steps, seed {recipe.seed}; the latents have so many channels.\n"
+    what = f"No quantizer, {recipe.steps} steps, seed {recipe.seed}. The rows are numbers of latent channels.\n"
     return f"{what}\n{table(header, body)}\n{footing(rows)}"
 
 

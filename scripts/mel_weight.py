@@ -1,11 +1,11 @@
-"""What other loss weights do to a comparison: its methods, and its net without a quantizer, trained with them.
+"""The effect of other loss weights on a comparison: trains its methods, and its net without a quantizer, with them.
 
     python scripts/mel_weight.py configs/compare/e4_speech.yaml --out results/e4/mel_weight --name "mel 7" \\
         --before results/e4/compare.json --before-none results/e4/ceiling.json train.loss_weights.mel=7
 
-Each trial is one of the comparison at its first seed, with the weights that KEY=VALUE sets, without Ray and on one
-thread. OUT.json gets each result as soon as it is there: the same command again runs only what is missing. OUT.md
-holds a table of all results in OUT.json, beside those that the comparison and scripts/codec_ceiling.py had before.
+Each trial is a trial of the comparison with its first seed and the weights set by KEY=VALUE, without Ray and on one
+thread. Each result is written to OUT.json when it is ready; rerun the same command to run only what is missing. OUT.md
+has a table of all results in OUT.json, next to the earlier ones of the comparison and of scripts/codec_ceiling.py.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from tokenizer.modalities.base import build_modality
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.training.trial import Trial, run_trial
 
-NONE = "none"  # the method that is no quantizer
+NONE = "none"  # label of the net without a quantizer
 
 
 def quantizer_of(config: Config, label: str, size: int) -> dict[str, Any]:
-    """Settings of the comparison's method at this size, as `compare` has them."""
+    """Settings of the comparison's method at this size, as in `compare`."""
     method = config.compare.methods[label]
     method = {"file": method} if isinstance(method, str) else dict(method)
     own = {"quantizer": method.get("quantizer", {})}
@@ -53,7 +53,7 @@ def without_quantizer(config: Config, dim: int, arrays: dict[str, Any]) -> dict[
 
 
 def with_quantizer(config: Config, quantizer: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
-    """Quality on the held-out clips, and usage of the codes."""
+    """Quality on the held-out clips, and code usage."""
     trial = Trial(
         model={**model_of(config), "quantizer": quantizer},
         recipe=recipe_of(config),
@@ -68,12 +68,14 @@ def with_quantizer(config: Config, quantizer: dict[str, Any], arrays: dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="+", help="YAML files and KEY=VALUE, as for `tokenmill compare`")
-    parser.add_argument("--out", required=True, type=Path, help="results go to OUT.json and OUT.md")
-    parser.add_argument("--name", required=True, help="what to call these weights in the table")
-    parser.add_argument("--methods", default=f"{NONE},FSP,VP-VAE,VQ-VAE", help="of the comparison, or none")
+    parser.add_argument("--out", required=True, type=Path, help="write results to OUT.json and OUT.md")
+    parser.add_argument("--name", required=True, help="name of these weights in the table")
+    parser.add_argument(
+        "--methods", default=f"{NONE},FSP,VP-VAE,VQ-VAE", help="labels of methods of the comparison, or none"
+    )
     parser.add_argument("--size", type=int, default=1024, help="codes")
     parser.add_argument("--before", type=Path, help="compare.json of the comparison, for the table")
-    parser.add_argument("--before-none", type=Path, help="what codec_ceiling.py wrote, for the table")
+    parser.add_argument("--before-none", type=Path, help="JSON file of codec_ceiling.py, for the table")
     given = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     config = load_config(given.config)
@@ -97,7 +99,7 @@ def main() -> None:
 
 
 def earlier(compared: Path | None, ceiling: Path | None, size: int, dim: int) -> dict[str, dict[str, float]]:
-    """Numbers by method, of the comparison's own weights, from the files that are given."""
+    """Numbers by method with the comparison's own weights, from the given files."""
     found = {}
     if compared:
         rows = json.loads(compared.read_text())["tables"]["heldout"]

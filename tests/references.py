@@ -1,4 +1,4 @@
-"""Independent ways to a result, that several tests compare with."""
+"""Independent computations that several tests compare with."""
 
 import numpy as np
 

@@ -53,10 +53,10 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(speech: Path, *more: str) -> list[str]:
-    """E4 in tiny, over those clips."""
+    """E4 at tiny scale, on those clips."""
     net = [f"model.net.{key}={value}" for key, value in NET.items()]
     shards = [f"data.shards={speech}/train.tar", f"compare.heldout={speech}/heldout.tar", "metrics={slow: false}"]
-    recipe = ["train.steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.segment=2400"]
+    recipe = ["train.steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.crop_size=2400"]
     return [
         "configs/compare/e4_speech.yaml",
         *net,
@@ -68,7 +68,7 @@ def settings(speech: Path, *more: str) -> list[str]:
 
 
 def run(name: str, *arguments: str) -> str:
-    """What the script printed. The import of ray fails there."""
+    """Runs the script where importing ray fails. Returns its output."""
     code = "import sys, runpy; sys.modules['ray'] = None; sys.path[:0] = ['scripts', '.']; sys.argv = sys.argv[1:]\n"
     code += f"runpy.run_path('scripts/{name}.py', run_name='__main__')"
     command = [sys.executable, "-c", code, name, *arguments]
@@ -121,7 +121,7 @@ def test_nothing_comes_between_the_projections(ceiling: ModuleType):
 
 
 def test_it_trains_as_a_trial_whose_quantizer_hands_latents_on(ceiling: ModuleType, speech: Path):
-    """VP-VAE does so while its queue fills: with no weight on its losses, it is the reference."""
+    """VP-VAE passes latents on while its queue fills. With zero weight on its losses, it is the reference."""
     modality = build_modality("audio", {})
     arrays = ceiling.samples(f"{speech}/train.tar", modality)
     quantizer = {"name": "vp_vae", "codebook_size": 64, "dim": 3}

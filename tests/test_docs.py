@@ -1,6 +1,6 @@
-"""README and docs: length, links, keys of all commands, and code blocks that run in their order.
+"""README and docs: length, links, keys of all commands, and code blocks that run in order.
 
-A block that cannot run here says why in its title, such as ```sh title="needs a cluster". NOT_RUN lists all of them.
+The title of a block that cannot run here gives the reason, such as ```sh title="needs a cluster". NOT_RUN lists them.
 """
 
 import collections
@@ -34,7 +34,7 @@ NOT_RUN = {
     ("docs/tutorials/cluster.md", "needs a cluster"): 2,
     ("docs/tutorials/object-storage.md", "needs S3"): 2,
 }
-# What the blocks run with, so that they end within seconds. The copy of samples/ is small, too: see `checkout`.
+# Settings with which the blocks take only seconds. The copy of samples/ is also small: see `checkout`.
 TINY = {"train": ["train.steps=3", "train.batch_size=4", "train.warmup_steps=1", "workers.cpus=1"]}
 SHARDS, SAMPLES = 2, 4  # of each folder of samples/, and of each shard
 
@@ -75,7 +75,7 @@ def shell_blocks(page: str) -> list[Block]:
 
 
 def arguments(words: list[str]) -> list[str] | None:
-    """COMMAND and its arguments, where the words run tokenmill, directly or as a job of Ray."""
+    """COMMAND and its arguments, if the words run tokenmill, directly or as a Ray job."""
     for start in (["tokenmill"], ["python", "-m", "jobs"]):
         for i in range(len(words)):
             if words[i : i + len(start)] == start:
@@ -83,7 +83,7 @@ def arguments(words: list[str]) -> list[str] | None:
     return None
 
 
-# -- claims that need nothing to run --------------------------------------------------------------------------------
+# -- claims that need no commands -------------------------------------------------------------------------------------
 
 
 def test_readme_is_short():
@@ -103,7 +103,7 @@ def test_every_relative_link_leads_somewhere(page: str):
 
 
 def anchors(page: Path) -> set[str]:
-    """As MkDocs and GitHub name headings that hold letters, digits, spaces and hyphens."""
+    """The anchor that MkDocs and GitHub give to a heading of letters, digits, spaces and hyphens."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().strip().replace(" ", "-") for heading in headings}
 
@@ -128,7 +128,7 @@ def test_every_command_has_valid_keys(page: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_cluster_commands_are_found():
-    """Else the test above would pass by finding nothing."""
+    """Otherwise the test above could pass because it finds nothing."""
     for page, least in (("README.md", 3), ("docs/tutorials/cluster.md", 4), ("docs/tutorials/object-storage.md", 2)):
         found = [arguments(words) for block in shell_blocks(page) if block.title for words in block.commands()]
         assert len([one for one in found if one]) >= least
@@ -144,7 +144,7 @@ def test_pip_lines_pin_the_torch_of_the_constraints():
 
 
 def test_every_config_key_of_the_pages_is_in_the_schema():
-    """`train.something` in running text must be a key, or have been renamed."""
+    """`train.something` in running text must be a key, or the old name of one."""
     known = {field.name for field in dataclasses.fields(Config().train)} | {"html", "jsonl"}
     known |= {name.removeprefix("train.") for name in RENAMED}
     for page in PAGES:
@@ -159,7 +159,7 @@ def test_every_config_key_of_the_pages_is_in_the_schema():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the commands read. samples/ is cut to a few samples per folder, and "my" files come from there."""
+    """A copy of the files that the commands read, with a few samples per folder. The "my" files come from there."""
     copy = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "configs", copy / "configs")
     shutil.copy(ROOT / "demo.sh", copy)
@@ -192,7 +192,7 @@ def _unpack(shards: Path, folder: Path) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("page", RUN_IN_THIS_ORDER)
 def test_blocks_run_in_their_order(page: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Pages share the copy, as a reader's checkout is shared: the tutorials find what README's `make demo` made."""
+    """All pages share the copy, like a reader's checkout: the tutorials use the results of README's `make demo`."""
     monkeypatch.chdir(checkout)
     monkeypatch.setenv("HF_HOME", str(tmp_path))  # Hugging Face datasets keeps a cache there
     names: dict[str, object] = {"__name__": "__main__"}
@@ -214,7 +214,7 @@ def _run(words: list[str], checkout: Path) -> None:
         assert words[1].startswith("PATH=")
     else:
         found = arguments(words)
-        assert found, f"{shlex.join(words)}: this test cannot run it; give its block a title that says why"
+        assert found, f"{shlex.join(words)}: this test cannot run it; give its block a title with the reason"
         code = main([*found, *TINY.get(found[0], [])])
         assert code == 0, f"{shlex.join(words)} ended with exit code {code}"
 

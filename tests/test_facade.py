@@ -1,4 +1,4 @@
-"""`import tokenmill`: what it offers, what it does not import, and what it says when something is in its way."""
+"""`import tokenmill`: what it offers, what it does not import, and its messages if something is missing."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 def run(code: str, *arguments: str, first: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh interpreter. sys.path starts with first and then has the checkout."""
     start = f"import sys; sys.path[:1] = [{str(first)!r}, {str(ROOT)!r}]\n"
-    leave = "\nimport os; sys.stdout.flush(); os._exit(0)"  # at the interpreter's end pyarrow's threads may abort it
+    leave = "\nimport os; sys.stdout.flush(); os._exit(0)"  # at exit, pyarrow's threads may abort the interpreter
     command = [sys.executable, "-c", start + code + leave, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 

@@ -22,9 +22,9 @@ from tests.corpus import encoded, picture
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts/gpu_experiments.py"
 SMALL = ("model.net.channels=8", "model.net.res_blocks=1", "compare.sizes=[16]")
-LACKING = ("ray", "tensorboardX", "webdataset", "s3fs", "faiss")  # of our dependencies, on a lent machine
+LACKING = ("ray", "tensorboardX", "webdataset", "s3fs", "faiss")  # dependencies that a borrowed machine lacks
 METHODS = ("VQ-VAE", "+ OPT", "GM-VQ")
-# fails only after training: its codebook is made by k-means, here of no latents
+# fails only after training: k-means makes its codebook, and here it gets no latents
 BAD = ("compare.methods.bad.quantizer.name=vp_vae", "compare.max_latents=0")
 
 
@@ -57,10 +57,10 @@ def command(folder: Path, *more: str, methods: tuple[str, ...] = METHODS) -> lis
 
 
 def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
-    """The script in a process of its own, in which importing what a lent machine lacks fails."""
+    """Runs the script in a separate process that cannot import the packages that a borrowed machine lacks."""
     for name in LACKING:
         (folder / "lacking" / name).mkdir(parents=True, exist_ok=True)
-        (folder / "lacking" / name / "__init__.py").write_text("raise ImportError('not on a lent machine')\n")
+        (folder / "lacking" / name / "__init__.py").write_text("raise ImportError('not on a borrowed machine')\n")
     alone = {**os.environ, "PYTHONPATH": str(folder / "lacking"), "OMP_NUM_THREADS": "1"}
     code = (
         "import atexit, runpy, sys\n"
@@ -72,7 +72,7 @@ def start(folder: Path, arguments: list[str]) -> subprocess.Popen:
 
 
 def trials(folder: Path) -> dict[str, int]:
-    """Finished results: name to when it was written."""
+    """Finished results: name to the time of writing."""
     return {path.name: path.stat().st_mtime_ns for path in (folder / "out/e1/trials").glob("*.json")}
 
 
@@ -173,7 +173,7 @@ def test_the_data_are_in_the_order_of_the_rows_and_known_by_their_content(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "printed"),
     [
         (["e4"], r"experiments are ['e1', 'e4']; give one or more of: e1, e2, e3"),
         (["--length", "long"], "--length is 'long'; it must be paper, quick, or a number of steps above 0"),
@@ -187,22 +187,22 @@ def test_the_data_are_in_the_order_of_the_rows_and_known_by_their_content(tmp_pa
         (["train.crop_size=30"], "train.crop_size is 30; it must be a multiple of the net's factor, 4"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, script, capsys, change: list[str], told: str):
+def test_a_mistake_is_one_line(tmp_path, script, capsys, change: list[str], printed: str):
     assert script.main(command(tmp_path, *change)) == 2
     said = capsys.readouterr().err
-    assert told in said
+    assert printed in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("jpegs", "told"),
+    ("jpegs", "printed"),
     [
         ([encoded(picture(32, 32), "jpeg"), b"no picture"], "row 1: not a picture that we can read"),
         ([encoded(picture(32, 32), "jpeg"), encoded(picture(16, 16), "jpeg")], "all pictures must have one size"),
     ],
 )
-def test_data_that_is_not_cifar_is_one_line(tmp_path, script, capsys, jpegs: list[bytes], told: str):
+def test_data_that_is_not_cifar_is_one_line(tmp_path, script, capsys, jpegs: list[bytes], printed: str):
     write_parquet(tmp_path / "cifar.parquet", jpegs)
     assert script.main([*command(tmp_path), "--heldout", "1"]) == 2
-    assert told in capsys.readouterr().err
+    assert printed in capsys.readouterr().err

@@ -17,11 +17,11 @@ FORBIDDEN = {
     "pipeline": {"ray", "torch", "webdataset", "omegaconf", "tokenizer", "jobs"},
 }
 LAYERS = ("tokenizer", "pipeline", "jobs")
-OPTIONAL = {"pipeline/tokens/dataset.py": {"torch"}}  # tried, and done without
+OPTIONAL = {"pipeline/tokens/dataset.py": {"torch"}}  # we tried them and do not need them
 
 
 def imports(file: Path) -> set[str]:
-    """Top-level packages that the file imports anywhere, inside functions too."""
+    """Top-level packages that the file imports anywhere, including inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def test_only_storage_opens_urls():
 
 
 def modules(layers: Iterable[str] = LAYERS) -> dict[str, set[str]]:
-    """Each module of ours with those of ours that it imports anywhere; a package is its __init__."""
+    """Each of our modules, with our modules that it imports anywhere. A package stands for its __init__."""
     files = {file: _dotted(file) for layer in layers for file in sorted((ROOT / layer).rglob("*.py"))}
     names = set(files.values())
     graph: dict[str, set[str]] = {}
@@ -75,7 +75,7 @@ def _dotted(file: Path) -> str:
 
 
 def test_no_module_imports_itself_in_a_circle():
-    # what an __init__ names for others, its own modules may not need
+    # its own modules may not need what an __init__ re-exports
     graph = {name: {one for one in used if not name.startswith(f"{one}.")} for name, used in modules().items()}
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
@@ -86,7 +86,7 @@ def test_arrows_between_folders_run_one_way(layer: str):
     for name, used in modules([layer]).items():
         for one in used:
             source, target = _folder(name), _folder(one)
-            if source != target and layer not in (source, target):  # files beside the folders are of no folder
+            if source != target and layer not in (source, target):  # files next to the folders belong to no folder
                 graph.setdefault(source, set()).add(target)
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
@@ -98,7 +98,7 @@ def _folder(module: str) -> str:
 
 def python(code: str, *arguments: str) -> str:
     """Runs the code in a fresh interpreter; returns what it printed."""
-    # past the interpreter's own end, at which pyarrow's threads abort the process now and then (on a loaded machine)
+    # skips the interpreter's own exit, where pyarrow's threads sometimes abort the process on a loaded machine
     leave = "\nimport os\nsys.stdout.flush()\nos._exit(0)\n"
     command = [sys.executable, "-W", "error::ImportWarning", "-c", "import sys\n" + code + leave, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

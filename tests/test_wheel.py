@@ -29,7 +29,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = home / "bin" / "python"
     [own] = home.glob("lib/python*/site-packages")
     _run([sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", str(wheel)], home)
-    # a line in a .pth extends sys.path without reading the .pth files there, one of which names the checkout
+    # a line in a .pth extends sys.path without reading the .pth files there; one of those names the checkout
     borrowed = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")} | {p for p in sys.path if "-packages" in p}
     (own / "dependencies.pth").write_text("\n".join(sorted(borrowed)) + "\n")
     return python

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizer.tokenizer import Tokenizer
 
 __all__ = ["TokenDataset", "Tokenizer", "__version__"]
-__version__ = "0.1.0"  # the build reads it from here
+__version__ = "0.1.0"  # the build reads the version from here
 
 _HOME = {"Tokenizer": "tokenizer.tokenizer", "TokenDataset": "pipeline.tokens"}
 _ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ def __dir__() -> list[str]:
 
 
 def _refuse_shadowed_packages() -> None:
-    """Raises ImportError if `tokenizer`, `pipeline` or `jobs` is not the package that lies beside this one."""
+    """Raises ImportError if `tokenizer`, `pipeline` or `jobs` is not the package next to this one."""
     for name in ("tokenizer", "pipeline", "jobs"):
         spec = importlib.util.find_spec(name)
         found = spec.origin if spec else None

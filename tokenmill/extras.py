@@ -1,6 +1,6 @@
-"""Which extra installs a missing package, as one line for the user."""
+"""Names the extra that installs a missing package, in one line for the user."""
 
-EXTRAS = {  # package as it is imported: the extra of pyproject.toml that installs it
+EXTRAS = {  # name of the import: the extra in pyproject.toml that installs it
     **dict.fromkeys(("torch", "safetensors", "scipy", "faiss", "PIL", "matplotlib", "torchmetrics"), "tokenizer"),
     **dict.fromkeys(("ray", "omegaconf", "yaml", "braceexpand", "tensorboardX"), "jobs"),
     **dict.fromkeys(("s3fs", "botocore", "aiobotocore"), "s3"),

@@ -2,7 +2,7 @@
 
 Only descriptors and small results pass through Ray Data. It assigns the shards, grows the pool with the cluster, and
 retries the work of an actor that died. This module adds two things: it detects actors that hang, and it gives up on a
-shard that keeps killing its actors, which Ray Data would retry forever.
+shard that keeps killing its actors, because Ray Data would retry it forever.
 """
 
 import _thread

@@ -1,4 +1,4 @@
-"""What `tokenmill --help` and `tokenmill COMMAND --help` print. Imports neither torch nor ray, which are slow."""
+"""The output of `tokenmill --help` and `tokenmill COMMAND --help`. Imports neither torch nor ray, which are slow."""
 
 import ast
 import importlib.util
@@ -13,7 +13,7 @@ NAMED = {"quantizer": "tokenizer.quantizers", "model.net": "tokenizer.nets"}  # 
 
 
 def docstring(module: str) -> str:
-    """Of a module, without importing it."""
+    """The docstring of a module, without importing it."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.origin is not None

@@ -49,7 +49,7 @@ def draw_latents(run_url: str, inputs: ShardList, config: Config) -> tuple[np.nd
 
 
 class _Bound:
-    """An actor. Rows above this priority cannot enter the sample any more, so workers do not send them."""
+    """An actor. Rows above this priority can no longer enter the sample, so workers do not send them."""
 
     def __init__(self) -> None:
         self.below = 1.0

@@ -128,7 +128,7 @@ def _cell(row: dict[str, Any], name: str, form: Callable[[float], str]) -> str:
 
 
 def notes(results: list[dict[str, Any]], config: Config, name: str = "") -> str:
-    """What a reader of the table has to know: data, recipe, seeds, metrics, machine."""
+    """The notes under the table: data, recipe, seeds, metrics, machine."""
     recipe = asdict(config.train.recipe())
     shown = ", ".join(f"{key} {recipe[key]}" for key in RECIPE_SHOWN)
     numbers: dict[str, Any] = next((one["numbers"] for one in results if "numbers" in one), {})

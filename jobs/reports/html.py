@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Example:
-    """An original and its reconstruction. views: both as PNGs to look at. files: both as media files of type mime."""
+    """An original and its reconstruction. views: both as PNGs. files: both as media files of type mime."""
 
     key: str
     mime: str

@@ -84,7 +84,7 @@ class TrainReport:
 
 
 class CollapseAlarm:
-    """Reports when perplexity has stayed below a limit for `steps` steps, and again after as many steps more."""
+    """Reports when the perplexity has been below a limit for `steps` steps, and again after as many more steps."""
 
     def __init__(self, below: float, steps: int):
         self.below, self.steps = below, steps

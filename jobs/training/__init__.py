@@ -1,1 +1,1 @@
-"""What one rank of a Ray Train job does, its data, its checkpoints, and its channel to the driver."""
+"""The work of one rank of a Ray Train job, its data, its checkpoints, and its channel to the driver."""

@@ -1,4 +1,4 @@
-"""What rank 0 does beside training: it logs, shows reconstructions, and decides when to stop early."""
+"""The other work of rank 0 during training: it logs, shows reconstructions, and decides when to stop early."""
 
 import time
 from collections.abc import Callable

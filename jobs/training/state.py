@@ -1,4 +1,4 @@
-"""What one rank of a training holds: model, optimizer, data, log, and its place among the ranks."""
+"""The state of one training rank: model, optimizer, data, log, and its place among the ranks."""
 
 import contextlib
 from dataclasses import asdict
@@ -31,7 +31,7 @@ class TrainState:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":  # Ray would leave one thread per process
             torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-        # beside NCCL: ranks agree through their CPUs, so that no GPU has to wait
+        # in addition to NCCL: ranks agree through their CPUs, so that no GPU has to wait
         self.cpu_group = torch.distributed.new_group(backend="gloo") if self.world_size > 1 else None
         self.step = 0
         self.saved_step: int | None = None  # of the last checkpoint

@@ -34,7 +34,7 @@ command. Finally it compares every row and quarantine row with those of an undis
 
 faults: kills, and requests with a wrong response or none. lost: samples in no row. doubled: additional rows of a
 sample. wrong: rows that differ from those of the undisturbed run. failed: trials with lost, doubled or wrong rows, with
-a failed `verify deep=true`, or with an unexpected exit code of a job.
+a failed `verify --deep`, or with an unexpected exit code of a job.
 
 | kind | trials | faults | reruns | lost | doubled | wrong rows | failed | median s |
 |---|---|---|---|---|---|---|---|---|

@@ -43,7 +43,7 @@ class Report:
     reruns: int = 0
     seconds: float | None = None
     damage: Damage | None = None  # None if no job finished
-    verified: bool = False  # by `tokenmill verify deep=true`
+    verified: bool = False  # by `tokenmill verify --deep`
 
     def is_correct(self) -> bool:
         return self.verified and self.damage == Damage(0, 0, 0)
@@ -267,7 +267,8 @@ def ended(trial: Trial, report: Report, code: int) -> Report:
 
 def proven(trial: Trial, report: Report) -> Report:
     """The report with the damage that we find in the output and the result of `verify`."""
-    return replace(report, damage=trial.damage(), verified=main(["verify", f"output={trial.output}", "deep=true"]) == 0)
+    verified = main(["verify", f"output={trial.output}", "verify.deep=true"]) == 0
+    return replace(report, damage=trial.damage(), verified=verified)
 
 
 def status(trial: Trial) -> str:

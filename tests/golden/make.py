@@ -1,9 +1,9 @@
-"""Makes the golden artifacts with the code of today: `python -m tests.golden.make` (one minute).
+"""Makes the golden artifacts with the current code: `python -m tests.golden.make` (one minute).
 
-Run it again only when a format changes on purpose and CHANGELOG.md says so: old artifacts of users then need a reader
-or a migration of their own. Never run it to make a red test green. When the tars change, count HOME in names.py up.
+Run it again only when a format changes on purpose and CHANGELOG.md says so. Users' old artifacts then need a reader or
+a migration. Never run it to make a failing test pass. If the tars change, increase the number in HOME in names.py.
 
-What it makes, in tests/golden:
+It makes these files in tests/golden:
   in/            five shards: pictures with captions (one sample broken, one large), one shard compressed; sound
   run/           4 training steps of VP-VAE through Ray: config, checkpoint of step 2, model, tokenizer, latents
   tokenizers/    one frozen tokenizer per method, untrained, and one of sound
@@ -46,7 +46,7 @@ RUN = {
     },
     "quantizer": {"name": "vp_vae", "codebook_size": 16, "dim": 2},
     "train": {
-        **{"steps": 4, "batch_size": 4, "segment": 16, "lr": 3e-3, "warmup_steps": 1, "shuffle_buffer": 8},
+        **{"steps": 4, "batch_size": 4, "crop_size": 16, "lr": 3e-3, "warmup_steps": 1, "shuffle_buffer": 8},
         **{"log_every": 1, "checkpoint_every": 2, "ema": 0.5},
     },
     "codebook": {"cache": True, "max_latents": 200},
@@ -116,7 +116,7 @@ def make_corpus() -> None:
 
 
 def _write_tar(folder: Path, name: str, data: bytes, compressed: bool) -> None:
-    """tarfile fills a tar up to 10 kB; two blocks of zeros are enough."""
+    """tarfile pads a tar to 10 kB, but two blocks of zeros are enough."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         end = max(m.offset_data + -(-m.size // 512) * 512 for m in archive.getmembers())
     data = data[:end] + bytes(1024)
@@ -139,7 +139,7 @@ def make_run() -> None:
     for large in [*(run / "reports").glob("*.html"), *(run / "reports").glob("*.png")]:
         large.unlink()
     tokenizer = names.load(MADE / RUN_TOKENIZER)
-    assert names.tokens_keep_distance(tokenizer, count=100), "take other seeds for the pictures"
+    assert names.tokens_keep_distance(tokenizer, count=100), "choose other seeds for the pictures"
     shutil.copytree(run, GOLDEN / "run")
 
 
@@ -151,7 +151,7 @@ def make_tokenizers() -> None:
 
 
 def _make_tokenizer(name: str, settings: dict[str, Any]) -> None:
-    """With weights of the first seed for which no token of the samples is a close call."""
+    """A tokenizer with the weights of the first seed for which no token of the samples is close to another code."""
     for seed in range(200):
         tokenizer = _untrained(settings, seed)
         distinct = min(len(np.unique(tokens)) for tokens in names.tokens_of(tokenizer).values())
@@ -159,7 +159,7 @@ def _make_tokenizer(name: str, settings: dict[str, Any]) -> None:
             print(f"golden: {name} with seed {seed}, at least {distinct} codes in a sample")
             tokenizer.save_pretrained(GOLDEN / "tokenizers" / name)
             return
-    raise AssertionError(f"no seed gives {name} tokens that keep their distance")
+    raise AssertionError(f"no seed gives {name} tokens that are far enough from other codes")
 
 
 def _untrained(settings: dict[str, Any], seed: int) -> names.Tokenizer:
@@ -167,7 +167,7 @@ def _untrained(settings: dict[str, Any], seed: int) -> names.Tokenizer:
     autoencoder = names.Autoencoder(settings)
     x = torch.rand(8, 1, 3200) - 0.5 if settings["modality"] == "audio" else torch.rand(8, 3, 32, 32)
     with torch.no_grad():
-        autoencoder.train()(x)  # gives buffers values that are not those of the start
+        autoencoder.train()(x)  # gives buffers values other than their initial ones
         autoencoder.eval()
         probe = names.LatentEncoder(autoencoder, {})
         z = torch.cat([torch.from_numpy(part).flatten(0, -2) for part in names.latents_of(probe).values()])
@@ -178,19 +178,20 @@ def _untrained(settings: dict[str, Any], seed: int) -> names.Tokenizer:
 
 
 def make_outputs() -> None:
-    """The pictures by three runs: through Ray, in this process with a retry, and through Ray what was left."""
+    """Tokenizes the pictures in three runs: with Ray, in this process with a retry, and with Ray again for the rest."""
     config, out = str(MADE / "golden.yaml"), MADE / "out"
     assert command("tokenize", config, f"data.shards={HOME}/in/photos-000.tar") == 0
     names.tokenize_then_retry(f"{HOME}/in/photos-001.tar", MADE / RUN_TOKENIZER, out, passthrough=["txt"])
     assert command("tokenize", config) == 0
-    assert command("verify", config, "deep=true") == 0
+    assert command("verify", config, "verify.deep=true") == 0
     shutil.copytree(out, GOLDEN / "out")
     shutil.copytree(GOLDEN / "tokenizers/sound", MADE / "sound")
     sound = [f"tokenizer={MADE}/sound", f"output={MADE}/out_audio"]
     assert command("tokenize", *sound, f"data.shards={SOUND}", "tokens.encoding=packed") == 0
     shutil.copytree(MADE / "out_audio", GOLDEN / "out_audio")
     for name, tokenizer in (("out", GOLDEN / RUN_TOKENIZER), ("out_audio", GOLDEN / "tokenizers/sound")):
-        given = [f"output={GOLDEN / name}", f"tokenizer={tokenizer}", f"to={GOLDEN}/decoded/{name}", "limit=2"]
+        given = [f"output={GOLDEN / name}", f"tokenizer={tokenizer}", "decode.limit=2"]
+        given.append(f"decode.output={GOLDEN}/decoded/{name}")
         assert command("decode", *given) == 0
 
 
@@ -217,10 +218,10 @@ def make_expected() -> None:
 
 
 def _status() -> dict[str, Any]:
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
-        assert command("status", f"output={GOLDEN / 'out'}", "json=true") == 0
-    return json.loads(told.getvalue())
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert command("status", f"output={GOLDEN / 'out'}", "status.json=true") == 0
+    return json.loads(printed.getvalue())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The only golden file that imports modules of the product: when a module moves, this file changes and no other."""
+"""The only golden file that imports modules of the product. If a module moves, only this file changes."""
 
 import dataclasses
 import itertools
@@ -35,9 +35,9 @@ from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent
-# A shard's URL is part of its name, of the manifest's id and of each row. A checkout can lie anywhere, so the shards
-# are copied to this path, with a fixed time of change, which is a local shard's version.
-# Take another number when the tars change.
+# A shard's URL is part of its name, of the manifest's id and of each row. A checkout can be anywhere, so the shards are
+# copied to this path, with a fixed modification time, which is the version of a local shard.
+# Change the number if the tars change.
 HOME = Path("/tmp/tokenmill-golden-1")
 CHANGED_NS = 1_700_000_000_000_000_000
 PHOTOS = f"{HOME}/in/photos-*.tar*"
@@ -50,7 +50,7 @@ FEW_PIXELS = 1000  # between the size of the small pictures and half of the larg
 
 
 def place_corpus() -> None:
-    """Copies the shards to HOME. Test runs side by side do no harm: each file is replaced whole, by the same bytes."""
+    """Copies the shards to HOME. Parallel test runs are safe: files are replaced atomically by the same bytes."""
     for file in sorted((GOLDEN / "in").iterdir()):
         place(HOME / "in" / file.name, file.read_bytes())
 
@@ -73,7 +73,7 @@ def command(*arguments: str | Path) -> int:
 
 
 def command_alone(*arguments: str | Path) -> int:
-    """The same in a process of its own, with a Ray of its own."""
+    """The same in a separate process, with its own Ray."""
     alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     line = [sys.executable, "-m", "jobs", *map(str, arguments)]
     return subprocess.run(line, env=alone, cwd=GOLDEN.parents[1], timeout=300, check=False).returncode
@@ -117,7 +117,7 @@ def ids_of(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def arrays_of(tokenizer: LatentEncoder, count: int = 2) -> dict[str, np.ndarray]:
-    """The first sound samples by key, as the tokenizer's preprocessing leaves them."""
+    """The first audio samples by key, after the tokenizer's preprocessing."""
     spec, extension = (SOUND, "wav") if tokenizer.modality.name == "audio" else (PHOTOS, "png")
     every = (sample for shard in shards_of(spec) for sample in read_samples(shard.url))
     samples = itertools.islice((s for s in every if not s.key.startswith("broken")), count)
@@ -133,9 +133,9 @@ def latents_of(tokenizer: LatentEncoder, count: int = 2) -> dict[str, np.ndarray
 
 
 def tokens_keep_distance(tokenizer: Tokenizer, count: int = 2, amount: float = 1e-4) -> bool:
-    """Whether the tokens stay the same when each latent moves by this share of the latents' spread.
+    """Whether the tokens stay the same when each latent moves by this fraction of the latents' spread.
 
-    Rounding on another processor moves a latent by about 1e-6 of it.
+    On another processor, rounding moves a latent by about 1e-6 of the spread.
     """
     generator = torch.Generator().manual_seed(0)
     for z in latents_of(tokenizer, count).values():
@@ -173,7 +173,7 @@ def _hashed_defaults(cls: Any) -> dict[str, Any]:
 
 
 def tokenize_here(spec: str, tokenizer: Path, output: Path, **options: Any) -> None:
-    """What the job `tokenize` does, in this process: each shard without a commit."""
+    """Does the work of `tokenize` in this process, for each shard without a commit."""
     tokenize_without_ray(spec, str(tokenizer), output, TokensConfig(**options))
 
 
@@ -186,7 +186,7 @@ def tokenize_then_retry(spec: str, tokenizer: Path, output: Path, **options: Any
 
 
 def rows_of(output: Path) -> pa.Table:
-    """All committed rows and all their columns, read by pyarrow alone, by shard and place in it."""
+    """All committed rows with all columns, read only with pyarrow, sorted by shard and position."""
     names = [file.stem for file in sorted((output / "manifest").glob("*.json"))]
     tables = [pq.read_table(output / "tokens" / f"{name}.parquet") for name in names]
     rows = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
@@ -211,7 +211,7 @@ def read_quarantine(file: Path) -> pa.Table:
 
 
 def read_order(output: Path, **settings: Any) -> list[str]:
-    """Keys in the order in which the reader for training gives them."""
+    """Keys in the order in which the reader for training yields them."""
     return [row["key"] for row in TokenDataset(str(output), **settings)]
 
 
@@ -236,12 +236,12 @@ def yaml_names(file: Path) -> set[str]:
 
 
 def json_names(folder: Path) -> dict[str, set[str]]:
-    """Every JSON file below the folder, and the names of its keys."""
+    """Every JSON file under the folder, and the names of its keys."""
     return {str(f.relative_to(folder)): names_in(json.loads(f.read_text())) for f in sorted(folder.rglob("*.json"))}
 
 
 def parquet_layout(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every Parquet file below the folder: its columns with their types, and what its footer says."""
+    """Every Parquet file under the folder: its columns with their types, and its footer."""
     found = {}
     for file in sorted(folder.rglob("*.parquet")):
         schema = pq.read_schema(file)
@@ -252,7 +252,7 @@ def parquet_layout(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def tensor_names(value: Any, place: str = "") -> dict[str, str]:
-    """Of a checkpoint's file: the name of each entry, with the kind and the shape of tensors."""
+    """The name of each entry in a checkpoint file, with the dtype and the shape of tensors."""
     if isinstance(value, torch.Tensor):
         return {place: f"{value.dtype} {list(value.shape)}"}
     if isinstance(value, dict):
@@ -261,11 +261,11 @@ def tensor_names(value: Any, place: str = "") -> dict[str, str]:
     return {place: type(value).__name__}
 
 
-# -- what a seed decides ----------------------------------------------------------------------------------------------
+# -- what a seed determines ------------------------------------------------------------------------------------------
 
 
 def seed_recipes() -> dict[str, Any]:
-    """What today's code draws for given seeds."""
+    """What the current code draws for given seeds."""
     return {
         "training_stream": {str(rank): list(_stream(rank, world_size=1 if rank == 0 else 2)) for rank in (0, 1)},
         "reservoir": _reservoir(),
@@ -279,7 +279,7 @@ def seed_recipes() -> dict[str, Any]:
 
 
 def _stream(rank: int, world_size: int, count: int = 40) -> Iterator[str]:
-    """Keys that a training rank draws, over more than one epoch."""
+    """Keys that a training rank draws in more than one epoch."""
     shards = shards_of(PHOTOS)
     lanes = Lanes.for_ranks(world_size, len(shards), shuffle_buffer=6, seed=5)
     stream = training_samples(
@@ -299,17 +299,18 @@ def _reservoir() -> list[int]:
 
 
 def _packed() -> list[str]:
-    """Keys in the order of `pack` with a seed."""
+    """Keys in the order in which `pack` writes them with a seed."""
     with tempfile.TemporaryDirectory() as folder:
         for i in range(12):
-            (Path(folder) / f"{i:02d}.png").write_bytes(b"not looked at")
+            (Path(folder) / f"{i:02d}.png").write_bytes(b"never read")
         to = Path(folder) / "packed-%d.tar"
-        assert command("pack", f"source={folder}", f"shards={to}", "samples_per_shard=8", "shuffle_seed=3") == 0
+        order = ["pack.samples_per_shard=8", "pack.shuffle_seed=3"]
+        assert command("pack", f"pack.source={folder}", f"pack.shards={to}", *order) == 0
         return [s.key for i in range(2) for s in read_samples(str(to).replace("%d", str(i)))]
 
 
 def _crop() -> dict[str, list[float]]:
-    """Corner values of a random piece for training, by modality."""
+    """Corner values of a random training crop, by modality."""
     rows, columns = np.mgrid[0:64, 0:64]
     picture, sound = np.stack([rows, columns, rows], axis=-1).astype(np.uint8), np.arange(5000, dtype=np.float32)
     inputs: dict[str, np.ndarray] = {"image": picture, "audio": sound[:, None]}

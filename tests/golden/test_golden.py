@@ -1,4 +1,4 @@
-"""What must not change while files move and the engine is replaced, held by artifacts that an older version made.
+"""What must not change while the code is reorganised, checked with artifacts that an older version made.
 
 - A frozen tokenizer loads under the same tokenizer, codebook and encoder id, and is saved again as the same bytes.
 - The same samples give the same tokens, from pixels and from cached latents; tokens decode to the same samples.
@@ -12,13 +12,13 @@
   same losses, and checkpoints hold the same names. The codebook made from cached latents is the same.
 - A seed gives the same order of training samples, of reading and of packing, the same reservoir sample, audit rows and
   crop.
-- Commands, configuration keys and exit codes stay.
+- Commands, configuration keys and exit codes stay the same.
 
-More may come: files, keys, columns, commands, methods. Nothing here may go, or change its name or value.
+New files, keys, columns, commands and methods are allowed. Nothing here may be removed, or change its name or value.
 
-The artifacts are the expectation, beside expected.json; make.py says how they are made and when they may be made again.
+The expected values are the artifacts and expected.json; make.py says how they are made and when they may be made again.
 Tokens are compared exactly: make.py accepts only samples whose tokens stay the same when latents move by 1e-4 of their
-spread, a hundred times the rounding of another processor. Latents and losses are compared with a stated tolerance.
+spread, a hundred times the rounding difference of another processor. Latents and losses have a stated tolerance.
 """
 
 import json
@@ -48,7 +48,7 @@ TRAIN = ("workers.count=1", "workers.cpus=1")  # one thread, as when the run was
 
 @pytest.fixture(scope="module", autouse=True)
 def corpus() -> Iterator[None]:
-    """The shards at their fixed path; and one thread, on which the last bit of a sum depends."""
+    """The shards at their fixed path, and one thread, because the last bit of a sum depends on the number."""
     names.place_corpus()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def half_done(tmp_path: Path) -> Path:
-    """The output as a job left it that was killed after two of four shards, with tokens of a third not committed."""
+    """The output of a job that was killed after two of four shards, with uncommitted tokens of a third."""
     output = shutil.copytree(GOLDEN / "out", tmp_path / "out")
     for file in [*output.glob("manifest/photos-00[23]*"), *output.glob("*/photos-003*")]:
         file.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def test_shards_have_the_same_names_and_manifest_id():
     assert names.manifest_id(PHOTOS) == EXPECTED["input_manifest_id"]
 
 
-@pytest.mark.parametrize("deep", ["deep=false", "deep=true"])
+@pytest.mark.parametrize("deep", ["verify.deep=false", "verify.deep=true"])
 @pytest.mark.parametrize("output", [*OUTPUTS, "run/latents"])
 def test_verify_accepts_an_old_output(output: str, deep: str):
     assert command("verify", f"output={GOLDEN / output}", deep) == 0
@@ -134,12 +134,12 @@ def test_a_half_done_output_is_resumed(half_done: Path):
     assert names.rows_of(half_done).equals(names.rows_of(GOLDEN / "out"))
     assert files_below(half_done) == files_below(GOLDEN / "out")
     assert all((half_done / file).read_bytes() == data for file, data in before.items())
-    assert command("verify", f"output={half_done}", "deep=true") == 0
+    assert command("verify", f"output={half_done}", "verify.deep=true") == 0
 
 
 @pytest.fixture(scope="module")
 def new_outputs(corpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The outputs made anew, in the steps in which make.py made them."""
+    """The outputs, made again with the same steps as in make.py."""
     folder = tmp_path_factory.mktemp("new")
     given: dict[str, Any] = {"tokenizer": GOLDEN / RUN_TOKENIZER, "output": folder / "out", "passthrough": ["txt"]}
     names.tokenize_here(f"{HOME}/in/photos-000.tar", **given)
@@ -197,7 +197,7 @@ def test_pixels_give_the_cached_latents():
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_old_tokens_decode_to_the_same_samples(name: str, tmp_path: Path):
     tokenizer = f"tokenizer={GOLDEN / OUTPUTS[name]}"
-    assert command("decode", f"output={GOLDEN / name}", tokenizer, f"to={tmp_path}", "limit=2") == 0
+    assert command("decode", f"output={GOLDEN / name}", tokenizer, f"decode.output={tmp_path}", "decode.limit=2") == 0
     assert files_below(tmp_path) == files_below(GOLDEN / "decoded" / name)
     for file in files_below(tmp_path):
         new, old = samples_in(tmp_path / file), samples_in(GOLDEN / "decoded" / name / file)
@@ -212,13 +212,13 @@ def samples_in(file: Path) -> np.ndarray:
 
 
 def test_status_tells_the_same_names(capsys: pytest.CaptureFixture[str]):
-    assert command("status", f"output={GOLDEN / 'out'}", "json=true") == 0
+    assert command("status", f"output={GOLDEN / 'out'}", "status.json=true") == 0
     found = json.loads(capsys.readouterr().out)
     assert names.names_in(found) >= set(EXPECTED["status_names"])
     assert (found["samples"], found["tokens"], found["quarantined"]) == (15, 356, 2)
 
 
-# -- what a seed decides, and the command line ------------------------------------------------------------------------
+# -- what a seed determines, and the command line --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_the_command_resumes_a_half_done_output(half_done: Path):
     given = [f"data.shards={PHOTOS}", f"tokenizer={GOLDEN / RUN_TOKENIZER}", f"output={half_done}"]
     assert names.command_alone("tokenize", *given, "tokens.passthrough=[txt]") == 4  # 2 of 17 samples are broken
     assert names.rows_of(half_done).equals(names.rows_of(GOLDEN / "out"))
-    assert command("verify", f"output={half_done}", "deep=true") == 0
+    assert command("verify", f"output={half_done}", "verify.deep=true") == 0
 
 
 @pytest.mark.ray
@@ -313,7 +313,8 @@ def assert_same_names_in_checkpoint(new: Path, old: Path) -> None:
 def test_training_resumes_from_an_old_checkpoint(run: Path):
     shutil.rmtree(run / "model")
     assert command("train", run / "config.yaml", f"run={run}", *TRAIN, "train.checkpoint_every=3") == 0
-    assert history(run)[:2] == history(GOLDEN / "run")[:2]  # with their times: these steps were not made again
+    # The times are also equal, which shows that these steps did not run again.
+    assert history(run)[:2] == history(GOLDEN / "run")[:2]
     assert_same_losses(run)
     assert files_below(run / "model") >= files_below(GOLDEN / "run/model")
     [old] = checkpoints(GOLDEN / "run")

@@ -1,7 +1,7 @@
 """A driver for tests of growth: `python -m tests.jobs.slow_shards NUM_SHARDS SECONDS [workers.key=value ...]`.
 
-Joins the Ray that RAY_ADDRESS names, maps a worker that sleeps over the shards, and prints when each one began, and in
-which process of which node.
+Joins the cluster in RAY_ADDRESS, maps a sleeping worker over the shards, and prints when each shard began, and its
+process and node.
 """
 
 import os
@@ -17,7 +17,7 @@ from pipeline.corpus.shards import Shard
 
 
 class Sleeper(ShardWorker):
-    """Without torch: it would refuse the GPUs of these tests, which are resources without a device."""
+    """Does not use torch, which would refuse the GPUs of these tests: they are resources without a device."""
 
     def __init__(self, seconds: float, **resources: Any):
         self.seconds = seconds
@@ -35,7 +35,7 @@ class Sleeper(ShardWorker):
 def main(num_shards: str, seconds: str, *settings: str) -> None:
     keys = dict(setting.removeprefix("workers.").split("=") for setting in settings)
     workers = WorkersConfig(**{key: int(value) if key == "count" else float(value) for key, value in keys.items()})
-    pool.SAY_EVERY_S = 5.0  # in place of 30
+    pool.SAY_EVERY_S = 5.0  # instead of 30
     cluster.start()
     shards = [Shard(f"shard-{i}", None) for i in range(int(num_shards))]
     for began, pid, node in map_shards(shards, Sleeper, {"seconds": float(seconds)}, workers, job="sleep"):

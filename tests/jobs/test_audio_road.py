@@ -58,7 +58,7 @@ def road(ray_cluster, tmp_path_factory) -> Path:
         "data": {"shards": f"{SAMPLES}/speech/heldout/*.tar"},
         "model": {"modality": "audio", "net": NET},
         "quantizer": {"name": "fsp", "codebook_size": 64},
-        "train": {"steps": 3, "batch_size": 4, "segment": 4800, "log_every": 1},
+        "train": {"steps": 3, "batch_size": 4, "crop_size": 4800, "log_every": 1},
         "tokens": {"max_bad_fraction": 0.9},
         "limit": 3,
     }
@@ -93,12 +93,12 @@ def test_a_row_has_one_token_per_96_samples_and_the_size_of_the_original(road):
 
 
 def test_verify_finds_nothing(road, capsys):
-    assert main(["verify", str(road / "config.yaml"), "deep=true"]) == 0
+    assert main(["verify", str(road / "config.yaml"), "verify.deep=true"]) == 0
     assert "5 quarantined" in capsys.readouterr().out
 
 
 def test_decode_gives_back_exactly_the_samples(road):
-    assert main(["decode", str(road / "config.yaml"), "keys=[tone,8khz,20ms]"]) == 0
+    assert main(["decode", str(road / "config.yaml"), "decode.keys=[tone,8khz,20ms]"]) == 0
     lengths = {path.stem.rsplit("-", 1)[1]: soundfile.info(path).frames for path in (road / "decoded").glob("*.wav")}
     assert lengths == {"tone": 8000, "8khz": 16_000, "20ms": 320}
 

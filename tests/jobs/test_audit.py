@@ -42,7 +42,7 @@ def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] 
 
 
 def forge(output: Output, row: int, change: int = 1) -> None:
-    """Changes the first token of a row of the first shard, and corrects the checksum in the entry."""
+    """Changes the first token of a row of the first shard, and updates the checksum in the entry."""
     name = shard(output).name
     path, entry = Path(output.tokens_url(name)), Path(output.url) / "manifest" / f"{name}.json"
     table = pq.read_table(path)
@@ -162,11 +162,11 @@ def test_the_command_passes_equal_rows_and_names_different_ones(
     assert "audit: 8 of 8 rows are the same as in" in capsys.readouterr().out
     assert sorted(path for path in Path(output.url).rglob("*")) == before
     forge(output, row=1)
-    assert main(["verify", f"output={output.url}", "deep=true"]) == 0  # no other proof could find it
+    assert main(["verify", f"output={output.url}", "verify.deep=true"]) == 0  # no other check could find it
     assert main(command) == 3
-    told = capsys.readouterr().out
-    assert "audit: differs: 0001 (sample 1 of" in told
-    assert "audit: 7 of 8 rows are the same as in" in told
+    printed = capsys.readouterr().out
+    assert "audit: differs: 0001 (sample 1 of" in printed
+    assert "audit: 7 of 8 rows are the same as in" in printed
 
 
 def test_another_tokenizer_is_refused(output: Output, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

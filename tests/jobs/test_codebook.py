@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(place: Path, run: str, **others) -> str:
-    """Path of a YAML file, with its own run and the shared model."""
+    """Path of a YAML file with its own run and the shared model."""
     model = place / run / "model"
     if not model.exists():
         model.parent.mkdir()
@@ -98,13 +98,13 @@ def test_the_codebook_depends_neither_on_workers_nor_on_cache_nor_on_streaming(p
     error = torch.cdist(torch.from_numpy(rows).double(), table.double()).min(dim=1).values.square().mean()
     assert report_of(place, "full-2")["mse"] == pytest.approx(float(error), rel=1e-5)
     alone = [kmeans(torch.from_numpy(rows), SIZE, seed=seed).mse[-1] for seed in range(5)]  # in memory, in one process
-    assert float(error) < max(alone) * 1.02  # as good as any of the local minima
+    assert float(error) < max(alone) * 1.02  # no worse than the local minima
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place: Path, capsys):
-    """The second command and tokenize read no image: by then the shards are empty files."""
+    """The second command and `tokenize` read no images, because the shards are empty files by then."""
     settings = {"codebook": {"cache": True, "size": [8, SIZE]}, "tokens": {"passthrough": ["txt"]}}
     file = config(place, "again", **settings)
     assert main(["codebook", file]) == 0
@@ -132,10 +132,10 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
     assert rows_of(place / "from-cache").equals(rows_of(place / "direct"))
     direct, cached = Output.open(f"{place}/direct"), Output.open(f"{place}/from-cache")
     for one, other in zip(direct.commits(), cached.commits(), strict=True):
-        assert one.tokens_sha256 == other.tokens_sha256  # with text, sizes and footer
+        assert one.tokens_sha256 == other.tokens_sha256  # including text, sizes and footer
         assert one.quarantine_sha256 == other.quarantine_sha256
     assert sum(entry.num_quarantined for entry in cached.commits()) == 2
-    assert main(["verify", file, chosen, f"output={place}/from-cache", "deep=true"]) == 0
+    assert main(["verify", file, chosen, f"output={place}/from-cache", "verify.deep=true"]) == 0
 
 
 @pytest.mark.ray
@@ -234,10 +234,11 @@ def test_a_broken_shard_is_reported_and_codebook_full_needs_all_shards(place: Pa
 def test_a_warm_start_begins_with_the_next_smaller_size_in_a_later_run_too(place: Path):
     assert main(["codebook", config(place, "fresh", codebook={"size": [SIZE, 60]})]) == 0
     assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
-    assert tokenizer_of(place, "warm").id == tokenizer_of(place, "fresh").id  # the smallest size has no start
+    # The smallest size has no smaller one to start from.
+    assert tokenizer_of(place, "warm").id == tokenizer_of(place, "fresh").id
     whole = tokenizer_of(place, "warm", 60).id
     assert whole != tokenizer_of(place, "fresh", 60).id
-    shutil.rmtree(place / "warm/tokenizers/vp_vae-K60")  # as if the command was killed here
+    shutil.rmtree(place / "warm/tokenizers/vp_vae-K60")  # as if the command had been killed here
     assert main(["codebook", config(place, "warm", codebook={"size": [60, SIZE], "warm_start": True})]) == 0
     assert tokenizer_of(place, "warm", 60).id == whole
     warm, fresh = report_of(place, "warm", 60), report_of(place, "fresh", 60)

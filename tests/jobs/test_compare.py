@@ -29,7 +29,7 @@ def config(folder: Path, methods: dict = METHODS, **compare) -> str:
         "run": f"{folder}/run",
         "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
         "model": {"net": {"name": "resnet32", "channels": 8, "res_blocks": 1}},
-        "train": {"steps": 3, "batch_size": 4, "segment": 32, "warmup_steps": 1},
+        "train": {"steps": 3, "batch_size": 4, "crop_size": 32, "warmup_steps": 1},
         "compare": {
             "heldout": f"{SAMPLES}/heldout/*.tar",
             "methods": methods,
@@ -37,7 +37,7 @@ def config(folder: Path, methods: dict = METHODS, **compare) -> str:
             "dims": {16: 3},
             "seeds": [0, 1],
             "max_samples": 12,
-            "pictures": 2,
+            "num_examples": 2,
             **compare,
         },
     }
@@ -67,7 +67,7 @@ def test_size_and_width_reach_the_methods_that_have_them(tmp_path):
     assert (vq["codebook_size"], vq["dim"]) == (16, 3)
     assert fsq["codebook_size"] == 16
     assert "dim" not in fsq
-    assert (fsq["edges"], fsq["noise_rate"]) == ("symmetric", 0.0)  # of the file, and over it
+    assert (fsq["edges"], fsq["noise_rate"]) == ("symmetric", 0.0)  # the file's settings, and those that override them
 
 
 def test_a_width_that_the_comparison_gives_a_method_wins(tmp_path):
@@ -76,7 +76,7 @@ def test_a_width_that_the_comparison_gives_a_method_wins(tmp_path):
 
 
 def test_defaults_that_depend_on_the_width_follow_it(tmp_path):
-    """latents_per_code is 16 per dimension: 48 at 3 dims, not the 64 of the default width."""
+    """latents_per_code is 16 per dimension: 48 with 3 dims, instead of 64 with the default number of dims."""
     methods = {"VP-VAE": {"quantizer": {"name": "vp_vae"}}}
     assert planned(tmp_path, methods)[0].trial.model["quantizer"]["latents_per_code"] == 48
 
@@ -99,7 +99,7 @@ def test_the_name_of_a_result_depends_on_all_its_settings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "told"),
+    ("method", "message"),
     [
         ({"quantizer": {"name": "vq_va"}}, "bad at 16 codes: .*did you mean 'vq_vae'"),
         ({"quantizer": {"name": "vq_vae", "dimm": 3}}, "bad at 16 codes: unknown key quantizer.dimm"),
@@ -108,9 +108,9 @@ def test_the_name_of_a_result_depends_on_all_its_settings(tmp_path):
         ({"quantizer": {"name": "fsq"}, "train": {"loss_weights": {"codebook": 1}}}, "codebook: there is no such loss"),
     ],
 )
-def test_a_mistake_in_a_method_is_reported_before_ray_starts(tmp_path, capsys, method, told):
+def test_a_mistake_in_a_method_is_reported_before_ray_starts(tmp_path, capsys, method, message):
     assert main(["compare", config(tmp_path, {**METHODS, "bad": method})]) == 2
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 

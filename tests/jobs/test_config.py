@@ -93,8 +93,8 @@ def test_ill_typed_value_is_named_by_its_key(given: str):
     assert str(raised.value).startswith(given.split("=")[0])
 
 
-def test_text_of_free_settings_becomes_what_it_says():
-    """No type reads these: "false" would be true."""
+def test_text_of_untyped_settings_becomes_numbers_and_booleans():
+    """These settings have no declared type, and the text "false" would be true."""
     config = load_config(["metrics.slow=false", "metrics.perceptual_weights=w.safetensors", "train.losses.scale=2"])
     assert config.metrics == {"slow": False, "perceptual_weights": "w.safetensors"}
     assert config.train.losses == {"scale": 2}
@@ -132,7 +132,7 @@ def test_another_quantizers_field_is_unknown():
     ("given", "near"),
     [("quantizer.name=vpvae", "vp_vae"), ("model.net.name=vqgann", "vqgan"), ("model.modality=imag", "image")],
 )
-def test_unknown_name_is_told_with_its_nearest_neighbour(given: str, near: str):
+def test_unknown_name_is_reported_with_its_nearest_neighbour(given: str, near: str):
     with pytest.raises(ConfigError, match=f"did you mean '{near}'"):
         load_config([given])
 
@@ -163,7 +163,7 @@ def test_keys_are_those_of_the_configuration():
 
 
 def test_a_recipe_has_the_defaults_of_the_configuration():
-    """They are written twice, since the recipe of a comparison must keep its names."""
+    """The fields exist twice, because the recipe of a comparison must keep its names."""
     assert TrainConfig().recipe() == Recipe()
     assert load_config(["train.crop_size=32", "train.discriminator.lr=0.5"]).train.recipe() == Recipe(
         segment=32, discriminator=dataclasses.replace(Recipe().discriminator, lr=0.5)
@@ -317,7 +317,7 @@ def test_a_name_finds_a_shipped_config_from_any_folder(
     monkeypatch.chdir(tmp_path)
     assert find_config(name) == SAMPLES.parent / "configs" / file
     (tmp_path / "fsp").write_text("quantizer: {name: fsp}\n")
-    assert find_config("fsp") == Path("fsp")  # a file of one's own comes first
+    assert find_config("fsp") == Path("fsp")  # the user's own file takes precedence
 
 
 def test_names_of_shipped_configs_are_unique():
@@ -330,7 +330,7 @@ def test_a_misspelt_shipped_config_is_refused_with_its_nearest_neighbour():
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("run: [a\nb: {", "is not valid YAML"),
         ("run:\n\t- x", "is not valid YAML"),
@@ -340,8 +340,8 @@ def test_a_misspelt_shipped_config_is_refused_with_its_nearest_neighbour():
         ("run: ${nope}", "nope"),
     ],
 )
-def test_a_broken_file_is_told_in_one_line(write, text: str, told: str):
-    with pytest.raises(ConfigError, match=told) as raised:
+def test_a_broken_file_gives_a_one_line_error(write, text: str, message: str):
+    with pytest.raises(ConfigError, match=message) as raised:
         load_config([write(text)])
     assert len(str(raised.value).splitlines()) == 1
 
@@ -351,7 +351,7 @@ def test_a_missing_file_is_named():
         load_config(["nope.yaml"])
 
 
-def test_an_override_that_is_no_yaml_is_told():
+def test_an_override_that_is_no_yaml_is_reported():
     with pytest.raises(ConfigError, match=r"run=\[a is not KEY=VALUE"):
         load_config(["run=[a"])
 
@@ -368,11 +368,12 @@ def test_text_that_looks_like_a_number_stays_as_it_was_typed(value: str):
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that the command leaves on stderr."""
     assert main(arguments) == 2
-    told = capsys.readouterr()
-    [line] = told.err.splitlines()
+    printed = capsys.readouterr()
+    [line] = printed.err.splitlines()
     assert line.startswith(f"tokenmill {arguments[0]}: ")
     assert (
-        told.out.splitlines()[-1] == f"tokenmill {arguments[0]}: exit 2: a mistake in the command or its configuration"
+        printed.out.splitlines()[-1]
+        == f"tokenmill {arguments[0]}: exit 2: a mistake in the command or its configuration"
     )
     return line
 
@@ -389,7 +390,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("frobnicate", "unknown command 'frobnicate'; choose one of: pack, train"),
         ("train run=R data.shrads=x", "did you mean data.shards?"),
@@ -453,14 +454,14 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pack pack.source=S pack.shards=U/%06d.tar", "pack.shards is U/%06d.tar: a path in Ray's copy"),
     ],
 )
-def test_mistakes_are_told_in_one_line_before_ray_starts(
-    arguments: str, told: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_mistakes_are_reported_in_one_line_before_ray_starts(
+    arguments: str, message: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     places = {"S": f"{SAMPLES}/heldout/*.tar", "T": tokenizer, "R": f"{tmp_path}/run", "O": f"{tmp_path}/out"}
     words = [key + eq + places.get(value, value) for key, eq, value in (a.partition("=") for a in arguments.split())]
     uploaded = "/tmp/ray/working_dir_files/_ray_pkg_1"
     words = [word.replace("=U/", f"={uploaded}/") for word in words]
-    assert told.replace("U/", f"{uploaded}/") in refused(words, capsys)
+    assert message.replace("U/", f"{uploaded}/") in refused(words, capsys)
     assert list(tmp_path.iterdir()) == []  # a command that was refused leaves nothing behind
 
 
@@ -501,8 +502,8 @@ def test_a_reader_that_closes_the_pipe_gets_no_traceback(given: list[str]):
 
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]):
     assert main([]) == main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"  {name}" in told for name in COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(f"  {name}" in printed for name in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -551,22 +552,22 @@ def test_print_refuses_mistakes(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_shell_sees_exit_code_2_and_no_traceback(tmp_path: Path):
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "jobs", "train", f"run={tmp_path}/r", "data.shards=/nope/*.tar"],
         capture_output=True,
         text=True,
         cwd=SAMPLES.parent,
     )
-    assert told.returncode == 2
-    assert told.stderr == "tokenmill train: data.shards: nothing matches '/nope/*.tar'\n"
+    assert done.returncode == 2
+    assert done.stderr == "tokenmill train: data.shards: nothing matches '/nope/*.tar'\n"
 
 
 @pytest.mark.parametrize("given", [["--help"], ["train", "--help"]])
 def test_help_needs_neither_torch_nor_ray(given: list[str]):
     """It is what people type first; torch and ray take seconds to import."""
     code = f"import sys; from jobs.__main__ import main; main({given}); print({{'torch', 'ray'}} & set(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SAMPLES.parent)
-    assert told.stdout.endswith("\nset()\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SAMPLES.parent)
+    assert done.stdout.endswith("\nset()\n")
 
 
 def test_what_was_given_can_be_written_down_and_read_again(write, tmp_path: Path):

@@ -159,7 +159,7 @@ AUTOSCALER = {  # Ray's own, whose nodes are processes of this machine. (ray.clu
 def test_an_autoscaling_cluster_is_asked_for_the_workers_that_a_job_wants(tmp_path: Path):
     (tmp_path / "autoscaler.json").write_text(json.dumps(AUTOSCALER))
     environment = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
-    # its nodes look for the head at this port, whatever it is
+    # its nodes always look for the head at this port
     options = (f"--autoscaling-config={tmp_path}/autoscaler.json", "--port=6379")
     with start_cluster(environment, num_nodes=0, head_options=options) as cluster:
         joined = {**cluster.client_environment(), "RAY_ADDRESS": "127.0.0.1:6379"}

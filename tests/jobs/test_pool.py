@@ -119,7 +119,7 @@ def test_a_call_that_holds_pythons_lock_is_detected_and_the_other_shard_is_proce
 
 
 def test_the_other_shard_of_a_stalled_worker_is_not_blamed(tmp_path: Path):
-    """It also loses its worker each time."""
+    """Each attempt also costs a worker."""
     workers = WorkersConfig(count=1, cpus=0.25, stall_timeout_s=2)
     results = run(tmp_path, ["hang-0", "long-0"], workers)
     assert results["hang-0"][0] == "failed"
@@ -145,7 +145,7 @@ def test_a_finished_shard_whose_result_was_lost_is_not_processed_again(tmp_path:
 
 @pytest.mark.parametrize("helper", ["_Ledger", "_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"])
 def test_a_helper_actor_that_is_killed_does_not_end_the_job(tmp_path: Path, helper: str):
-    """Ours, and those of Ray Data."""
+    """Our metrics, and those of Ray Data."""
     shards = [Shard(f"do-{i}", None) for i in range(30)]
     results = map_shards(shards, Scripted, {"notes": str(tmp_path)}, TWO)
     first = next(results)
@@ -172,7 +172,7 @@ def test_a_worker_that_cannot_be_built_ends_the_job_with_the_reason(tmp_path: Pa
 
 @pytest.mark.parametrize("verb", ["do", "raise"])
 def test_no_actor_is_left_when_the_job_is_over(tmp_path: Path, verb: str):
-    """Even while the exception that ended the job is kept."""
+    """They end even while the exception that ended the job is still referenced."""
     with pytest.raises(ValueError, match="broken") if verb == "raise" else contextlib.nullcontext() as _kept:
         run(tmp_path, [f"{verb}-0", f"{verb}-1"])
     deadline = time.monotonic() + 60

@@ -52,7 +52,7 @@ def wait_for_commits(output: Path, count: int, timeout_s: float = 90) -> None:
 
 
 def assert_whole(output: Path, corpus: str, tokenizer: str) -> None:
-    assert main(["verify", f"output={output}", "deep=true"]) == 0
+    assert main(["verify", f"output={output}", "verify.deep=true"]) == 0
     rows = rows_of(output)
     assert len(set(rows["key"].to_pylist())) == rows.num_rows == NUM_SHARDS * PER_SHARD
     assert rows.equals(rows_without_ray(corpus, tokenizer))
@@ -88,9 +88,9 @@ def test_a_signal_ends_the_command_in_words_and_leaves_no_process(
         driver.send_signal(sent)
         assert driver.wait(60) == code
         wait_for(lambda: not left_in_session(driver.pid), 30, "the processes of Ray to end")
-    told = log.read_text()
-    assert told.endswith(f"tokenmill tokenize: exit {code}: {words}; rerun the same command to continue\n")
-    assert "Traceback" not in told
+    printed = log.read_text()
+    assert printed.endswith(f"tokenmill tokenize: exit {code}: {words}; rerun the same command to continue\n")
+    assert "Traceback" not in printed
     assert num_committed(output) < NUM_SHARDS
     assert main(command(corpus, tokenizer, output)) == 0
     assert_whole(output, corpus, tokenizer)
@@ -116,7 +116,7 @@ def test_a_killed_worker_is_replaced_within_the_same_command(corpus: str, tokeni
     assert_whole(output, corpus, tokenizer)
 
 
-# -- what a kill leaves behind, planted ---------------------------------------------------------------------------
+# -- leftovers of a killed job, made by hand ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_an_unfinished_entry_is_not_a_second_entry(finished: Path, torn: bool, c
     """A kill after the temporary file was linked to its final name, or while it was being written."""
     entry = sorted((finished / "manifest").iterdir())[0]
     (finished / "manifest" / f"{storage.TEMPORARY}x").write_bytes(b"" if torn else entry.read_bytes())
-    assert main(["verify", f"output={finished}", "deep=true"]) == 0
+    assert main(["verify", f"output={finished}", "verify.deep=true"]) == 0
     assert main(["status", f"output={finished}"]) == 0
     assert "6 tokenized" in capsys.readouterr().out
 
@@ -153,5 +153,5 @@ def test_a_torn_token_shard_without_its_entry_is_written_again(finished: Path, t
     entry.unlink()
     tokens.write_bytes(tokens.read_bytes()[:100])
     tokenize_without_ray(f"{tmp_path}/*.tar", tokenizer, finished)
-    assert main(["verify", f"output={finished}", "deep=true"]) == 0
+    assert main(["verify", f"output={finished}", "verify.deep=true"]) == 0
     assert rows_of(finished).equals(rows_without_ray(f"{tmp_path}/*.tar", tokenizer))

@@ -135,9 +135,9 @@ def test_the_command_recovers_samples_and_failed_shards_until_only_the_bad_are_l
     low_limit.undo()
     command = ["retry", f"output={output.url}", f"tokenizer={tokenizer}", "tokens.encoding=packed"]  # ignored
     assert main(command) == 4  # 1 of 15 is still bad
-    told = capsys.readouterr().out
-    assert "2 quarantined samples in 1 shards, and 1 failed shards" in told
-    assert "recovered 1 samples" in told
+    printed = capsys.readouterr().out
+    assert "2 quarantined samples in 1 shards, and 1 failed shards" in printed
+    assert "recovered 1 samples" in printed
     assert main([*command, "tokens.max_bad_fraction=0.1"]) == 0
     assert main(["verify", f"output={output.url}", "--deep"]) == 0
     assert rows_of(output.url).equals(rows_without_ray(f"{tmp_path}/*.tar", tokenizer))

@@ -1,4 +1,4 @@
-"""What an output tells of itself, worked out by hand."""
+"""The status of an output, computed by hand."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def output(tmp_path: Path, inputs: list[Shard]) -> Output:
     return output
 
 
-def test_counts_reasons_and_failures_are_told(output: Output):
+def test_counts_reasons_and_failures_are_reported(output: Output):
     summary = summarise(output)
     assert summary["shards"] == {"done": 2, "left": 2, "retries": 0}
     assert (summary["samples"], summary["quarantined"]) == (4, 3)
@@ -71,9 +71,9 @@ def entry(at: float, seconds: dict[str, float], pid: int = 1) -> Commit:
     [
         ([entry(10, {"encode": 6, "total": 8})], 0.25),
         ([entry(10, {"encode": 3, "total": 8}), entry(12, {"encode": 3, "total": 8})], 0.4),  # two in hand: 2 to 12
-        ([entry(10, {"encode": 4, "total": 8}), entry(30, {"encode": 4, "total": 8})], 0.5),  # the pause counts not
+        ([entry(10, {"encode": 4, "total": 8}), entry(30, {"encode": 4, "total": 8})], 0.5),  # the pause does not count
         ([entry(10, {"encode": 4, "total": 8}), entry(10, {"encode": 8, "total": 8}, pid=2)], 0.25),
-        ([entry(10, {"encode": 3, "wait": 1})], 0.25),  # an entry without total: what its stages add up to
+        ([entry(10, {"encode": 3, "wait": 1})], 0.25),  # an entry without a total has the sum of its stages
         ([entry(10, {})], None),
         ([], None),
     ],
@@ -84,7 +84,7 @@ def test_the_encoder_is_idle_while_its_worker_has_a_shard_but_does_not_encode(en
 
 def test_status_prints_it_all(output: Output, capsys: pytest.CaptureFixture[str]):
     assert main(["status", f"output={output.url}"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in (
         "2 done, 2 left (1 failed last time)",
         "2 decode BadSample",
@@ -92,7 +92,7 @@ def test_status_prints_it_all(output: Output, capsys: pytest.CaptureFixture[str]
         "cut short",
         "encoder      idle",
     ):
-        assert words in told
+        assert words in printed
 
 
 def test_status_as_json_is_the_same(output: Output, capsys: pytest.CaptureFixture[str]):

@@ -54,7 +54,7 @@ def test_a_real_shard_gives_a_row_for_each_photo(tokenizer: str):
     assert quarantined == []
     assert [row.source_index for row in rows] == list(range(44))
     assert all(row.tokens.shape == (-(-row.size["height"] // 8), -(-row.size["width"] // 8)) for row in rows)
-    assert len(np.unique(np.concatenate([row.tokens.ravel() for row in rows]))) > 32  # the pictures tell codes apart
+    assert len(np.unique(np.concatenate([row.tokens.ravel() for row in rows]))) > 32  # the pictures get different codes
     assert seconds["encode"] > 0
 
 
@@ -77,10 +77,10 @@ def test_packed_tokens_and_passthrough_arrive(tokenizer: str, tmp_path: Path):
     assert str(table.schema.field("tokens").type) == "binary"
     assert {text is None for text in table["txt"].to_pylist()} == {True, False}  # some photos have no caption
     assert all("licence" in text for text in table["json"].to_pylist())
-    assert main(["verify", f"output={tmp_path}", "deep=true"]) == 0
+    assert main(["verify", f"output={tmp_path}", "verify.deep=true"]) == 0
 
 
-# -- a corpus with everything in it that can be wrong -------------------------------------------------------------
+# -- a corpus with every kind of bad input -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def corpus(tmp_path: Path) -> Path:
     for name, data in shards.items():
         (folder / f"{name}.tar").write_bytes(data)
     forbidden = folder / "forbidden.tar"
-    if os.geteuid() == 0:  # root may read every file, but not a folder
+    if os.geteuid() == 0:  # root may read every file, so this is a folder
         forbidden.mkdir()
     else:
         forbidden.write_bytes(good)
@@ -174,9 +174,9 @@ def test_bad_input_is_reported_and_repaired_and_verified(
     """One long test, since each step needs the files of the step before."""
     output = tmp_path / "out"
     assert main(command(corpus, tokenizer, output)) == 3
-    told = capsys.readouterr().out
-    assert "7 shards failed" in told
-    assert "exit 3" in told.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert "7 shards failed" in printed
+    assert "exit 3" in printed.splitlines()[-1]
 
     entries = {Path(entry.source_shard).stem: entry for entry in Output.open(str(output)).commits()}
     assert {name: entry.num_quarantined for name, entry in entries.items()} == SUCCEEDS
@@ -211,7 +211,7 @@ def test_bad_input_is_reported_and_repaired_and_verified(
     assert main(command(corpus, tokenizer, output)) == 4  # 13 bad samples of 67 are more than the 1 % of the default
     assert "max_bad_fraction" in capsys.readouterr().out
     assert main(command(corpus, tokenizer, output, "tokens.max_bad_fraction=0.5")) == 0
-    assert main(["verify", f"output={output}", "deep=true"]) == 0
+    assert main(["verify", f"output={output}", "verify.deep=true"]) == 0
     assert main(["status", f"output={output}"]) == 0
     assert "11 done, 0 left (0 failed last time)" in capsys.readouterr().out
     assert rows_of(output).equals(rows_without_ray([f"{corpus}/*.tar"], tokenizer))

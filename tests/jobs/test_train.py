@@ -27,7 +27,7 @@ SETTINGS = {
     "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
     "model": {"net": {**TINY_NET, "patch_size": 4}},
     "quantizer": {"name": "vp_vae", "codebook_size": 16, "dim": 2, "latents_per_code": 16, "update_probability": 0.2},
-    "train": {"steps": STEPS, "batch_size": 8, "segment": 32, "log_every": 1, "checkpoint_every": 30},
+    "train": {"steps": STEPS, "batch_size": 8, "crop_size": 32, "log_every": 1, "checkpoint_every": 30},
     "workers": {"count": 2},
 }
 
@@ -148,7 +148,7 @@ def test_one_of_several_tokenizers_must_be_chosen(frozen: Path, capsys: pytest.C
 
 @pytest.fixture(scope="module")
 def frozen_by_one_worker(frozen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, with codebooks made by one worker, and the files of a codebook that was killed while written."""
+    """The same model, with codebooks made by one worker, and partial files of a codebook left by a killed command."""
     folder = tmp_path_factory.mktemp("one-worker")
     shutil.copytree(frozen / "run/model", folder / "run/model")
     (folder / "run/tokenizers/vp_vae-K32").mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_the_codebook_does_not_depend_on_the_number_of_workers(frozen: Path, fro
 
 @pytest.mark.ray
 def test_the_tokens_are_proven_and_read(tokenized: Path):
-    assert main(["verify", str(tokenized / "config.yaml"), "deep=true"]) == 0
+    assert main(["verify", str(tokenized / "config.yaml"), "verify.deep=true"]) == 0
     tokenizer = Tokenizer.from_pretrained(tokenized / "run/tokenizers/vp_vae-K16")
     rows = list(TokenDataset(str(tokenized / "out"), tokenizer_id=tokenizer.id, columns=("height", "width")))
     assert len(rows) == 108
@@ -191,7 +191,8 @@ def test_the_tokens_are_proven_and_read(tokenized: Path):
 def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path):
     tokenizer = tokenized / "run/tokenizers/vp_vae-K16"
     shards = f"data.shards={SAMPLES}/heldout/photos-001.tar"
-    assert main(["evaluate", str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", shards, "limit=3"]) == 0
+    given = [str(tokenized / "config.yaml"), f"tokenizer={tokenizer}", shards, "evaluate.num_examples=3"]
+    assert main(["evaluate", *given]) == 0
     numbers = json.loads((tokenized / "run/reports/evaluate-vp_vae-K16.json").read_text())
     assert numbers["num_samples"] == 44
     assert numbers["num_bad"] == 0
@@ -201,7 +202,7 @@ def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path
     assert Image.open(tokenized / "run/reports/evaluate-vp_vae-K16.png").size > (0, 0)
     page = (tokenized / "run/reports/evaluate-vp_vae-K16.html").read_text()
     assert page.count("class=pair") == 3
-    assert "http" not in page.replace("data:image/png;base64", "")  # it needs no other file
+    assert "http" not in page.replace("data:image/png;base64", "")  # no other file is needed
 
     # the run has two tokenizers; the output knows which one wrote it
     decode = ["decode", str(tokenized / "config.yaml"), f"decode.output={tmp_path}", "decode.limit=108"]
@@ -210,7 +211,7 @@ def test_evaluation_measures_what_decoding_shows(tokenized: Path, tmp_path: Path
 
 
 def _psnr_of_decoded(folder: Path) -> list[float]:
-    """PSNR of each decoded PNG of photos-001 against its JPEG, by numpy alone."""
+    """PSNR of each decoded PNG of photos-001 and its JPEG, computed with numpy."""
     import io
     import tarfile
 
@@ -245,7 +246,7 @@ def test_a_report_of_another_tokenizer_or_corpus_stays(tmp_path: Path, changed: 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_method_with_fixed_codes_uses_the_same_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """The run also has the files of a model that was being written when an earlier command was killed."""
+    """The run also has partial files of a model, left by a command that was killed."""
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/config.json").write_text("torn")
     file = config(tmp_path, quantizer={"name": "fsq", "levels": [4, 4]}, workers={"count": 1})
@@ -312,7 +313,7 @@ def test_a_run_reads_the_member_that_it_began_with(tmp_path: Path):
 
 
 def test_a_run_keeps_the_loss_weights_that_it_began_with(tmp_path: Path):
-    """Also the default ones, which another version may change."""
+    """This includes the default weights, which another version may change."""
     gm_vq = [config(tmp_path), "quantizer.name=gm_vq", "quantizer.dim=4"]
     _claim(str(tmp_path / "run"), load_config(gm_vq))
     make_a_checkpoint(tmp_path / "run")
@@ -348,7 +349,7 @@ def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(t
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("train.ema=1", "train.ema is 1.0; it must be at least 0 (no average) and below 1"),
         ("train.grad_accum_steps=3", "train.grad_accum_steps is 3; it must divide train.batch_size, 8"),
@@ -356,13 +357,13 @@ def test_a_run_that_began_before_a_quantizers_setting_existed_uses_its_default(t
         ("train.collapse.perplexity=-1", "train.collapse.perplexity is -1.0; it must be 0 (off) or more"),
     ],
 )
-def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_invalid_settings_are_refused(tmp_path: Path, change: str, message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_config([config(tmp_path), change])
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (["train.discriminator.weigth=1"], "unknown key train.discriminator.weigth; did you mean"),
         (
@@ -375,17 +376,19 @@ def test_invalid_settings_are_refused(tmp_path: Path, change: str, told: str):
         ),
     ],
 )
-def test_an_invalid_discriminator_is_refused_before_ray_starts(tmp_path: Path, changes: list[str], told: str):
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_an_invalid_discriminator_is_refused_before_ray_starts(tmp_path: Path, changes: list[str], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         check(load_config([config(tmp_path), "train.discriminator.layers=4", *changes]))
 
 
 def test_the_alarm_reports_a_lasting_collapse_and_not_after_the_codebook_recovers():
     alarm = CollapseAlarm(below=10, steps=20)
-    told = [alarm.check({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))]
-    assert told[:4] == [None] * 4
-    assert "perplexity 8 at step 50, below train.collapse.perplexity=10 for 20 steps" in str(told[4])
-    assert alarm.check({"step": 60, "perplexity": 8}) is None  # it has just reported
+    messages = [
+        alarm.check({"step": step, "perplexity": p}) for step, p in ((10, 9), (20, 9), (25, 11), (30, 9), (50, 8))
+    ]
+    assert messages[:4] == [None] * 4
+    assert "perplexity 8 at step 50, below train.collapse.perplexity=10 for 20 steps" in str(messages[4])
+    assert alarm.check({"step": 60, "perplexity": 8}) is None  # it reported a moment ago
     assert alarm.check({"step": 70, "soft_perplexity": 8}) is not None
 
 

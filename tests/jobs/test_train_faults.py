@@ -32,9 +32,9 @@ SETTINGS = {
     "model": {"net": {**TINY_NET, "patch_size": 4}},
     "quantizer": {"name": "vq_vae", "codebook_size": 32, "dim": 4, "replace_after": 3},
     "train": {
-        **{"steps": STEPS, "batch_size": BATCH, "segment": 32, "log_every": 1, "checkpoint_every": 1},
+        **{"steps": STEPS, "batch_size": BATCH, "crop_size": 32, "log_every": 1, "checkpoint_every": 1},
         # everything that has state, so that every test here covers it
-        **{"accumulate": 2, "ema": 0.9},
+        **{"grad_accum_steps": 2, "ema": 0.9},
         "discriminator": {"weight": 0.5, "start_step": 2, "channels": 8, "layers": 1},
     },
     "workers": {"count": 2, "cpus": 1},
@@ -53,7 +53,7 @@ def log(folder: Path) -> list[dict]:
 
 
 def noted_step(folder: Path) -> int:
-    """Step of the last checkpoint that Ray Train has recorded (0 for none). Others are lost with the workers."""
+    """Step of the last checkpoint that Ray Train has recorded (0 for none). Others are lost if the workers die."""
     snapshot = folder / "run/checkpoints/checkpoint_manager_snapshot.json"
     steps = re.findall(r'"step": *([0-9]+)', snapshot.read_text()) if snapshot.exists() else []
     return max(map(int, steps), default=0)
@@ -72,14 +72,14 @@ def samples_taken(folder: Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def meanwhile(condition: Callable[[], object], act: Callable[[], None]) -> Iterator[None]:
-    """Inside, `act` is called in another thread as soon as the condition holds. Raises if it never does."""
+    """Inside, another thread calls `act` as soon as the condition holds. Raises if it never does."""
     failed: list[BaseException] = []
     over = threading.Event()
 
     def run() -> None:
         try:
             wait_for(lambda: over.is_set() or condition(), START_S, "the moment to act")
-            assert not over.is_set(), "it was over before the moment to act came"
+            assert not over.is_set(), "the command ended before the condition held"
             act()
         except BaseException as error:
             failed.append(error)
@@ -120,7 +120,7 @@ def stopped(
 
 
 def assert_the_same_training(folder: Path, other: Path) -> None:
-    """Bit by bit, losses (of the discriminator too) and weights."""
+    """Losses, including those of the discriminator, and weights are equal to the bit."""
     assert [row["step"] for row in log(folder)] == list(range(1, STEPS + 1))
     for name in ("loss", "discriminator"):
         assert [row.get(name) for row in log(folder)] == [row.get(name) for row in log(other)]
@@ -149,17 +149,17 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
     command = ["train", config(tmp_path), f"data.shards={tmp_path}/*.tar", "train.max_failures=1"]
 
     step = stopped(command, tmp_path, sigterm_myself, 143)
-    told = capsys.readouterr().out
-    assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in told
-    assert "tokenmill train: exit 143: terminated (SIGTERM); rerun the same command to continue" in told
+    printed = capsys.readouterr().out
+    assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in printed
+    assert "tokenmill train: exit 143: terminated (SIGTERM); rerun the same command to continue" in printed
 
-    # Now a shard cannot be opened any more, which shows in the next epoch, on one rank.
+    # Now a shard can no longer be opened, which one rank notices in the next epoch.
     struck, away = tmp_path / "photos-001.tar", tmp_path / "away"
     before, step = step, stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), 3, after=step)
-    told = capsys.readouterr().out
-    assert f"resuming from the checkpoint of step {before}\n" in told
-    assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in told
-    assert f"stopped: at step {step}, because there are no more samples; rerun the same command" in told
+    printed = capsys.readouterr().out
+    assert f"resuming from the checkpoint of step {before}\n" in printed
+    assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in printed
+    assert f"stopped: at step {step}, because there are no more samples; rerun the same command" in printed
     away.replace(struck)
 
     killed: list[str] = []
@@ -170,7 +170,7 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
 
 
 def replace_by_a_loop(file: Path, away: Path) -> None:
-    """Makes opening the file fail ("too many levels of symbolic links"), in place of a disk that fails."""
+    """Makes opening the file fail ("too many levels of symbolic links"), to imitate a failing disk."""
     file.rename(away)
     file.symlink_to(file)
 
@@ -192,7 +192,7 @@ def test_another_number_of_workers_resumes_at_the_positions_of_the_lanes(
     assert "exit 130: interrupted (ctrl-C); rerun the same command to continue" in capsys.readouterr().out
     rows = log(tmp_path)
 
-    alarm = ["train.collapse_below=1000", "train.collapse_steps=5", "train.collapse_stops=true"]
+    alarm = ["train.collapse.perplexity=1000", "train.collapse.patience=5", "train.collapse.stop=true"]
     assert main([*command, *alarm, "train.checkpoint_every=1000"]) == 3
     assert "stopped: the codebook has collapsed: perplexity" in capsys.readouterr().out
     second = log(tmp_path)[-1]["step"]
@@ -269,7 +269,7 @@ def test_a_run_on_s3_is_stopped_and_resumed(s3: S3Server, tmp_path: Path, monkey
         assert driver.wait(2 * START_S) == 0
     after = storage.read(f"{run}/reports/train.jsonl").splitlines()
     assert len(after) == STEPS
-    assert after[: len(rows)] == rows  # their times too: those steps were not repeated
+    assert after[: len(rows)] == rows  # also the same times, which shows that those steps were not repeated
     assert storage.exists(f"{run}/model/model.safetensors")
     assert len(storage.glob(f"{run}/checkpoints/*/state.pt")) == 2  # train.keep_checkpoints
 
@@ -289,8 +289,8 @@ def cluster() -> Iterator[Cluster]:
 def test_a_killed_node_is_replaced_and_training_continues(cluster: Cluster, tmp_path: Path):
     file = config(tmp_path)
     command = [sys.executable, "-m", "jobs", "train", file, "train.max_failures=1"]
-    with (tmp_path / "log").open("wb") as told:
-        driver = subprocess.Popen(command, cwd=ROOT, env=cluster.client_environment(), stdout=told, stderr=told)
+    with (tmp_path / "log").open("wb") as printed:
+        driver = subprocess.Popen(command, cwd=ROOT, env=cluster.client_environment(), stdout=printed, stderr=printed)
     try:
         wait_for(lambda: driver.poll() is not None or noted_step(tmp_path), START_S, "a checkpoint")
         cluster.kill(cluster.nodes[1])
@@ -306,12 +306,12 @@ def test_a_killed_node_is_replaced_and_training_continues(cluster: Cluster, tmp_
 @pytest.mark.ray
 @pytest.mark.faults
 def test_a_node_that_is_about_to_be_lost_causes_a_checkpoint(cluster: Cluster, tmp_path: Path):
-    """No other checkpoint is due in this run, which would take hours."""
+    """The run would take hours, and no other checkpoint is due in it."""
     environment = {**cluster.client_environment(), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
     endless = ["train.checkpoint_every=1000000", "train.steps=1000000", "workers.count=1"]
     command = [sys.executable, "-m", "jobs", "train", config(tmp_path), *endless]
-    with (tmp_path / "log").open("wb") as told:
-        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=told)
+    with (tmp_path / "log").open("wb") as printed:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed)
     try:
         wait_for(
             lambda: driver.poll() is not None or b"train: 1/" in (tmp_path / "log").read_bytes(), START_S, "a step"
@@ -383,8 +383,8 @@ def test_monitoring_and_profiling_report_everything_and_change_no_weight(
 ):
     watched = [
         "train.profile=true",
-        "train.evaluate_every=8",
-        "train.pictures=3",
+        "train.reconstruct_every=8",
+        "train.num_examples=3",
         f"train.checkpoint_every={STEPS - 1}",
     ]
     assert main(["train", config(tmp_path), *watched]) == 0

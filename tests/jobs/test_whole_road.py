@@ -19,7 +19,7 @@ WAIT_S = 300
 SETTINGS = {
     "model": {"net": {**TINY_NET, "patch_size": 4}},
     "quantizer": {"name": "vp_vae", "codebook_size": 16, "dim": 2},
-    "train": {"steps": 12, "batch_size": 4, "segment": 32, "log_every": 1, "checkpoint_every": 6},
+    "train": {"steps": 12, "batch_size": 4, "crop_size": 32, "log_every": 1, "checkpoint_every": 6},
     "codebook": {"full": True, "size": [8, 16]},
     "workers": {"count": 2, "cpus": 1},
 }
@@ -57,7 +57,7 @@ def test_everything_on_s3_on_two_nodes(cluster: Cluster, s3: S3Server, tmp_path:
 
 
 def run(command: str, file: str, cluster: Cluster) -> subprocess.CompletedProcess:
-    deep = ["deep=true"] if command == "verify" else []
+    deep = ["verify.deep=true"] if command == "verify" else []
     return subprocess.run(
         [sys.executable, "-m", "jobs", command, file, *deep],
         cwd=ROOT,

@@ -199,7 +199,7 @@ def test_a_local_file_of_another_version_is_refused(tmp_path: Path):
 def test_the_probe_passes_and_leaves_no_files(root: str):
     storage.check_create_only(root)
     assert storage.list_files(root) == []
-    assert not Path(root).exists() or os.listdir(root) == []
+    assert list(Path(root).glob("*")) == []  # also no hidden or temporary file, on a local disk
 
 
 def test_the_probe_fails_if_the_folder_is_not_writable(tmp_path: Path):

@@ -79,7 +79,7 @@ def test_decode_gives_back_exactly_as_many_samples(count):
 
 
 def test_a_long_clip_in_windows_has_the_latents_of_the_whole():
-    """A minute of speech: windows of 64 frames against one pass over the whole clip."""
+    """A minute of speech: windows of 64 frames, compared to one pass over the whole clip."""
     whole = np.concatenate(clips())[: 16_000 * 60]
     frozen = tokenizer()
     [windowed] = frozen.latents([whole])
@@ -172,7 +172,7 @@ def test_padding_enters_no_metric():
 
 
 def test_the_rate_is_in_kbit_per_second():
-    """166.67 tokens a second of 10 bits: 1.67 kbit/s, as the paper has it."""
+    """166.67 tokens of 10 bits per second are 1.67 kbit/s, as in the paper."""
     size = {"sample_rate": 16_000, "num_samples": 96 * 500}
     assert Audio(AudioConfig()).rate(500 * 10.0, [size]) == {"kbps": pytest.approx(1.6667, abs=1e-4)}
 

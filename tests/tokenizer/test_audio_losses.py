@@ -1,4 +1,4 @@
-"""Audio losses: against cases solved by hand, and finite for every finite input."""
+"""Audio losses: compared to cases solved by hand, and finite for every finite input."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Audio metrics: against direct calls of the packages, by hand, and NaN where a metric is not defined."""
+"""Audio metrics, compared to direct calls of the packages and to results by hand; NaN where not defined."""
 
 import math
 import subprocess
@@ -23,7 +23,7 @@ NAMES = {"mse", "si_sdr", "mel_distance", "pesq", "stoi"}
 
 
 def speech(seconds: float, sample_rate: int = RATE) -> np.ndarray:
-    """Four syllables a second of a voice that glides from 100 to 160 Hz, with a pause after every fourth."""
+    """Four syllables per second of a voice that glides from 100 to 160 Hz, with a pause after every fourth one."""
     t = np.arange(round(seconds * sample_rate)) / sample_rate
     phase = 2 * np.pi * np.cumsum(130 + 30 * np.sin(2 * np.pi * 0.7 * t)) / sample_rate
     formant = 900 + 500 * np.sin(2 * np.pi * 1.3 * t)
@@ -75,7 +75,7 @@ def test_loudness_changes_mse_but_not_si_sdr():
 
 @pytest.mark.parametrize(("x_hat", "expected"), [([1, 1], 0), ([3, 1], 9.5424), ([-2, 0], 100), ([0, 5], -100)])
 def test_si_sdr_of_x_1_0_by_hand(x_hat: list[float], expected: float):
-    """The part along x against the part across it: 20 log10 of 1 / 1, 3 / 1, 2 / 0, 0 / 5."""
+    """The ratio of the part along x to the part across it: 20 log10 of 1 / 1, 3 / 1, 2 / 0, 0 / 5."""
     assert si_sdr(np.array([1.0, 0.0]), np.array(x_hat, dtype=float)) == pytest.approx(expected, abs=1e-4)
 
 
@@ -133,7 +133,7 @@ def test_a_length_for_every_clip_is_asked_for():
 
 
 def test_only_the_first_20_seconds_are_judged_by_pesq_and_stoi():
-    """30 s of these bursts are more utterances than PESQ's C code has room for, which would crash the process."""
+    """30 s of these bursts contain more utterances than PESQ's C code has room for, so it would crash the process."""
     t = np.arange(30 * RATE) / RATE
     x = (0.1 * np.random.default_rng(0).standard_normal(len(t)) * (t % 0.5 < 0.25)).astype(np.float32)
     x_hat = noisy(x, 15)

@@ -1,4 +1,4 @@
-"""BSQ: codes and indices by hand, the bound of its error, and its entropies against all codes written out."""
+"""BSQ: codes and indices by hand, the bound of its error, and its entropies compared to sums over all codes."""
 
 import math
 
@@ -23,7 +23,7 @@ def unit(z: Tensor) -> Tensor:
 
 
 def brute_probabilities(z: Tensor, inverse_temperature: float) -> Tensor:
-    """softmax over all codes of 2 inverse_temperature u.c, codes counted with the first bit least significant."""
+    """softmax over all codes of 2 inverse_temperature u.c. The first bit of a code is the least significant."""
     dim = z.shape[1]
     signs = torch.tensor([[2.0 * (code >> i & 1) - 1 for i in range(dim)] for code in range(2**dim)])
     return (2 * inverse_temperature * unit(z.double()) @ (signs / math.sqrt(dim)).double().T).softmax(dim=1)
@@ -37,13 +37,13 @@ def brute_entropy(p: Tensor) -> Tensor:
 
 
 def test_codes_are_signs_of_length_one_and_zero_is_minus():
-    """By hand: with 4 dims each entry is a half."""
+    """By hand: with 4 dims each entry is 1/2."""
     z = torch.tensor([[3.0, -4.0, 0.0, 1e-9]])
     assert built()(z).z_q.tolist() == [[0.5, -0.5, -0.5, 0.5]]
 
 
 def test_the_first_dimension_is_the_least_significant_bit():
-    """By hand. The official order would be 512 for the first of ten."""
+    """By hand. In the official order the first of ten bits would be 512."""
     z = -torch.ones(4, 10)
     z[0, 0] = z[1, 9] = z[2, :] = 1.0
     assert built(1024).encode(z).tolist() == [1, 512, 1023, 0]
@@ -95,7 +95,9 @@ def test_the_entropy_of_the_mean_is_the_sum_over_the_bits_of_the_mean_over_all_c
 
 def test_the_entropy_of_the_mean_bounds_that_of_the_codes_and_is_equal_for_independent_bits():
     quantizer = built(inverse_temperature=100.0)
-    collapsed = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1]])  # two codes with bits as balanced as those of all 16
+    collapsed = torch.tensor(
+        [[1.0, 1, 1, 1], [-1, -1, -1, -1]]
+    )  # two codes, whose bits are as balanced as those of all 16
     assert quantizer(collapsed).losses["entropy_of_mean"].item() == pytest.approx(-4 * math.log(2))
     assert quantizer(quantizer.codebook).losses["entropy_of_mean"].item() == pytest.approx(-4 * math.log(2))
 

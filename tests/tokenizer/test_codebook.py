@@ -16,7 +16,7 @@ from tokenizer.quantizers.vq_vae import VQVAEConfig
 
 
 class Projected(CodebookQuantizer):
-    """Computed codes: one learned factor times fixed numbers."""
+    """Computed codes: a learned factor times fixed numbers."""
 
     name = "projected"
 

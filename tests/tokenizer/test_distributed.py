@@ -1,4 +1,4 @@
-"""Two real processes over gloo against one process with the concatenated batch."""
+"""Two real processes over gloo, compared to one process with the concatenated batch."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ ROWS = 300
 
 
 def batch(rank: int, step: int = 0) -> Tensor:
-    """The latents of the ranks differ, also in mean and standard deviation."""
+    """The latents of the ranks differ, including their mean and standard deviation."""
     z = torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(1000 * step + rank))
     return rank + (1 + rank) * z
 
@@ -28,7 +28,7 @@ def whole(step: int = 0) -> Tensor:
 
 
 def vp_vae() -> VPVAE:
-    # a queue of 1,024; 2 * 30 latents a step wait until 5 are there
+    # a queue of 1,024. A tenth of the 2 * 30 latents per step wait, and enter the queue once 5 are waiting
     return VPVAE(VPVAEConfig(codebook_size=16, dim=4, eta="auto", update_probability=0.1))
 
 
@@ -42,7 +42,7 @@ VQ_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def vq_steps(settings: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
-    """The state, and the rows replaced at each step, of a VQ-VAE with more codes than latents can keep in use."""
+    """The state of a VQ-VAE with more codes than the latents keep in use, and the rows replaced in each step."""
     quantizer, rows = VQVAE(VQVAEConfig(codebook_size=200, dim=4, **settings)), []
     for z in batches:
         quantizer(z)
@@ -173,7 +173,7 @@ def test_vq_vae_alternating_steps_are_those_of_the_whole_batch(ranks, name):
 
 @pytest.mark.parametrize("name", ["replace", "replace_l2_affine", "both"])
 def test_vq_vae_first_replaces_the_codes_that_the_whole_batch_left_unused(ranks, name):
-    """k-means leaves no code unused in the first batch, so the first replacement is in the third step."""
+    """k-means leaves no code unused in the first batch, so the first replacement happens in the third step."""
     alone = vq_steps(VQ_OPTIONS[name], [whole(step) for step in range(3)])
     found = ranks[0][f"vq_{name}"]["rows"]
     assert len(found[2]) > 0

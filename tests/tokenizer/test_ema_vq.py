@@ -1,4 +1,4 @@
-"""EMA VQ-VAE: test Q8, the averages against numpy, codes without latents, their revival, and the sums over ranks."""
+"""EMA VQ-VAE: test Q8, averages compared to numpy, codes without latents, their revival, and sums over ranks."""
 
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def test_an_empty_first_batch_does_not_count():
 
 
 def test_counts_and_sums_are_those_of_all_ranks(monkeypatch):
-    """Two ranks faked: the other brings (1, 1) twice, for code 0. Solved by hand: code 0 is (2 + 1 + 1) / 3."""
+    """Two simulated ranks: the other has (1, 1) twice, for code 0. By hand: code 0 is (2 + 1 + 1) / 3."""
     quantizer = initialised(torch.tensor([[0.0, 0.0], [9.0, 9.0]]), codebook_size=2, decay=0.0)
     quantizer.embedding.copy_(torch.tensor([[0.0, 0.0], [9.0, 9.0]]))
     monkeypatch.setattr(ema_vq, "world_size", lambda: 2)
@@ -156,7 +156,7 @@ def test_dead_codes_become_latents_of_the_batch_and_are_chosen_from_then_on():
 
 
 def test_without_revival_dead_codes_stay_dead():
-    """So that the test above can fail."""
+    """Shows that the test above can fail."""
     quantizer, z, dead = two_places(decay=0.5)
     for _ in range(6):
         assert quantizer(z).metrics == {}
@@ -165,7 +165,7 @@ def test_without_revival_dead_codes_stay_dead():
 
 
 def test_a_revived_code_starts_with_the_averages_of_its_latent_used_a_fair_share_of_times():
-    """By hand: 8 latents for 2 codes are 4 each. Code 1 had 4, decays to 2, then 1, which is below 1.5."""
+    """By hand: 8 latents for 2 codes are 4 each. The average of code 1 falls from 4 to 2, then to 1, below 1.5."""
     quantizer = initialised(torch.tensor([[0.0], [9.0]]).repeat(4, 1), codebook_size=2, decay=0.5, revive_below=1.5)
     quantizer.embedding.copy_(torch.tensor([[0.0], [9.0]]))
     quantizer.cluster_size.fill_(4.0)
@@ -177,19 +177,19 @@ def test_a_revived_code_starts_with_the_averages_of_its_latent_used_a_fair_share
 
 
 def test_the_averages_of_the_next_steps_keep_a_revived_code():
-    """EnCodec's code sets the table alone: the next average puts the dead code back to where it was."""
+    """EnCodec's code only sets the codebook, so the next average moves the dead code back."""
     quantizer, z, dead = two_places(decay=0.9, revive_below=2.0)
     while not quantizer(z).metrics["revived"]:
         pass
     revived = dead & (quantizer.embedding[:, 0] > 0)
     assert revived.any()
-    quantizer.config.revive_below = 0.0  # so that nothing but the averages moves them
+    quantizer.config.revive_below = 0.0  # so that only the averages move them
     quantizer(z)
     assert (quantizer.embedding[revived] > 0).all()
 
 
 def test_a_batch_too_small_for_the_threshold_leaves_codes_of_fair_use_alone():
-    """64 places, each in every second batch: half a latent a step for each code, where 2 are asked for."""
+    """64 clusters, each in every second batch: half a latent per step for each code, below the threshold of 2."""
     z = 10.0 * torch.arange(64.0)[:, None]
     quantizer = initialised(z, codebook_size=64, revive_below=2.0)
     assert sum(float(quantizer(z[step % 2 :: 2]).metrics["revived"]) for step in range(300)) == 0
@@ -206,7 +206,7 @@ def test_one_short_batch_revives_nothing():
 def test_no_two_codes_are_revived_from_one_latent():
     quantizer = initialised(torch.randn(200, 4), decay=0.0, revive_below=2.0)
     z = torch.randn(5, 4) + 50
-    assert quantizer(z).metrics["revived"] == 5  # of the 15 codes that no latent chose
+    assert quantizer(z).metrics["revived"] == 5  # out of the 15 codes that no latent chose
     assert (quantizer.embedding[:, None] == z).all(dim=2).sum(dim=0).tolist() == [1] * 5
 
 

@@ -23,7 +23,7 @@ from tokenizer.modalities.image.perceptual import SqueezeDistance
 
 
 def features(n: int, dim: int, seed: int) -> Tensor:
-    """Correlated and not centred, of a small random net: [n, dim] float32."""
+    """Correlated, not centred features of a small random net: [n, dim] float32."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim), nn.Softplus())
@@ -31,7 +31,7 @@ def features(n: int, dim: int, seed: int) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Rounded like in the sums, to multiples of 2^-18; float64."""
+    """Rounded to multiples of 2^-18, as in the sums; float64."""
     return (x.double() * 2**18).round() / 2**18
 
 
@@ -42,7 +42,7 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 
 def pictures(n: int, seed: int, side: int = 32) -> Tensor:
-    """[n, 3, side, side] in 0..1, as 8 bits hold them."""
+    """[n, 3, side, side] in 0..1, as stored in 8 bits."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, side, side), generator=generator) / 255
 
@@ -132,7 +132,7 @@ def test_sums_survive_pickling():
 
 
 def test_sums_past_the_range_of_int64_are_refused():
-    """2^27 samples with a feature of 1 exceed the range by one."""
+    """With 2^27 samples, a feature of 1 exceeds the range by one."""
     sums = FeatureSums.empty(1)
     sums.add(torch.ones(1, 1))
     sums.outer *= 2**26
@@ -150,7 +150,7 @@ def test_features_that_are_not_finite_are_refused():
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[FidInception, Path]:
-    """A net with random weights and a file of them as pytorch-fid's is: with the classifier."""
+    """A net with random weights, and a file of them that includes the classifier, like pytorch-fid's."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = FidInception().eval()
@@ -168,7 +168,7 @@ def test_weights_are_loaded_by_their_path(inception):
 
 
 def test_only_the_weights_that_the_field_uses_are_called_rfid(inception, monkeypatch):
-    """Its file has the first digits of its SHA-256 in its name; here another file takes its place."""
+    """The file's name contains the first digits of its SHA-256; here another file replaces it."""
     assert frechet.FID_SHA256[:8] in frechet.FID_URL
     digest = hashlib.sha256(inception[1].read_bytes()).hexdigest()
     other = FrechetFeatures("inception", str(inception[1]), "crop256").name
@@ -220,7 +220,7 @@ def test_missing_weights_name_the_setting_and_where_to_get_them(extractor):
 
 
 class Stranger:
-    """A pickle of it makes a folder where it is unpickled."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder

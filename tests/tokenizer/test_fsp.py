@@ -103,7 +103,7 @@ def test_eta_scales_the_perturbation(eta):
 
 @pytest.mark.parametrize("levels", [PAPER, [8, 6, 5]])
 def test_p3_acceptance_of_normal_latents_is_that_of_theory(levels):
-    """Against numeric integration: at p < 1/2L a step leaves (0, 1) with probability 1/2 - L p. .938 and .943."""
+    """Compared to numeric integration: at p < 1/2L a step leaves (0, 1) with probability 1/2 - L p. .938 and .943."""
     law = stats.norm(loc=0, scale=1)
 
     def rejected(level: int) -> float:
@@ -213,7 +213,7 @@ def test_the_inverse_of_an_activation_is_the_quantile_function_of_its_law(name):
 
 
 def test_the_decoder_sees_the_inverse_of_the_middle_of_the_cell():
-    """By hand: middles 1/6, 1/2 and 5/6 of three cells, and artanh(2/3) = ln(5) / 2."""
+    """By hand: three cells have the centres 1/6, 1/2 and 5/6, and artanh(2/3) = ln(5) / 2."""
     codes = make([3, 3], inverse_activation=True).decode(torch.arange(3))
     half = math.log(5) / 2
     torch.testing.assert_close(codes, torch.tensor([[-half, -half], [0.0, -half], [half, -half]]))
@@ -350,7 +350,7 @@ def test_a_bad_setting_is_named(settings, message):
     ("eta", "rate", "expected"), [(1.0, 0.0, 1.0), (2.0, 1.0, 1.0), (0.5, 0.0, 0.25), (0.5, 0.5, 0.625)]
 )
 def test_perturbation_ratio_of_uniform_scalars(eta, rate, expected):
-    """U(-eta/2L, eta/2L) has eta^2 / 12 L^2, rounding 1 / 12 L^2; few of the 64 cells touch an end."""
+    """U(-eta/2L, eta/2L) has variance eta^2 / 12 L^2, rounding 1 / 12 L^2. Few of the 64 cells are at an end."""
     quantizer = build_quantizer({"name": "fsp", "levels": [64, 64], "eta": eta, "quantize_rate": rate})
     p = torch.rand(50_000, 2, generator=torch.Generator().manual_seed(5))
     assert quantizer.perturbation_ratio(torch.atanh(2 * p - 1)) == pytest.approx(expected, rel=0.03)

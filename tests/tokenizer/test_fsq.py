@@ -120,7 +120,7 @@ def test_equals_an_independent_numpy_reference(levels, edges, reference, mode):
     ("levels", "usage"), [(4, [0.091, 0.242, 0.380, 0.286]), (5, [0.125, 0.25, 0.25, 0.25, 0.125])]
 )
 def test_original_edges_get_half_the_mass_of_uniform_p(levels, usage):
-    """The shares of section 9 of the method."""
+    """The shares in the section on FSQ of docs/methods.md."""
     shares = torch.bincount(make([levels], "original").encode(even_latents())) / 200_000
     assert shares.tolist() == pytest.approx(usage, abs=1e-3)
 

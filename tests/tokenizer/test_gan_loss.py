@@ -91,7 +91,7 @@ def test_adaptive_weight_stays_finite_where_the_discriminator_has_no_gradient():
 
 
 def test_before_the_start_step_training_is_bitwise_the_same_as_without_a_discriminator():
-    """From the start step on it differs, which shows that this test can fail."""
+    """It differs from the start step on, which shows that this test can fail."""
     plain, adversarial = trainer_of({}), trainer_of(SMALL)
     assert plain.gan_loss is None
     same = []

@@ -91,11 +91,11 @@ def test_m5_the_index_is_the_least_weighted_distance():
     expected = distances(z[:, :L], codes, softplus(z[:, L:])).argmin(dim=1)
     found = with_codes(codes).encode(z)
     assert torch.equal(found, expected)
-    assert (found != nearest_codeword(z[:, :L], codes)).float().mean() > 0.1  # the weights matter
+    assert (found != nearest_codeword(z[:, :L], codes)).float().mean() > 0.1  # the weights do matter
 
 
 def test_a_dimension_of_no_weight_has_no_say():
-    """By hand: the first dimension says code 0, the second, which alone has weight, code 1."""
+    """By hand: the first dimension is closest to code 0. The second one, which has all the weight, to code 1."""
     quantizer = with_codes(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
     assert quantizer.encode(torch.tensor([[0.0, 1.0, -50.0, 0.0]])).tolist() == [1]
     assert quantizer.encode(torch.tensor([[0.0, 1.0, 0.0, -50.0]])).tolist() == [0]
@@ -112,7 +112,7 @@ def test_shares_are_the_mean_of_the_weighted_probabilities():
 
 @pytest.mark.parametrize("variance", [0.25, 0.5, 2.0])
 def test_noise_has_the_variance_of_eq_18(variance):
-    """One code, so that the choice is certain: z is normal about it, of variance |z_hat - mu|^2 / (2 sigma^2 L)."""
+    """With one code the choice is certain: z is normal around it, with variance |z_hat - mu|^2 / (2 sigma^2 L)."""
     code, z_hat = torch.randn(1, L), torch.randn(1, L)
     z = torch.cat([z_hat, torch.zeros(1, L)], dim=1).expand(100_000, 2 * L)
     noise = with_codes(code, variance=variance)(z).z_q.detach() - code
@@ -122,7 +122,7 @@ def test_noise_has_the_variance_of_eq_18(variance):
 
 
 def test_a_soft_choice_mixes_codes_and_their_variances():
-    """At a high temperature y is uniform: the mean is that of all codes, the variance the mean of eq. 18."""
+    """At a high temperature y is uniform: z has the mean of all codes, and as variance the mean of eq. 18."""
     codes, z_hat = torch.randn(16, L), torch.randn(1, L)
     quantizer = with_codes(codes, temperature_start=1e6, temperature_end=1e6)
     z_q = quantizer(torch.cat([z_hat, torch.zeros(1, L)], dim=1).expand(50_000, 2 * L)).z_q.detach()
@@ -146,7 +146,7 @@ def test_a_latent_that_is_a_code_has_almost_no_noise_and_a_finite_gradient():
 
 
 def reference_losses(z: Tensor, codes: Tensor, variance: float) -> dict[str, float]:
-    """Eq. 10 to 18 directly, in float64, with all distances."""
+    """Eq. 10 to 18, computed directly in float64 with all distances."""
     q = (-distances(z[:, :L], codes, softplus(z[:, L:])) / 2).softmax(dim=1)
     latent = (q * distances(z[:, :L], codes)).sum(dim=1) / (2 * variance) / L
     mean = q.mean(dim=0)
@@ -218,7 +218,7 @@ def test_a_variance_that_is_none_is_refused(variance):
 
 
 def batch(rank: int) -> Tensor:
-    """Each rank's latents differ in mean, spread and number."""
+    """The ranks' latents differ in mean, spread and number."""
     return rank + (1 + rank) * torch.randn(200 + 100 * rank, 2 * L, generator=torch.Generator().manual_seed(rank))
 
 

@@ -56,7 +56,7 @@ def test_rotated_gradient_keeps_its_angle_to_the_latent():
 
 
 def test_rotation_by_a_right_angle_solved_by_hand():
-    """z = (2, 0) becomes e = (0, 1): a quarter turn to the left, halved; back, the gradient turns to the right."""
+    """z = (2, 0) becomes e = (0, 1): a quarter turn to the left, halved. The gradient is turned to the right."""
     z, e = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     torch.testing.assert_close(rotated_gradient(z, e, torch.tensor([[0.0, 1.0]])), torch.tensor([[0.5, 0.0]]))
     torch.testing.assert_close(rotated_gradient(z, e, torch.tensor([[1.0, 0.0]])), torch.tensor([[0.0, -0.5]]))
@@ -72,7 +72,7 @@ def test_rotation_of_a_latent_onto_itself_is_the_identity():
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 1e-4, 1e-2])
 def test_a_latent_that_points_away_from_its_code_gets_no_larger_gradient(noise):
-    """The rotation keeps lengths but for |e| / |z| = 1 / 1.3, however near the bisector is to nothing."""
+    """The rotation scales lengths by |e| / |z| = 1 / 1.3, even if the bisector is close to 0."""
     e, upstream = torch.randn(500, 8), torch.randn(500, 8)
     z = -1.3 * e + noise * torch.randn(500, 8)
     assert torch.equal(rotate_to(z, e), e)

@@ -1,4 +1,4 @@
-"""IBQ: forward, losses and gradients against the official formula with the one-hot written out, in float64."""
+"""IBQ: forward, losses and gradients, compared to the official formula with an explicit one-hot, in float64."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def built(**settings) -> IBQ:
 
 
 def reference(z: Tensor, e: Tensor, entropy_temperature: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """z_q, q and the losses of arXiv 2412.02692 as its official code has them."""
+    """z_q, q and the losses of arXiv 2412.02692, as in its official code."""
     logits = z @ e.T
     p = logits.softmax(dim=1)
     q = logits.argmax(dim=1)
@@ -75,7 +75,7 @@ def test_every_code_gets_a_gradient_from_a_single_latent():
 
 
 def test_the_index_is_that_of_the_largest_dot_product_and_not_of_the_nearest_code():
-    """By hand: z = (1, 0) lies on the first code, but its product with the second is 3."""
+    """By hand: z = (1, 0) equals the first code, but its dot product with the second one is 3."""
     quantizer = IBQ(IBQConfig(codebook_size=3, dim=2))
     quantizer(torch.randn(5, 2))
     quantizer.embedding.data = torch.tensor([[1.0, 0.0], [3.0, 1.0], [3.0, -1.0]])

@@ -29,7 +29,7 @@ def read(data: bytes, **config) -> np.ndarray:
 
 
 def only_colour(array: np.ndarray) -> list[int]:
-    """The colour of a picture that has one colour."""
+    """The colour of a picture with a single colour."""
     assert array.dtype == np.uint8
     assert array.ndim == 3
     colours = np.unique(array.reshape(-1, 3), axis=0)

@@ -1,4 +1,4 @@
-"""The net of the FID against torch-fidelity's."""
+"""The net of the FID, compared to torch-fidelity's."""
 
 import pytest
 import torch
@@ -7,20 +7,20 @@ from torch import Tensor
 from tokenizer.modalities.image.inception import FidInception, resize_as_tensorflow_1
 
 REFERENCE = [
-    *(0.98562, 0.19854, 0.00025292, 0.97532, 0.0045364, 0.37466, 0.0, 0.0031384),  # the first picture's first eight
-    *(1.3388, 0.65631, 0.09648, 0.066064, 0.0088052, 0.20504, 0.02005, 0.88992),  # the second picture's last eight
-    *(0.49276, 0.47551),  # mean and standard deviation of all
+    *(0.98562, 0.19854, 0.00025292, 0.97532, 0.0045364, 0.37466, 0.0, 0.0031384),  # first picture, first eight
+    *(1.3388, 0.65631, 0.09648, 0.066064, 0.0088052, 0.20504, 0.02005, 0.88992),  # second picture, last eight
+    *(0.49276, 0.47551),  # mean and standard deviation of all features
 ]
 
 
 def numbers(*shape: int) -> Tensor:
-    """In -1..1, irregular, and the same on every machine."""
+    """Irregular numbers in -1..1, the same on every machine."""
     i = torch.arange(torch.Size(shape).numel())
     return (((7 * i * i + 13 * i) % 997).float() / 498 - 1).reshape(shape)
 
 
 def made_up(net: FidInception) -> FidInception:
-    """With weights that keep the scale of what passes through, and none of which is 0 or 1 throughout."""
+    """A net whose weights keep the scale of their input. No tensor consists only of zeros or ones."""
     state = net.state_dict()
     for name, old in state.items():
         if name.endswith("conv.weight"):

@@ -1,4 +1,4 @@
-"""Lloyd against cases solved by hand and against a plain numpy Lloyd from the same start."""
+"""Lloyd's algorithm, compared to cases solved by hand and to a simple numpy version with the same start."""
 
 import operator
 from functools import reduce
@@ -28,7 +28,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def numpy_lloyd(points: np.ndarray, centroids: np.ndarray, iterations: int) -> tuple[np.ndarray, list[float]]:
-    """Written plainly, in float64, for clusters that never run empty."""
+    """A simple version in float64, for clusters that never become empty."""
     mse = []
     for _ in range(iterations):
         squared = ((points[:, None, :] - centroids[None]) ** 2).sum(axis=2)
@@ -51,7 +51,7 @@ def run_lloyd(points: Tensor, centroids: Tensor, iterations: int) -> tuple[Tenso
 
 
 def test_a_rectangle_of_four_points_in_two_clusters():
-    """The means of the short sides, (0, 1) and (10, 1); each point lies 1 from its own."""
+    """The means of the short sides, (0, 1) and (10, 1). The distance of each point to its mean is 1."""
     found = kmeans(RECTANGLE, 2, seed=0)
     assert sorted(found.centroids.tolist()) == [[0, 1], [10, 1]]
     assert found.mse[-1] == 1.0
@@ -151,7 +151,7 @@ def test_sums_of_no_points_are_zero():
 
 
 def sums_of(counts: list[int], sums: list[list[float]], errors: list[float]) -> PartialSums:
-    """Of points that all weigh 1."""
+    """Sums for points that all have weight 1."""
     number = torch.tensor(counts)
     return PartialSums(number, number.double(), torch.tensor(sums).double(), torch.tensor(errors).double())
 
@@ -181,7 +181,7 @@ def test_a_cluster_of_one_point_is_not_split():
 def test_an_atom_is_not_split():
     points = torch.cat([normals(50, 4), torch.full((1000, 4), 0.7)])
     errors = kmeans(points, 64).mse
-    assert max(errors) < 1e-9  # rounding: every distinct point is a centroid
+    assert max(errors) < 1e-9  # only rounding errors, because every distinct point is a centroid
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -189,7 +189,7 @@ def test_an_atom_is_not_split():
     "make",
     [
         lambda z: z,
-        lambda z: z.round(),  # many atoms
+        lambda z: z.round(),  # many equal points
         lambda z: torch.cat([z[:300], 100 + z[300:]]),
         lambda z: torch.cat([z[:50], z[:1].expand(250, 3)]),
         lambda z: z * torch.tensor([1.0, 1e-3, 0.0]),
@@ -197,7 +197,7 @@ def test_an_atom_is_not_split():
     ids=["normal", "atoms", "far", "silence", "flat"],
 )
 def test_a_split_never_raises_the_error(make, seed):
-    """Every centroid starts twice, so that half of the clusters are empty."""
+    """Every initial centroid occurs twice, so half of the clusters are empty."""
     points = make(normals(600, 3, seed=seed))
     _, errors = run_lloyd(points, points[:32].repeat(2, 1), 30)
     assert errors[-1] < errors[0]
@@ -245,7 +245,7 @@ def test_seeding_takes_points_and_no_point_twice():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_seeding_finds_every_far_cluster(seed):
-    """Six clusters 100 apart and .1 wide: after each draw the found ones have a millionth of the mass."""
+    """Six clusters, 100 apart and .1 wide: after each draw, the clusters found so far have a millionth of the mass."""
     centers = 100 * torch.eye(6)
     points = (centers[:, None, :] + 0.1 * normals(6, 200, 6)).reshape(-1, 6)
     seeds = plus_plus(points, ones(points), 6, generator(seed))
@@ -253,7 +253,7 @@ def test_seeding_finds_every_far_cluster(seed):
 
 
 def test_seeding_draws_by_squared_distance():
-    """Solved by hand: from 0 the points 1 and 3 have weights 1 and 9; from 1, 1 and 4; from 3, 9 and 4."""
+    """Solved by hand. From 0, the points 1 and 3 have weights 1 and 9; from 1: 1 and 4; from 3: 9 and 4."""
     points = torch.tensor([[0.0], [1.0], [3.0]])
     pairs = [tuple(plus_plus(points, ones(points), 2, generator(seed))[:, 0].tolist()) for seed in range(3000)]
     firsts = [sum(pair[0] == first for pair in pairs) for first in (0.0, 1.0, 3.0)]
@@ -264,7 +264,7 @@ def test_seeding_draws_by_squared_distance():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_candidates_drawn_many_at_a_time_find_nearly_every_far_cluster(seed):
-    """300 clusters of 40 points, far apart: k-means++ one by one misses none or one; as many drawn blindly, a third."""
+    """300 distant clusters of 40 points: k-means++ misses at most one of them; uniform draws would miss a third."""
     centers = 100 * torch.rand(300, 5, generator=generator(9))
     points = (centers[:, None] + 0.1 * normals(300, 40, 5)).reshape(-1, 5)
     seeds = first_centroids(LatentBatch(points), 300, generator(seed))
@@ -272,7 +272,7 @@ def test_candidates_drawn_many_at_a_time_find_nearly_every_far_cluster(seed):
 
 
 def test_candidates_have_the_weight_of_what_they_stand_for():
-    """Two blobs of equal spread and number, one of a hundred times the weight: it gets nearly all seeds."""
+    """Of two blobs with equal spread and size, one has a hundred times the weight and gets nearly all seeds."""
     points = torch.cat([normals(2000, 2), 1000 + normals(2000, 2, seed=1)])
     weights = torch.cat([torch.ones(2000), torch.full((2000,), 100.0)])
     seeds = first_centroids(LatentBatch(points, weights), 100, generator())
@@ -300,7 +300,7 @@ def test_a_start_from_a_smaller_codebook_ends_as_well_as_a_fresh_one():
 
 
 def test_of_many_points_a_sample_settles_first_and_all_of_them_end_as_well():
-    """4000 points a cluster: all of them begin where Lloyd over all is after some iterations, and end where it ends."""
+    """4000 points per cluster: Lloyd on samples first saves iterations over all points, and the result is the same."""
     points = normals(64_000, 3)
     found = kmeans(points, 16)
     _, errors = run_lloyd(points, first_centroids(LatentBatch(points), 16, generator()), 60)
@@ -309,7 +309,7 @@ def test_of_many_points_a_sample_settles_first_and_all_of_them_end_as_well():
 
 
 class InParts:
-    """Points that lie in several places: what a cluster does, in one process."""
+    """Points in several parts, as on a cluster, but in one process."""
 
     def __init__(self, parts: list[LatentBatch], everything: InMemory):
         self.parts, self.everything = parts, everything
@@ -366,7 +366,7 @@ def test_equal_weights_change_nothing():
 
 
 def test_codes_go_where_the_weight_is():
-    """Two equal blobs, one of a hundred times the weight: it gets nearly all of the codes."""
+    """Of two equal blobs, one has a hundred times the weight and gets nearly all codes."""
     points = torch.cat([normals(1000, 2), 50 + normals(1000, 2, seed=1)])
     weights = torch.cat([torch.ones(1000), torch.full((1000,), 100.0)])
     plain, weighted = kmeans(points, 32).centroids, kmeans(InMemory(points, weights), 32).centroids

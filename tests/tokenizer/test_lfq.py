@@ -1,4 +1,4 @@
-"""LFQ: signs and indices by hand, its entropies against all codes written out, and their limits."""
+"""LFQ: signs and indices by hand, its entropies compared to sums over all codes, and their limits."""
 
 import math
 
@@ -20,7 +20,7 @@ def built(codebook_size: int = 16, **settings) -> LFQ:
 
 
 def brute_probabilities(z: Tensor, inverse_temperature: float) -> Tensor:
-    """softmax over all codes of 2 inverse_temperature z.c, codes counted with the first bit least significant."""
+    """softmax over all codes of 2 inverse_temperature z.c. The first bit of a code is the least significant."""
     dim = z.shape[1]
     codes = torch.tensor([[2.0 * (code >> i & 1) - 1 for i in range(dim)] for code in range(2**dim)])
     return (2 * inverse_temperature * z.double() @ codes.double().T).softmax(dim=1)
@@ -44,7 +44,7 @@ def test_codes_are_signs_and_zero_is_minus_one():
 
 
 def test_the_first_dimension_is_the_least_significant_bit():
-    """By hand. The official order would be 512 for the first of ten."""
+    """By hand. In the official order the first of ten bits would be 512."""
     z = -torch.ones(4, 10)
     z[0, 0] = z[1, 9] = z[2, :] = 1.0
     assert built(1024).encode(z).tolist() == [1, 512, 1023, 0]
@@ -142,7 +142,7 @@ def test_above_the_limit_the_entropy_of_the_mean_is_bounded_by_its_bits(monkeypa
 
 
 def test_entropy_of_the_mean_bits_is_the_sum_over_bits():
-    """By hand: shares of 1/2, 0 and 1/4 have ln 2, 0 and 2 ln 2 - 3/4 ln 3."""
+    """By hand: bits with shares 1/2, 0 and 1/4 have the entropies ln 2, 0 and 2 ln 2 - 3/4 ln 3."""
     p = torch.tensor([[1.0, 0, 0.5], [0, 0, 0]])
     assert entropy_of_mean_bits(p).item() == pytest.approx(3 * math.log(2) - 0.75 * math.log(3), rel=1e-5)
 

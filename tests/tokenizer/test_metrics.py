@@ -1,4 +1,4 @@
-"""Codebook usage, solved by hand and against scipy."""
+"""Codebook usage, compared to results by hand and to scipy."""
 
 import numpy as np
 import pytest
@@ -46,14 +46,14 @@ def test_usage_of_several_quantizers_is_the_mean_of_each():
 
 
 def test_usage_per_digit_solved_by_hand():
-    """Indices of two digits, 2 values of the first and 3 of the second: first digit 0 always, second 0 or 2."""
+    """Indices of two digits with 2 and 3 values. The first digit is always 0, the second is 0 or 2."""
     counts = np.zeros(6, dtype=np.int64)
     counts[[0 + 2 * 0, 0 + 2 * 2]] = 5
     assert digit_usage(counts, (2, 3)) == pytest.approx((1 / 2 + 2 / 3) / 2)
 
 
 def test_an_unclipped_normal_grid_reads_as_full_per_digit_and_not_jointly():
-    """TokenBridge's .9887 (methods.md, 13.1): 4 bins of .2125, .2875, .2875, .2125 in each of 4 dims."""
+    """TokenBridge's .9887 (cautions in docs/methods.md): bins of .2125, .2875, .2875, .2125 in each of 4 dims."""
     share = np.array([0.2125, 0.2875, 0.2875, 0.2125])
     joint = np.einsum("a,b,c,d->abcd", *[share] * 4).ravel()
     assert digit_usage(joint, (4, 4, 4, 4)) == pytest.approx(0.98875, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Nearest codeword and k-th neighbour against brute force in float64."""
+"""Nearest codeword and k-th neighbour, compared to brute force in float64."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def faiss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "without":
         monkeypatch.setattr(neighbors, "faiss", None)
     elif neighbors.faiss is None:
-        pytest.skip("faiss-cpu is installed on Linux alone")
+        pytest.skip("faiss-cpu is installed only on Linux")
 
 
 def normals(*shape: int, seed: int = 0) -> Tensor:
@@ -75,7 +75,9 @@ def test_of_equally_near_codes_the_matrix_road_takes_the_lowest(monkeypatch):
 
 def test_a_latent_has_the_same_index_in_every_batch():
     codebook, z = normals(600, 3), normals(1000, 3, seed=2)
-    if neighbors.faiss is not None:  # also for equal or equally near codes, where rounding decides in a product
+    if (
+        neighbors.faiss is not None
+    ):  # also for equal or equally near codes, where rounding decides the result of a matrix product
         codebook, z = codebook.round(), z.round() / 2
     whole = nearest_codeword(z, codebook)
     for size in (1, 7, 19, 333):
@@ -142,7 +144,9 @@ def test_ks_are_answered_in_the_order_they_are_asked(backend):
 def test_subsampled_radius_is_unbiased_with_the_spread_of_theory():
     points, queries = normals(4 * 16384, 4), normals(2000, 4, seed=1)
     ratio = SubsampledIndex(points).kth_distances(queries, [64]) / KDTreeIndex(points).kth_distances(queries, [64])
-    assert float(ratio.mean()) == pytest.approx(1, abs=0.01)  # .995 measured in section 16
+    assert float(ratio.mean()) == pytest.approx(
+        1, abs=0.01
+    )  # .995 was measured; see the table of costs in docs/methods.md
     assert float(ratio.std()) == pytest.approx(1 / (4 * 16**0.5), abs=0.015)  # 1 / (d sqrt(M / r)) = .0625
 
 

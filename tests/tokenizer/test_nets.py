@@ -74,7 +74,7 @@ def test_the_papers_nets_are_in_the_registry():
     assert {"resnet32", "vqgan"} <= set(NETS.names())
 
 
-def test_an_unknown_net_is_told_with_its_neighbour():
+def test_an_unknown_net_is_reported_with_its_neighbour():
     with pytest.raises(ValueError, match="unknown net 'resnet23'; did you mean 'resnet32'"):
         build_net({"name": "resnet23"})
 
@@ -95,7 +95,7 @@ def test_attention_stands_once_in_each_half(attention: bool):
 
 
 def test_attention_is_softmax_of_scaled_products():
-    """Against the formula of arXiv 1706.03762, eq. 1, in float64."""
+    """Compared to the formula of arXiv 1706.03762, eq. 1, in float64."""
     torch.manual_seed(0)
     layer = Attention(8).double()
     x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_vqgan_sees_0_to_1_as_minus_1_to_1():
 
 
 def test_weights_of_a_vqgan_counted_by_hand():
-    """Width 8, one level pair [1, 2], one block a level, attention: counted from the layers of taming-transformers."""
+    """Width 8, levels [1, 2], one block per level, attention: counted from the layers of taming-transformers."""
 
     def block(width_in: int, width_out: int) -> int:
         norms = 2 * width_in + 2 * width_out
@@ -167,7 +167,7 @@ def test_resnet32_takes_cifar10_to_8_by_8_by_64():
 
 
 def test_resnet32_has_the_layers_of_the_paper():
-    """SQ-VAE's (arXiv 2205.07547, github.com/sony/sqvae) as methods.md section 14 lists them."""
+    """The layers of SQ-VAE (arXiv 2205.07547, github.com/sony/sqvae), as listed in docs/methods.md."""
     net = build_net({"name": "resnet32"})
     stem = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * 3
     assert [type(m) for m in net.encoder] == [*stem, ResNetBlock, ResNetBlock]

@@ -1,4 +1,4 @@
-"""Latent norm losses: against float64, by hand, and for very few rows."""
+"""Latent norm losses: compared to float64 and to results by hand, and with very few rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Product quantization: each group by itself, over plain bases, residual ones and ones of more inputs than outputs."""
+"""Product quantization: each group alone; with plain and residual bases, and bases with more inputs than outputs."""
 
 import copy
 
@@ -110,7 +110,7 @@ def test_the_gradient_of_a_group_stays_in_its_channels():
 
 
 def test_a_dropped_quantizer_of_a_residual_group_decodes_to_zero():
-    """By hand: 3 quantizers in each of 2 groups; all of the second are dropped, and the last two of the first."""
+    """By hand: of 3 quantizers in each of 2 groups, the last two of the first and all of the second are dropped."""
     quantizer = trained("residual")
     indices = quantizer.encode(normals(quantizer))
     indices[:, 1:] = -1
@@ -153,7 +153,7 @@ def test_a_bad_setting_is_named(settings, message):
 
 @pytest.mark.parametrize("settings", [{"name": "product", "groups": 4}, {"name": "residual", "num_quantizers": 3}])
 def test_losses_that_a_paper_sums_over_tokens_are_summed_over_the_quantizers_too(settings):
-    """A latent has as many tokens as there are quantizers: D_x mse + the sum over all tokens of the KL terms."""
+    """A latent has one token per quantizer: D_x mse + the sum of the KL terms over all tokens."""
     count = settings.get("groups") or settings["num_quantizers"]
     quantizer = {**settings, "base": {"name": "sq_vae"}, "codebook_size": 16, "dim": 8}
     net = {"name": "resnet32", "channels": 8, "res_blocks": 1}

@@ -1,4 +1,4 @@
-"""The FIFO of latents: V7 of the method, the fill count, and the latents that wait."""
+"""The queue of latents: test V7 of the method, the fill count, and the waiting latents."""
 
 import copy
 

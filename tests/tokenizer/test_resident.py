@@ -1,4 +1,4 @@
-"""Batches made on the device, against `training_batches` as the reference."""
+"""Batches made on the device, compared to `training_batches`."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,9 @@ def pictures(count: int = 50, side: int = 16) -> np.ndarray:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_resident_batches_are_bitwise_those_of_training_batches(device: str):
-    recipe = Recipe(steps=9, batch_size=16, segment=16, seed=3)  # 144 of 50 pictures: epochs end within batches
+    recipe = Recipe(
+        steps=9, batch_size=16, segment=16, seed=3
+    )  # 144 samples from 50 pictures, so epochs end within batches
     slow = list(training_batches(build_modality("image", {}), pictures(), recipe, factor=4))
     fast = list(resident_batches(pictures(), recipe, 4, torch.device(device)))
     assert [step for step, _ in fast] == [step for step, _ in slow] == list(range(9))

@@ -127,7 +127,7 @@ def test_losses_are_those_of_the_base(base):
 
 
 def test_dead_codes_of_every_layer_are_revived():
-    """Latents that move away from half of the codes. The metric is the mean over the layers."""
+    """The latents move away from half of the codes. The metric is the mean over the layers."""
     quantizer, revived = built("ema_vq", decay=0.5, revive_below=2.0), 0.0
     for step in range(12):
         z = normals(quantizer, 500, seed=step)

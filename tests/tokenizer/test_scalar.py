@@ -1,4 +1,4 @@
-"""Mixed radix and the choice of levels, which FSQ and FSP share."""
+"""Mixed radix, and the choice of levels for FSQ and FSP."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_pack_and_unpack_agree_with_numpy(levels):
 
 @pytest.mark.parametrize("levels", [[8] * 9, [16] * 8, [16] * 15, [7, 11] * 8])
 def test_indices_beyond_float32_and_int32_are_exact(levels):
-    """Against Python's unbounded integers."""
+    """Compared to Python's unbounded integers."""
     digits = [[level - 1 - (i * j) % level for j, level in enumerate(levels)] for i in range(50)]
     expected = [sum(digit * math.prod(levels[:i]) for i, digit in enumerate(row)) for row in digits]
     indices = MixedRadix(levels).pack(torch.tensor(digits))
@@ -48,7 +48,7 @@ def test_up_to_16_codes_are_one_dimension():
     [(3, 59, 0.06), (60, 260, 0.033), (261, 500, 0.027), (501, 1000, 0.02), (1001, 2000, 0.014)],
 )
 def test_levels_come_near_to_any_size(lowest, highest, off):
-    """The worst cases, without the papers' sizes: 17 -> 16 (5.9 %), 93 -> 90, 263 -> 256, 918 -> 900, 1242 -> 1225."""
+    """The worst cases except the papers' sizes: 17 -> 16 (5.9 %), 93 -> 90, 263 -> 256, 918 -> 900, 1242 -> 1225."""
     sizes = [size for size in range(lowest, highest + 1) if size not in PAPER_LEVELS]
     assert max(abs(math.prod(levels_for(size)) - size) / size for size in sizes) <= off
 
@@ -58,10 +58,10 @@ def test_levels_come_within_a_thousandth_of_large_sizes(size):
     assert math.prod(levels_for(size)) == pytest.approx(size, rel=1e-3)
 
 
-def test_levels_are_within_their_limits_and_fall():
+def test_levels_are_within_their_limits_and_in_descending_order():
     for size in range(3, 2001):
         levels = levels_for(size)
-        assert size in PAPER_LEVELS or levels == sorted(levels, reverse=True)
+        assert levels == sorted(levels, reverse=True)
         assert all(MIN_LEVELS <= level <= MAX_LEVELS for level in levels)
 
 
@@ -70,7 +70,7 @@ def test_levels_are_within_their_limits_and_fall():
     [(17, [4, 4]), (512, [8, 8, 8]), (1000, [10, 10, 10]), (625, [5, 5, 5, 5]), (65536, [16, 16, 16, 16])],
 )
 def test_of_equally_near_levels_the_fewest_dimensions_and_the_most_even_are_taken(size, levels):
-    """17: 16 = 4 * 4 and 18 = 6 * 3 are equally close. 65536 is 16^4 as well as 4^8."""
+    """For 17, 16 = 4 * 4 and 18 = 6 * 3 are equally close. 65536 is both 16^4 and 4^8."""
     assert levels_for(size) == levels
 
 

@@ -82,7 +82,7 @@ def test_a_frame_is_as_many_samples_as_the_product_of_strides(strides: list[int]
 
 
 def test_the_papers_strides_give_166_67_tokens_a_second_at_16_khz():
-    """methods.md section 14: hop 96; at 10 bits a token 1.67 kbps (section 12)."""
+    """Hop 96; with 10 bits per token, 1.67 kbit/s (docs/methods.md)."""
     rate = 16_000 / build_net({"name": "seanet", **SMALL}).factor
     assert (round(rate, 2), round(rate * 10 / 1000, 2)) == (166.67, 1.67)
 
@@ -104,7 +104,7 @@ def test_samples_that_fill_no_frame_are_refused(samples: int):
         ({"activation": "relu"}, "activation='relu' must be one of snake, elu"),
     ],
 )
-def test_settings_that_make_no_net_are_told_with_their_value(settings: dict[str, Any], message: str):
+def test_settings_that_make_no_net_are_reported_with_their_value(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         SEANetConfig(**settings)
 
@@ -124,7 +124,7 @@ def test_snake_by_hand():
 
 @pytest.mark.parametrize(("stride", "dilation", "before"), [(1, 1, 3), (1, 3, 9), (2, 1, 2), (3, 1, 2)])
 def test_convolution_is_torchs_with_weight_norm(stride: int, dilation: int, before: int):
-    """Against torch.nn.utils.parametrizations.weight_norm, and against the plain layer with its weight taken out."""
+    """Compared to torch.nn.utils.parametrizations.weight_norm, and to the plain layer with the same weight."""
     layer = Convolution(3, 4, 7, stride=stride, dilation=dilation, causal=False)
     layer.scale.data *= torch.rand_like(layer.scale) + 0.5
     plain = nn.Conv1d(3, 4, 7, stride, dilation=dilation)
@@ -263,9 +263,10 @@ def test_the_context_is_what_a_frame_depends_on_and_no_frame_more(settings: dict
 def test_context_by_hand():
     """strides [2], dilations [1]: 3 + 3 samples, kernel 4 stride 2, kernel 3 of frames; decoder likewise.
 
-    Encoder, frame 0: frames -1..1 of the last, samples -3..4 of the stride's (one before, kernel 4), +-3 twice:
-    -9..10, so 5 frames before and 5 behind. Decoder, samples 0..1: +-3 twice is -6..7, one cut: full outputs -5..8,
-    which see inputs -5 // 2 - 1 = -4 to 4; +-3 of the first: -7..7.
+    Encoder, frame 0: the last layer depends on frames -1..1, the strided one (kernel 4, one sample before) on samples
+    -3..4. Adding +-3 twice gives -9..10, so 5 frames before and 5 after. Decoder, samples 0..1: adding +-3 twice gives
+    -6..7. One output is cut, so these are full outputs -5..8, which depend on inputs -5 // 2 - 1 = -4 to 4. Adding +-3
+    of the first layer gives -7..7.
     """
     net = seanet(strides=[2], dilations=[1])
     assert net.encode_context == Context(5, 5)

@@ -1,4 +1,4 @@
-"""SimVQ: tests I1 to I3, and the official code's decode, which forgets the projection."""
+"""SimVQ: tests I1 to I3, and the decode of the official code, which omits the projection."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_i1_decode_of_encode_is_the_eval_output():
 
 
 def test_i1_decode_gives_the_projected_code_not_the_frozen_one():
-    """The bug of the official get_codebook_entry, where the error is of the size of the codes."""
+    """Shows the bug of the official get_codebook_entry, whose error is as large as the codes."""
     z = torch.randn(500, 8)
     quantizer = trained(z).eval()
     indices = quantizer.encode(z)

@@ -1,4 +1,4 @@
-"""Gumbel noise, temperatures, sums over all codes, and chunks, which limit memory and change no result."""
+"""Gumbel noise, temperatures, sums over all codes, and chunks, which limit memory without changing results."""
 
 import math
 from typing import Any
@@ -38,7 +38,7 @@ def _seeded():
 
 
 def started(settings: dict[str, Any]) -> tuple[Quantizer, Tensor]:
-    """A quantizer whose codes are set, and latents."""
+    """A quantizer with given codes, and latents."""
     quantizer = build_quantizer({"codebook_size": K, "dim": D, **settings})
     z = torch.randn(N, quantizer.in_dim)
     quantizer(z)
@@ -61,7 +61,7 @@ def step(quantizer: Quantizer, z: Tensor) -> list[Tensor]:
 
 
 def test_noise_is_finite_whatever_rand_draws():
-    """rand draws 0 once in 2^24 numbers; 1 only by rounding."""
+    """rand returns 0 once in 2^24 numbers, and 1 only by rounding."""
     noise = soft.to_gumbel_(torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-24, 1.0]))
     assert noise.isfinite().all()
     assert noise.tolist() == sorted(noise.tolist())
@@ -105,7 +105,7 @@ def test_exponential_temperature_starts_and_ends_where_it_should():
 
 
 def test_cosine_temperature_falls_along_a_quarter_of_a_cosine_as_in_the_source():
-    """karpathy's cos_anneal: the share of the end is 1 - cos(progress pi / 2), at the middle 1 - sqrt(1/2)."""
+    """karpathy's cos_anneal: the weight of the end value is 1 - cos(progress pi / 2), in the middle 1 - sqrt(1/2)."""
     found = soft.cosine_temperature(steps(0, 500, 1000, 5000), 1.0, 1 / 16, 1000)
     middle = 1 / 16 + 15 / 16 * math.sqrt(0.5)
     torch.testing.assert_close(found, torch.tensor([1.0, middle, 1 / 16, 1 / 16]), rtol=0, atol=1e-6)
@@ -232,7 +232,7 @@ class Largest(TorchDispatchMode):
 
 
 def num_saved(quantizer: Quantizer, z: Tensor) -> int:
-    """Elements that a training forward keeps for backward."""
+    """Number of elements that a training forward keeps for backward."""
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def test_nothing_of_a_chunk_is_kept_for_backward(settings, monkeypatch):
 
 @all_methods
 def test_chunks_change_no_output_and_no_gradient(settings, monkeypatch):
-    """On the CPU, whose generator deals its numbers one by one; a GPU draws other noise in other chunks."""
+    """On the CPU, whose generator draws numbers one by one. A GPU draws different noise in different chunks."""
     quantizer, z = started(settings)
     monkeypatch.setattr(soft, "MAX_KEPT", N * K)
     whole = step(quantizer, z)

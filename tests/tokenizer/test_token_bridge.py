@@ -65,7 +65,7 @@ def test_t3_nearest_values_are_not_equally_likely_bins():
 
 
 def test_t4_the_error_falls_as_one_over_the_number_of_bins():
-    x = torch.linspace(-1, 1, 10_000)  # in the tails it falls more slowly
+    x = torch.linspace(-1, 1, 10_000)  # in the tails the error falls more slowly
     assert rms_error(16, x) / rms_error(64, x) == pytest.approx(4, rel=0.1)
 
 
@@ -85,7 +85,7 @@ def test_encode_takes_the_nearest_code():
 
 
 def test_the_first_dimension_is_the_least_significant():
-    """By hand, four bins: the highest value of the first of two dims and the lowest of the second is 3 + 4 * 0."""
+    """By hand, with four bins: the highest value in the first of two dims and the lowest in the second is 3 + 4 * 0."""
     quantizer = fitted(torch.randn(1000, 2))
     assert quantizer.encode(posterior(torch.tensor([[9.0, -9.0], [-9.0, 9.0]]))).tolist() == [3, 12]
     assert quantizer.index_levels == (4, 4)

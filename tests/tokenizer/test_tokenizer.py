@@ -40,7 +40,7 @@ def autoencoder(quantizer: str = "vp_vae", net: dict[str, Any] = TINY, seed: int
     settings = {"name": quantizer, **{key: size for key, size in SMALL.items() if key in known}, **settings}
     made = Autoencoder({"modality": "image", "net": net, "quantizer": settings})
     z = torch.stack(LatentEncoder(made, {}).latents([picture(48, 48, i) for i in range(6)]))
-    made.quantizer.train()(z.clone())  # LatentEncoder left it in eval mode, and z in inference mode
+    made.quantizer.train()(z.clone())  # LatentEncoder has set eval mode, and z was made in inference mode
     made.quantizer.fit(z.flatten(0, -2))
     return made
 
@@ -124,7 +124,7 @@ def test_other_latents_get_other_tokens():
 )  # fmt: skip
 @pytest.mark.parametrize("attention", [False, True])
 def test_tokens_alone_and_in_a_batch_agree_but_for_ties(quantizer: dict[str, Any], attention: bool):
-    """float32 sums in another order move a latent by 2e-6, which changes one token in about 50,000."""
+    """Another order of float32 sums moves a latent by 2e-6, which changes about one token in 50,000."""
     frozen = tokenizer(net={**DEMO, "attention": attention}, **quantizer)
     arrays = pictures(64, 64, 16)
     together = frozen.encode(arrays)
@@ -138,7 +138,7 @@ def test_tokens_are_the_same_every_time():
 
 
 def test_freezing_ends_training():
-    resnet = {"name": "resnet32", "channels": 16}  # its batch norms would show training mode
+    resnet = {"name": "resnet32", "channels": 16}  # its batch norms would reveal training mode
     expected = tokenizer(net=resnet).encode(pictures())
     frozen = Tokenizer(autoencoder(net=resnet).train(), {})
     assert same(frozen.encode(pictures()), expected)
@@ -291,7 +291,7 @@ def test_id_does_not_depend_on_memory_format_device_or_order():
     made = autoencoder()
     settings = made.settings
     made.settings = {name: settings[name] for name in reversed(settings)}
-    made._modules = dict(reversed(made._modules.items()))  # and with them the state_dict
+    made._modules = dict(reversed(made._modules.items()))  # this also changes the state_dict
     ids = {Tokenizer(copy.deepcopy(made), {}).id, tokenizer().id}
     ids.add(Tokenizer(copy.deepcopy(made).to(memory_format=torch.channels_last), {}).id)
     ids.add(Tokenizer(copy.deepcopy(made).train(), {}).id)

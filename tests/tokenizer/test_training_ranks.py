@@ -1,7 +1,7 @@
 """Every registered quantizer, trained by two real processes under DistributedDataParallel on different pictures.
 
-All parameters and buffers must stay the same to the bit on both ranks. Where a method draws no random numbers, two
-ranks with a batch each must have the gradient of one rank with both batches.
+All parameters and buffers must stay equal to the bit on both ranks. If a method draws no random numbers, two ranks
+with one batch each must have the same gradient as one rank with both batches.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from tokenizer.training.step import Trainer
 
 NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}
 STEPS, BATCH = 3, 4
-# these draw no noise; their codes start from k-means in the first step
+# these draw no noise, and their codes start from k-means in the first step
 EXACT = [
     case
     for case in NAMED

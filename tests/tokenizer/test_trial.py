@@ -49,7 +49,7 @@ def lasting(numbers: dict) -> dict:
 
 
 def test_a_trial_needs_no_ray():
-    """As on a bare GPU machine: the import of ray fails."""
+    """Importing ray fails, as on a GPU machine without Ray."""
     code = (
         "import sys; sys.modules['ray'] = None\n"
         "import numpy as np\n"
@@ -87,7 +87,7 @@ def test_all_methods_start_from_the_same_net_and_see_the_same_crops():
 
 
 def test_an_epoch_is_a_permutation_of_the_samples():
-    """Pictures of one colour each, so that a crop tells which it was."""
+    """Each picture has one colour, so a crop identifies its picture."""
     flat = np.stack([np.full((16, 16, 3), i, dtype=np.uint8) for i in range(12)])
     recipe = Recipe(steps=6, batch_size=4, segment=16)
     batches = training_batches(build_modality("image", {}), flat, recipe, factor=4)
@@ -124,7 +124,7 @@ def test_bf16_trains_and_is_evaluated_in_float32():
 
 
 def test_moments_of_overwritten_rows_are_forgotten():
-    """A code that is replaced by hand must not be carried on by the momentum of the one that was there."""
+    """The momentum of the old code must not move the code that replaces it."""
     model = {"modality": "image", "net": NET, "quantizer": {**VQ, "replace_after": 1}}
     torch.manual_seed(0)
     autoencoder = Autoencoder(model)

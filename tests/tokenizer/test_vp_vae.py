@@ -55,13 +55,13 @@ def clusters(count: int, dim: int, seed: int = 0) -> Tensor:
 
 
 def brute_kth(z: Tensor, samples: Tensor, ks: list[int]) -> Tensor:
-    """Independent of tokenizer.neighbors: float64, the whole distance matrix, sorted."""
+    """Independent of our neighbour search: the whole distance matrix in float64, sorted."""
     distances = torch.cdist(z.double(), samples.double(), compute_mode="donot_use_mm_for_euclid_dist")
     return distances.sort(dim=1).values[:, [k - 1 for k in ks]]
 
 
 def reference_perturb(z: Tensor, samples: Tensor, per_code: int, eta: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Section 2.2 of the method again, in float64. Draws: randn(N, d), rand(N), rand(N) in each step."""
+    """The training step of docs/methods.md in float64. Each step draws randn(N, d), rand(N), rand(N)."""
     d = z.shape[1]
     here, ever = z.double(), torch.zeros(len(z), dtype=torch.bool)
     for _ in range(steps):
@@ -77,7 +77,7 @@ def reference_perturb(z: Tensor, samples: Tensor, per_code: int, eta: float, ste
 
 
 def energy(quantizer: VPVAE, z: Tensor) -> float:
-    """Squared length of the perturbation, mean over all tokens, moved or not."""
+    """Mean squared length of the perturbation over all tokens, including those that do not move."""
     return float((quantizer(z).z_q - z).square().sum(dim=1).mean())
 
 
@@ -113,7 +113,7 @@ def test_v2_no_token_moves_farther_than_either_radius(eta):
     radius = eta * torch.minimum(brute_kth(z, samples, [64]), brute_kth(moved, samples, [64]))[:, 0]
     distance = (moved.double() - z.double()).norm(dim=1)
     assert (distance <= radius * (1 + 1e-5)).all()
-    assert (distance / radius).max() > 0.95  # almost reaches the bound, so no smaller one is used
+    assert (distance / radius).max() > 0.95  # the maximum is close to the bound, so the bound is tight
 
 
 def test_v2_a_rejected_token_stays_bitwise():
@@ -232,7 +232,7 @@ def test_nothing_is_perturbed_before_the_queue_holds_16_latents_a_code():
 
 
 def test_while_the_queue_fills_the_radius_is_that_of_one_code_of_what_it_holds():
-    """2,000 of 4,096 latents; what is searched grows by a quarter at a time: 1,024, 1,280, 1,600, 2,000."""
+    """2,000 of 4,096 latents. The searched part grows in steps of a quarter: 1,024, 1,280, 1,600, 2,000."""
     quantizer, samples, z = VPVAE(VPVAEConfig(codebook_size=64, dim=4)), normals(2000, 4), normals(100, 4, seed=1)
     for part in samples.split(100):
         quantizer(part)
@@ -279,7 +279,7 @@ def test_the_share_that_enters_is_drawn_from_the_whole_batch():
     [
         (0, 655),  # 65,536 latents / 50 steps, of two ranks
         (500, 655),
-        (2_000, 164),  # in 200 steps, a tenth of those so far
+        (2_000, 164),  # renewed in 200 steps, a tenth of those so far
         (10_000, 33),
         (100_000, 20),  # the official 1 %
     ],
@@ -291,7 +291,7 @@ def test_the_queue_renews_itself_within_a_tenth_of_the_steps_so_far(steps, enter
 
 
 def test_a_short_run_renews_its_queue_without_any_setting():
-    """100 batches after the queue is full, none of its first latents are left."""
+    """100 batches after the queue is full, it contains none of its first latents."""
     quantizer = VPVAE(VPVAEConfig(codebook_size=64, dim=4))
     while not quantizer.queue.full:
         quantizer(normals(512, 4))
@@ -385,13 +385,13 @@ def test_quantization_error_is_that_of_a_real_kmeans(make):
 
 
 def test_quantization_error_of_equal_cells_is_that_of_balls():
-    """Solved by hand: a point uniform in a d-ball of radius r lies r^2 d / (d + 2) from its centre in the mean."""
+    """By hand: a uniform point in a d-ball of radius r has the mean squared distance r^2 d / (d + 2) to the centre."""
     assert float(quantization_error(torch.full((10,), 0.5), 3)) == pytest.approx(0.25 * 3 / 5)
 
 
 @pytest.mark.parametrize("dim", [2, 3, 5])
 def test_quantization_error_is_zadors_law(dim):
-    """c K^(-2/d) (E f^(-2/(d+2)))^((d+2)/d), written in the density f, with the constant of cells like balls."""
+    """c K^(-2/d) (E f^(-2/(d+2)))^((d+2)/d) for the density f, with the constant of ball-shaped cells."""
     size, radius = 100, torch.tensor([0.2, 0.5, 2.0]).double()
     ball = math.pi ** (dim / 2) / math.gamma(dim / 2 + 1)
     density = 1 / (size * ball * radius**dim)
@@ -409,7 +409,7 @@ def test_auto_eta_matches_the_energy_of_the_perturbation_to_real_quantization(st
 
 
 def test_eta_1_trains_with_about_half_of_the_energy_of_quantization():
-    """Section 2.5 of the method: .45 to .48 of it, which is why eta is auto; two moves bring .88 to .90."""
+    """The calibration in docs/methods.md: eta 1 gives .45 to .48 of the energy, and two moves give .88 to .90."""
     samples, z = normals(256 * 64, 4), normals(8192, 4, seed=1)
     once, twice = (energy(with_queue(samples, 256, eta=1.0, mh_steps=steps), z) for steps in (1, 2))
     error = kmeans(samples, 256, tolerance=1e-3).mse[-1]
@@ -486,7 +486,7 @@ def test_encode_is_the_nearest_code():
 
 
 def usage_of(balance: float, z: Tensor, unseen: Tensor) -> tuple[float, float]:
-    """CVU and squared error of latents that the codebook was not made from."""
+    """CVU and squared error on latents that the codebook was not made from."""
     quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "balance": balance})
     quantizer.fit(z)
     indices = quantizer.encode(unseen)
@@ -522,7 +522,7 @@ def test_balancing_weights_do_not_depend_on_the_unit_of_the_latents():
 
 
 def test_many_equal_latents_do_not_take_all_codes():
-    """Half of the latents are equal (silence). The others still get most of the codes."""
+    """Half of the latents are equal (silence), but the others get most of the codes."""
     z = torch.cat([torch.zeros(5000, 3), 1 + torch.randn(5000, 3)])
     quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "balance": 1.0})
     quantizer.fit(z)
@@ -536,7 +536,7 @@ def test_a_balance_outside_its_range_is_refused():
 
 @pytest.mark.parametrize(("eta", "low", "high"), [(1.0, 0.35, 0.65), ("auto", 0.8, 1.2)])
 def test_perturbation_ratio_is_below_1_at_eta_1_and_about_1_where_it_follows(eta, low, high):
-    """methods.md 2.5: half of the error's energy at eta 1. Its state and the outer random numbers stay."""
+    """docs/methods.md: half of the error's energy at eta 1. State and outer random numbers do not change."""
     z = normals(64 * 64 + 4096, 3)
     quantizer = build_quantizer({"name": "vp_vae", "codebook_size": 64, "dim": 3, "eta": eta, "balance": 0.0})
     quantizer.fit(z)

@@ -1,4 +1,4 @@
-"""VQ-VAE and its options: tests Q1 to Q7 of the method, against float64, and how its codebook starts."""
+"""VQ-VAE and its options: tests Q1 to Q7 of the method, compared to float64, and the initial codebook."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def _seeded():
 
 
 def initialised(z: Tensor, codebook_size: int = 32, **settings) -> VQVAE:
-    """Trained by one forward; an affine transformation, if any, is one that does something."""
+    """Trained by one forward. An affine transformation, if any, is not the identity."""
     quantizer = VQVAE(VQVAEConfig(codebook_size=codebook_size, dim=z.shape[1], **settings))
     quantizer(z)
     if quantizer.config.affine:
@@ -38,7 +38,7 @@ def initialised(z: Tensor, codebook_size: int = 32, **settings) -> VQVAE:
 
 
 def reference(quantizer: VQVAE, z: Tensor, embedding: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and codes as they are compared, in float64, written plainly."""
+    """Latents and codes as the search compares them: a simple float64 version."""
     points = z.detach().double().numpy()
     codes = (quantizer.embedding if embedding is None else embedding).detach().double().numpy()
     if quantizer.config.affine:
@@ -127,7 +127,7 @@ def test_output_is_a_row_of_the_codebook_bitwise(options):
     assert torch.equal(out.z_q, quantizer.codebook[out.indices])
 
 
-# -- Q4: unused codes start anew ------------------------------------------------------------------------------------
+# -- Q4: unused codes are replaced ----------------------------------------------------------------------------------
 
 replacing = pytest.mark.parametrize(
     "options", [{}, {"l2": True}, {"affine": 10.0}, {"l2": True, "affine": 10.0}, {"alternating_lr": 1.0}]
@@ -136,7 +136,7 @@ replacing = pytest.mark.parametrize(
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, [3] * 7), (3, [0, 0, 3, 0, 0, 3, 0]), (0, [0] * 7)])
 def test_q4_unused_codes_change_exactly_at_the_step_that_was_set(steps, expected):
-    """Equal latents use one code of four, as all start equal and the first of equals is taken."""
+    """Equal latents use one code of four: all codes start equal, and the first of equal codes is chosen."""
     quantizer = VQVAE(VQVAEConfig(codebook_size=4, dim=8, replace_after=steps))
     changed = []
     for _ in expected:
@@ -169,7 +169,7 @@ def test_q4_a_new_code_is_as_searched_a_latent_of_the_batch_with_little_noise(op
 
 
 def test_q4_noise_of_a_new_code_is_one_percent_of_its_length_in_each_dimension_as_in_vqtorch():
-    """One latent, so that every new code is it plus noise; at 64 dims the noise is 8 % of its length."""
+    """With a single latent every new code is that latent plus noise. In 64 dims the noise is 8 % of its length."""
     quantizer = VQVAE(VQVAEConfig(codebook_size=1024, dim=64, replace_after=1))
     z = torch.full((10, 64), 0.5)  # of length 4
     quantizer(z)
@@ -200,7 +200,7 @@ def test_q4_overwritten_rows_are_those_that_the_batch_left_unused(options):
 def test_q4_no_row_is_overwritten_where_none_is_due():
     quantizer = initialised(torch.randn(500, 8), replace_after=2)
     seen = [quantizer(torch.full((5, 8), 9.0)) and len(quantizer.overwritten_rows()) for _ in range(3)]
-    assert seen in ([0, 1, 0], [1, 0, 1])  # the first batch may have left codes unused too
+    assert seen in ([0, 1, 0], [1, 0, 1])  # the first batch may also have left codes unused
     assert initialised(torch.randn(500, 8)).overwritten_rows() == {}
 
 
@@ -320,7 +320,7 @@ def test_q6_the_baked_table_gives_the_same_indices(l2):
 
 
 def test_q6_all_codes_follow_a_shift_of_all_latents():
-    """By 3 in each dim. Without affine, the codes that no latent selects stay where they are."""
+    """Latents move by 3 in each dim. Without affine, codes that no latent selects do not move."""
     moved = {}
     for affine in (0.0, 10.0):
         quantizer = untouched(affine)
@@ -468,7 +468,7 @@ def test_training_lowers_the_error():
 
 @pytest.mark.parametrize("options", [{}, {"gradient": "rotation"}, {"affine": 10.0}])
 def test_sync_nu_gives_the_chosen_codes_that_share_of_the_gradient_at_the_output(options):
-    """arXiv 2305.08842, section 4.3: a code's row gets nu times the sum of its latents' upstream gradients."""
+    """arXiv 2305.08842, section 4.3: a code gets nu times the sum of its latents' upstream gradients."""
     z, upstream = torch.randn(300, 8), torch.randn(300, 8)
     with_sync, without = (initialised(z, sync_nu=nu, **options) for nu in (0.3, 0.0))
     without.load_state_dict(with_sync.state_dict())
@@ -476,7 +476,7 @@ def test_sync_nu_gives_the_chosen_codes_that_share_of_the_gradient_at_the_output
     assert torch.equal(out.z_q, plain.z_q)
     (gradient,) = torch.autograd.grad(out.z_q, with_sync.embedding, upstream)
     expected = torch.zeros(32, 8).index_add_(0, out.indices, 0.3 * upstream)
-    if "affine" in options:  # the codes as they are searched are (1 + 10 scale) times the embedding, and shifted
+    if "affine" in options:  # the searched codes are (1 + 10 scale) times the embedding, plus a shift
         expected *= 1 + 10.0 * with_sync.scale.detach()
     torch.testing.assert_close(gradient, expected)
 

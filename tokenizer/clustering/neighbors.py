@@ -17,10 +17,10 @@ except ImportError:
 
 FAISS_MAX_POINTS = 2**16  # above it the tree is faster, up to TREE_MAX_DIM
 MAX_SCORES = 2**23  # floats per tile of scores (32 MB): larger tiles do not fit the cache and cost memory
-TREE_MAX_DIM = 6  # above it a k-d tree visits most of its leaves and a matrix product is faster
-TREE_MIN_POINTS = 1024  # below it the matrix product is faster; applies without faiss
+TREE_MAX_DIM = 6  # above it, a k-d tree visits most of its leaves, and a matrix product is faster
+TREE_MIN_POINTS = 1024  # below it, the matrix product is faster; used without faiss
 EXACT_GPU_POINTS = 2**18  # a GPU scans this many points per query cheaply; a larger queue is subsampled
-SUBSAMPLE_STRIDE = 4  # SubsampledIndex keeps one point in so many
+SUBSAMPLE_STRIDE = 4  # SubsampledIndex keeps one of this many points
 
 
 def nearest_codeword(z: Tensor, codebook: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tokenizer.quantizers.base.quantizer import QUANTIZERS, Quantizer, Quantizer
 from tokenizer.quantizers.base.stochastic import entropy, mean_over_all_rows
 from tokenizer.quantizers.base.straight_through import straight_through
 
-MAX_JOINT_DIM = 14  # up to it the entropy of the mean is computed over all 2^d codes, with N 2^d multiplications
+MAX_JOINT_DIM = 14  # up to this, the entropy of the mean is computed over all 2^d codes, with N 2^d multiplications
 
 
 @dataclass
