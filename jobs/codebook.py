@@ -54,7 +54,7 @@ def run(config: Config) -> int:
         raise ConfigError(f"codebook: {error}") from error
     urls = {size: _tokenizer_url(run_url, autoencoder, size, config) for size in sizes}
     made_by = {name: getattr(config.codebook, name) for name in IDENTITY} | {"input_manifest_id": inputs.id}
-    made_by["member"] = config.data.member
+    made_by |= {"member": config.data.member} if config.data.member else {}
     existing = {size for size, url in urls.items() if _exists(url, made_by)}
     if existing == set(urls):
         return 0
@@ -105,16 +105,15 @@ def _exists(url: str, made_by: dict[str, Any]) -> bool:
     if not storage.exists(storage.join(url, "tokenizer.json")):
         return False
     try:
-        report = json.loads(storage.read(_report_url(url, "json")))
-        before = {"member": ""} | report.get("made_by", made_by)  # reports of older versions have no member
+        before = json.loads(storage.read(_report_url(url, "json"))).get("made_by", made_by)
     except FileNotFoundError:
         before = made_by
-    for name, value in made_by.items():
-        if before.get(name) != value:
+    for name in dict.fromkeys([*made_by, "member"]):  # a report has a member only if one was chosen
+        if before.get(name) != made_by.get(name):
             key = KEYS.get(name, f"codebook.{name}")
             raise ConfigError(
-                f"{url} was made with another {key}: {before.get(name)}, not {value}; delete it to make it again, or "
-                "restore the value"
+                f"{url} was made with another {key}: {before.get(name)}, not {made_by.get(name)}; delete it to make it "
+                "again, or restore the value"
             )
     print(f"codebook: {url} already exists")
     return True

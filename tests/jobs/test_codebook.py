@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from jobs.__main__ import main
-from jobs.config import WorkersConfig
+from jobs.codebook import _exists
+from jobs.config import ConfigError, WorkersConfig
 from jobs.latents.sharded import CachedLatents
 from pipeline.tokens import Output
 from tests.corpus import write_tar
@@ -258,3 +259,14 @@ def test_tokens_of_another_encoder_or_of_missing_shards_are_refused(place: Path,
     assert "lacks 3 of 5 shards" in capsys.readouterr().err
     assert main(["tokenize", file, *latents, "tokens.passthrough=[txt]"]) == 2
     assert "leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "now"), [({}, {"member": "left.jpg"}), ({"member": "left.jpg"}, {})])
+def test_a_codebook_of_another_member_is_refused(tmp_path: Path, before: dict[str, str], now: dict[str, str]):
+    (tmp_path / "tokenizers/a").mkdir(parents=True)
+    (tmp_path / "tokenizers/a/tokenizer.json").write_text("{}")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports/codebook-a.json").write_text(json.dumps({"made_by": before}))
+    assert _exists(str(tmp_path / "tokenizers/a"), before)
+    with pytest.raises(ConfigError, match=r"was made with another data\.member"):
+        _exists(str(tmp_path / "tokenizers/a"), now)

@@ -135,7 +135,7 @@ SUCCEEDS = {"good": 0, "keys": 2, "samples": 11, "nothing": 0}  # shard -> quara
 BREAKS = {
     "badheader": "broken header",
     "cutheader": "header",
-    "cutdata": "cannot be read to its end",
+    "cutdata": "unexpected end of data",
     "noend": "end-of-archive",
     "zerobytes": "empty",
     "forbidden": "forbidden.tar",
