@@ -11,10 +11,7 @@ EXTRAS = {  # name of the import: the extra in pyproject.toml that installs it
 
 def explain(error: ImportError, user: str) -> ImportError:
     """An error that names the missing package, who needs it and the extra that installs it; error if we know none."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ModuleNotFoundError):
-        cause = cause.__cause__  # fsspec raises "Install s3fs to access S3" from the error that names the package
-    package = ((cause and cause.name) or "").partition(".")[0]
+    package = (error.name or "").partition(".")[0]
     if package not in EXTRAS:
         return error
     return ImportError(f"{user} needs the package {package}: pip install 'tokenmill[{EXTRAS[package]}]'", name=package)

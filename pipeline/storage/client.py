@@ -125,7 +125,8 @@ def locate_once(url: str, tries: int = 1) -> tuple[Any, str]:
 def _unknown_storage(url: str, error: Exception) -> UnknownStorage:
     protocol = url.partition("://")[0].lower()
     if isinstance(error, ImportError):
-        return UnknownStorage(f"{url}: {protocol}:// needs another package. {error}")
+        install = "pip install 'tokenmill[s3]'" if protocol in ("s3", "s3a") else str(error)
+        return UnknownStorage(f"{url}: {protocol}:// needs another package. {install}")
     if protocol not in fsspec.available_protocols():
         return UnknownStorage(
             f"{url}: unknown protocol {protocol!r}; use a local path, s3://, gs://, az:// or http(s)://"

@@ -15,6 +15,7 @@ from jobs.audit import AuditWorker, Compared, draw
 from jobs.config import TokensConfig
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.tokens import Commit, Output
+from pipeline.tokens.commit import hash_samples
 from pipeline.tokens.schema import to_parquet, tokens_as_lists
 from tests.corpus import tar_bytes
 from tests.jobs.helpers import here, jpegs, save_tiny_tokenizer, tokenize_without_ray
@@ -42,19 +43,21 @@ def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] 
 
 
 def forge(output: Output, row: int, change: int = 1) -> None:
-    """Changes the first token of a row of the first shard, and updates the checksum in the entry."""
+    """Changes the first token of a row of the first shard, and updates the checksums in the entry, as a worker with broken
+    arithmetic would have written them."""
     name = shard(output).name
     path, entry = Path(output.tokens_url(name)), Path(output.url) / "manifest" / f"{name}.json"
     table = pq.read_table(path)
     column, dtype = table["tokens"].combine_chunks(), output.layout.token_dtype
     lists = tokens_as_lists(column, dtype).to_pylist()
     lists[row][0] = (lists[row][0] + change) % output.layout.codebook_size
-    packed = pa.types.is_binary(column.type)
-    values = [np.array(tokens, dtype).tobytes() for tokens in lists] if packed else lists
+    tokens = [np.array(row, dtype).tobytes() for row in lists]
+    values = tokens if pa.types.is_binary(column.type) else lists
     at = table.column_names.index("tokens")
     data = to_parquet(table.set_column(at, table.schema.field("tokens"), pa.array(values, column.type)))
     path.write_bytes(data)
     digest = {"tokens_sha256": hashlib.sha256(data).hexdigest(), "tokens_num_bytes": len(data)}
+    digest["samples_sha256"] = hash_samples(zip(table["key"].to_pylist(), tokens, strict=True))
     entry.write_text(json.dumps({**json.loads(entry.read_text()), **digest}))
 
 

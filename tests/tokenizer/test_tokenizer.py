@@ -39,7 +39,7 @@ def autoencoder(quantizer: str = "vp_vae", net: dict[str, Any] = TINY, seed: int
     known = {field.name for field in dataclasses.fields(QUANTIZERS.get(quantizer).Config)}
     settings = {"name": quantizer, **{key: size for key, size in SMALL.items() if key in known}, **settings}
     made = Autoencoder({"modality": "image", "net": net, "quantizer": settings})
-    z = torch.stack(LatentEncoder(made, {}).latents([picture(48, 48, i) for i in range(6)]))
+    z = torch.stack(LatentEncoder(made, {}).latents([picture(112, 112, i) for i in range(6)]))
     made.quantizer.train()(z.clone())  # LatentEncoder has set eval mode, and z was made in inference mode
     made.quantizer.fit(z.flatten(0, -2))
     return made
