@@ -68,7 +68,7 @@ def with_rules_of_run(config: Config, run_url: str, command: str) -> Config:
     }
     for key, old in kept.items():
         print(f"{command}: {run_url} was started by an earlier version and keeps data.preprocess.{key}={old}")
-    return replace(config, data=replace(config.data, preprocess=given | kept))
+    return config.with_changes(data=replace(config.data, preprocess=given | kept))
 
 
 def load_encoder(run_url: str, preprocess: dict[str, Any], device: str = "cpu") -> LatentEncoder:

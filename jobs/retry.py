@@ -35,7 +35,7 @@ def run(config: Config) -> int:
     # new rows must look like the committed ones, and come from the shards: a cache of latents has the old failures
     layout = output.layout
     options = replace(config.tokens, encoding=layout.encoding, passthrough=list(layout.passthrough), latents="")
-    config = replace(config, tokens=options)
+    config = config.with_changes(tokens=options)
     output.input_lists()  # raises for a damaged one now, and not after the work
     shards = output.committed_shards()
     done = {shard.first.name for shard in shards}

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ def _fit(url: str, shards: list[Shard], config: Config) -> tuple[str | None, int
     workers, ranks = config.workers, config.workers.count or 1
     resources = {"CPU": cluster.cpus_per_rank(workers)} | ({"GPU": workers.gpus} if workers.gpus else {})
     # Ray writes these settings to files and shows them on its pages
-    public = replace(config, storage=StorageConfig())
+    public = config.with_changes(storage=StorageConfig())
     settings = {"config": public, "shards": shards, "run": url, "channel": channel}
     torch_config = LoopbackTorchConfig() if cluster.is_local() else TorchConfig()
     trainer = TorchTrainer(

@@ -13,11 +13,11 @@ class ReplacedObject(OSError):
     """An object is not the version that was listed or opened."""
 
 
-class UnsafeStorage(ValueError):
+class UnsafeStorage(OSError):
     """The storage overwrites objects on create-only writes, so two writers could destroy each other's work."""
 
 
-class UnknownStorage(ValueError):
+class UnknownStorage(OSError):
     """A URL has a protocol that is unknown or lacks its package, or options that its client does not accept."""
 
 

@@ -344,6 +344,13 @@ class Config:
     def __post_init__(self) -> None:
         self.written: dict[str, str] = {}  # keys from environment variables, as they are written; load_config sets it
 
+    def with_changes(self, **changes: Any) -> "Config":
+        """A copy with other values at these keys. dataclasses.replace would lose `written`."""
+        config = copy.copy(self)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """For artifacts: without `storage`, which may hold secrets, and without values of environment variables."""
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}

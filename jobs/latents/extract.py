@@ -107,7 +107,7 @@ def fill_cache(run_url: str, inputs: ShardList, config: Config) -> Output:
     layout = latent_layout(encoder, options, config.data.member)
     cache = Output.create(url, layout, inputs, config.to_dict(), same_names=options.same_names)
     print(f"codebook: caching latents in {cache.url}")
-    failures = encode_missing("codebook", inputs.shards, cache, load, replace(config, tokens=options))
+    failures = encode_missing("codebook", inputs.shards, cache, load, config.with_changes(tokens=options))
     print_failures("codebook", failures)
     print_notes("codebook", sum((one.notes for one in cache.committed_shards()), collections.Counter()))
     return cache

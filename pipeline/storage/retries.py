@@ -94,6 +94,8 @@ def is_transient(error: BaseException) -> bool:
 def http_status(error: BaseException) -> int | None:
     """The status of the server's response, if there was one. Each client keeps it in another place."""
     for cause in _causes(error):
+        if type(cause).__module__ == "aiohttp.http_exceptions":
+            continue  # a body that broke off: its code 400 is aiohttp's own
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             return response.get("ResponseMetadata", {}).get("HTTPStatusCode")

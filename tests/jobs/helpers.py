@@ -146,3 +146,9 @@ def left_in_session(session: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def make_a_checkpoint(run: Path) -> None:
+    """An empty checkpoint of step 0. A run with a checkpoint keeps its configuration."""
+    (run / "checkpoints/checkpoint_0").mkdir(parents=True)
+    (run / "checkpoints/checkpoint_0/lanes.json").write_text("{}")

@@ -43,8 +43,8 @@ def audit(output: Output, tokenizer: str, index: int = 0, rows: tuple[int, ...] 
 
 
 def forge(output: Output, row: int, change: int = 1) -> None:
-    """Changes the first token of a row of the first shard, and updates the checksums in the entry, as a worker with broken
-    arithmetic would have written them."""
+    """Changes the first token of a row of the first shard, and updates the checksums in the entry, as if a worker had
+    computed another token."""
     name = shard(output).name
     path, entry = Path(output.tokens_url(name)), Path(output.url) / "manifest" / f"{name}.json"
     table = pq.read_table(path)

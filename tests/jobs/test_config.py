@@ -18,7 +18,7 @@ from jobs.config.reference import FILE, reference
 from jobs.config.renames import RENAMED
 from jobs.config.schema import Key, all_keys
 from jobs.train import _claim as claim
-from tests.jobs.helpers import SAMPLES
+from tests.jobs.helpers import SAMPLES, make_a_checkpoint
 from tokenizer.nets.base.net import NETS
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.registry import Registry
@@ -237,8 +237,7 @@ def test_a_method_file_may_have_old_names(write):
 @pytest.fixture
 def old_run(tmp_path: Path) -> str:
     """A run with a checkpoint, whose config.yaml has old names."""
-    (tmp_path / "checkpoints/checkpoint_0").mkdir(parents=True)
-    (tmp_path / "checkpoints/checkpoint_0/lanes.json").write_text("{}")
+    make_a_checkpoint(tmp_path)
     (tmp_path / "config.yaml").write_bytes((SAMPLES.parent / "tests/golden/run/config.yaml").read_bytes())
     return str(tmp_path)
 
@@ -266,17 +265,16 @@ def test_a_run_that_does_not_state_its_downmix_resumes_with_the_mean(tmp_path: P
     for key in ("downmix", "gapless", "allow_truncated"):
         del stored.data.preprocess[key]
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(stored))
-    again = load_config(AUDIO)
-    claim(str(tmp_path), again)
+    again = claim(str(tmp_path), load_config(AUDIO))
     assert (again.data.preprocess["downmix"], again.data.preprocess["gapless"]) == ("mean", False)
-    said = (
-        "started by an earlier version; it continues with data.preprocess.downmix=mean, data.preprocess.gapless=False"
-    )
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "started by an earlier version and keeps data.preprocess.downmix=mean" in printed
+    assert "started by an earlier version and keeps data.preprocess.gapless=False" in printed
 
 
 def test_a_run_that_states_its_downmix_refuses_another(tmp_path: Path):
     claim(str(tmp_path), load_config(AUDIO))
+    make_a_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.preprocess\.downmix=bs775, not mean"):
         claim(str(tmp_path), load_config([*AUDIO, "data.preprocess.downmix=mean"]))
 
@@ -445,7 +443,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train run=R data.shards=gs://x/y.tar", "gs:// needs another package"),
         ("tokenize output=O data.shards=S tokenizer=foo://x", "unknown protocol 'foo'"),
         ("train run=/proc/x data.shards=S", "'/proc/x'; check this path"),
-        ("train run=/dev/null/x data.shards=S", "'/dev/null/x'; check this path"),
+        ("train run=/dev/null/x data.shards=S", "'/dev/null/x/config.yaml'; check this path"),
         ("status output=/dev/null", "Not a directory: '/dev/null/dataset.json'"),
         # paths in Ray's copy of the working directory, which is deleted after a job
         ("train run=U/run data.shards=S", "run is U/run: a path in Ray's copy of the working directory"),

@@ -49,7 +49,7 @@ def test_a_method_trains_freezes_tokenizes_and_decodes(tmp_path, file):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     shard = write_tar(tmp_path / "in/0.tar", jpegs(5))
     output = tokenize_without_ray(shard, str(tmp_path / "tokenizer"), tmp_path / "out")
-    assert verify(output, deep=True)[0] == []
+    assert verify(output, deep=True).problems == []
 
     loaded = Tokenizer.from_pretrained(tmp_path / "tokenizer")
     assert loaded.id == tokenizer.id

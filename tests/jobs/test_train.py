@@ -19,7 +19,7 @@ from jobs.reports.training import CollapseAlarm
 from jobs.train import _absolute, _claim, _remove_orphans
 from jobs.training.checks import check
 from pipeline.tokens import Output, TokenDataset
-from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session
+from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session, make_a_checkpoint
 from tokenizer.tokenizer import Tokenizer
 
 STEPS = 120
@@ -285,12 +285,6 @@ def test_a_killed_training_resumes_with_the_same_result(
     assert all(killed[name].equal(calm[name]) for name in calm)
 
 
-def make_a_checkpoint(run: Path) -> None:
-    """What makes a run keep its configuration."""
-    (run / "checkpoints/checkpoint_0").mkdir(parents=True)
-    (run / "checkpoints/checkpoint_0/lanes.json").write_text("{}")
-
-
 def test_a_run_that_began_before_a_key_existed_uses_its_default(tmp_path: Path):
     loaded = load_config([config(tmp_path)])
     _claim(str(tmp_path / "run"), loaded)
@@ -304,6 +298,7 @@ def test_a_run_that_began_before_a_key_existed_uses_its_default(tmp_path: Path):
 
 def test_a_run_reads_the_member_that_it_began_with(tmp_path: Path):
     _claim(str(tmp_path / "run"), load_config([config(tmp_path)]))
+    make_a_checkpoint(tmp_path / "run")
     file = tmp_path / "run/config.yaml"
     assert yaml.safe_load(file.read_text())["data"]["member"] == ""
     file.write_text(file.read_text().replace("  member: ''\n", ""))  # as older versions wrote it

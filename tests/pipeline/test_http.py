@@ -11,7 +11,7 @@ import pytest
 from pipeline import storage
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import find_shards
-from pipeline.errors import StorageError
+from pipeline.errors import NoShards, StorageError
 from pipeline.storage import retries
 from tests.corpus import write_tar
 
@@ -52,9 +52,9 @@ def test_a_query_is_part_of_the_url_and_not_a_pattern(url: str):
     assert [sample.members for sample in read_samples(shard.url)] == [{"txt": b"a"}]
 
 
-def test_a_missing_shard_has_no_size(url: str):
-    [shard] = find_shards(f"{url}/missing.tar").shards
-    assert shard.num_bytes is None
+def test_a_missing_shard_is_an_error_that_names_it(url: str):
+    with pytest.raises(NoShards, match=rf"{url}/missing.tar does not exist"):
+        find_shards(f"{url}/missing.tar")
 
 
 def test_a_refused_shard_is_not_reported_as_missing(url: str):
