@@ -18,7 +18,7 @@ from jobs.packing.shards import shard_pattern, write_shards
 from jobs.packing.table import table_samples
 from jobs.packing.tally import Tally
 from pipeline import storage
-from tokenizer.modalities.base import build_modality
+from tokenizer.modalities.base import MODALITIES, build_modality
 
 
 def run(config: Config) -> int:
@@ -37,7 +37,7 @@ def run(config: Config) -> int:
         print(f"pack: {line}")
     if not written:
         raise ConfigError(
-            f"pack.source: {options.source} holds no samples with {media.kind} data{_hint(options.source)}"
+            f"pack.source: {options.source} holds no samples with {media.kind} data{_hint(options.source, media)}"
         )
     _refuse_leftover(storage.normalise(pattern % len(written)))
     num_samples, num_old = sum(shard.num_samples for shard in written), sum(not shard.is_new for shard in written)
@@ -85,9 +85,15 @@ def _parts(samples: Iterator[Packed], size: int) -> Iterator[list[Packed]]:
         yield part
 
 
-def _hint(source: str) -> str:
-    holds_tables = Path(source).is_dir() and any(is_table(file.name) for file in Path(source).iterdir())
-    return "; to pack the tables in this folder, give a glob such as FOLDER/*.parquet" if holds_tables else ""
+def _hint(source: str, media: Media) -> str:
+    """What the folder holds instead, and the setting that packs it."""
+    names = [path.name for path in Path(source).rglob("*") if path.is_file()]
+    if any(map(is_table, names)):
+        return "; to pack the tables in this folder, give a glob such as FOLDER/*.parquet"
+    for other in set(MODALITIES.names()) - {media.kind}:
+        if any(map(Media(other, MODALITIES.get(other).extensions).extension, names)):
+            return f"; it holds {other} files: set model.modality={other} to pack them"
+    return ""
 
 
 def _refuse_leftover(url: str) -> None:

@@ -36,7 +36,7 @@ NOT_RUN = {
 }
 # Settings with which the blocks take only seconds. The copy of samples/ is also small: see `checkout`.
 TINY = {"train": ["train.steps=3", "train.batch_size=4", "train.warmup_steps=1", "workers.cpus=1"]}
-SHARDS, SAMPLES = 2, 4  # of each folder of samples/, and of each shard
+SHARDS, SAMPLES = 2, 8  # of each folder of samples/, and of each shard
 
 FENCE = re.compile(r'^```(\w+)?(?: title="([^"]*)")?[^\n]*\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -5,7 +5,6 @@ retries the work of an actor that died. This module adds two things: it detects 
 shard that keeps killing its actors, because Ray Data would retry it forever.
 """
 
-import _thread
 import collections
 import contextlib
 import logging
@@ -24,6 +23,7 @@ from jobs.config import WorkersConfig
 MAX_TRIES = 3  # for a shard whose worker dies or hangs
 MAX_BLOCKS = 10_000  # Ray Data needs a minute to start with 100,000; with more shards than this, a block holds several
 SAY_EVERY_S = 30.0
+GIVE_UP = signal.SIGUSR1  # not ctrl-C's signal: a command in the background of a script ignores that one
 TICK_S = 5.0  # while waiting for the device or for storage
 
 # Kills the process that started it if nothing is written to it for this many seconds. Ends with that process.
@@ -143,21 +143,18 @@ def map_shards(
         num_gpus=workers.gpus or None,
     )
     results.set_name(job)
-    over, no_room = threading.Event(), threading.Event()
-    watcher = threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over, no_room), daemon=True)
-    watcher.start()
-    try:
-        # no prefetch: it would hold a result back until the next one arrives
-        for batch in results.iter_batches(prefetch_batches=0, batch_size=None, batch_format="numpy"):
-            yield from map(cloudpickle.loads, batch["result"])
-    except KeyboardInterrupt:
-        if no_room.is_set():
-            raise gave_up(workers) from None
-        raise
-    finally:
-        over.set()
-        watcher.join(timeout=1)  # Ray prints a line about each call that is pending when its actor is killed
-        ray.kill(ledger)
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch_ledger, args=(job, workers, ledger, over), daemon=True)
+    with _raising_no_room(workers):
+        watcher.start()
+        try:
+            # no prefetch: it would hold a result back until the next one arrives
+            for batch in results.iter_batches(prefetch_batches=0, batch_size=None, batch_format="numpy"):
+                yield from map(cloudpickle.loads, batch["result"])
+        finally:
+            over.set()
+            watcher.join(timeout=1)  # Ray prints a line about each call that is pending when its actor is killed
+            ray.kill(ledger)
 
 
 def configure(context: Any) -> None:
@@ -173,12 +170,27 @@ def configure(context: Any) -> None:
             handler.setLevel(logging.ERROR)
 
 
-def _watch_ledger(
-    job: str, workers: WorkersConfig, ledger: Any, over: threading.Event, no_room: threading.Event
-) -> None:
+@contextlib.contextmanager
+def _raising_no_room(workers: WorkersConfig) -> Iterator[None]:
+    """Raises NoRoom in the main thread when it gets GIVE_UP. In other threads, which get no signals, does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(*_: object) -> None:
+        raise gave_up(workers)
+
+    before = signal.signal(GIVE_UP, give_up)
+    try:
+        yield
+    finally:
+        signal.signal(GIVE_UP, before)
+
+
+def _watch_ledger(job: str, workers: WorkersConfig, ledger: Any, over: threading.Event) -> None:
     """Prints what the job waits for as long as no worker has a shard. Restarts a ledger that does not answer.
 
-    Interrupts the main thread, and sets no_room, when the job has waited for workers.wait_s.
+    Sends GIVE_UP to the main thread when the job has waited for workers.wait_s.
     """
     import ray
 
@@ -190,9 +202,8 @@ def _watch_ledger(
                 print(f"{job}: restarting the ledger of shards, which did not answer for {SAY_EVERY_S:g} s", flush=True)
                 ray.kill(ledger, no_restart=False)
                 continue
-            if idle_s >= workers.wait_s:
-                no_room.set()
-                _thread.interrupt_main()
+            if idle_s >= workers.wait_s and callable(signal.getsignal(GIVE_UP)):
+                signal.pthread_kill(threading.main_thread().ident or 0, GIVE_UP)
                 return
             if idle_s >= SAY_EVERY_S:
                 print(waiting_line(job, workers, idle_s), flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,6 +127,7 @@ def driver_in_a_session(arguments: list[str], log: Path = Path(os.devnull)) -> I
             [sys.executable, "-m", "jobs", *arguments],
             start_new_session=True,
             env=alone,
+            preexec_fn=_take_ctrl_c,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -136,6 +138,11 @@ def driver_in_a_session(arguments: list[str], log: Path = Path(os.devnull)) -> I
             with contextlib.suppress(psutil.Error):
                 left.kill()
         process.wait()
+
+
+def _take_ctrl_c() -> None:
+    """A test run in the background of a script ignores ctrl-C, and so would its commands."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def left_in_session(session: int) -> list[psutil.Process]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -82,6 +83,16 @@ def test_a_job_waits_for_a_node_says_so_and_uses_each_node_that_joins(cluster: C
     assert min(second) - joined < 30
 
 
+@contextlib.contextmanager
+def ctrl_c_ignored() -> Iterator[None]:
+    """As a shell script starts its commands in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_job_gives_up_when_no_node_joins_in_time(cluster: Cluster, tmp_path: Path):
     """With the exit code of an incomplete job, so that it can be repeated."""
     for node in cluster.nodes[1:]:
@@ -95,7 +106,7 @@ def test_a_job_gives_up_when_no_node_joins_in_time(cluster: Cluster, tmp_path: P
     assert train.returncode == 3, train.stderr
     line = "no worker has started for 3 s (workers.wait_s). A worker needs 1 CPU (workers.cpus); the cluster has 0 of 0"
     assert line in train.stderr
-    with job(tmp_path, cluster.client_environment(), "4", "1", "workers.wait_s=3") as waiting:
+    with ctrl_c_ignored(), job(tmp_path, cluster.client_environment(), "4", "1", "workers.wait_s=3") as waiting:
         assert waiting.process.wait(120) == 1
     assert f"NoRoom: {line}" in waiting.log.read_text()
 

@@ -162,6 +162,13 @@ def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "holds no samples" in logged(capsys)
 
 
+def test_a_folder_of_another_modality_names_the_setting_that_packs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert pack(folder_of(tmp_path, "one.wav"), tmp_path / "out") == 2
+    assert "it holds audio files: set model.modality=audio to pack them" in logged(capsys)
+
+
 def test_a_folder_of_tables_says_how_to_pack_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert pack(folder_of(tmp_path, "t.parquet"), tmp_path / "out") == 2
     assert "give a glob such as FOLDER/*.parquet" in logged(capsys)

@@ -129,9 +129,9 @@ def test_the_command_recovers_samples_and_failed_shards_until_only_the_bad_are_l
 ):
     """The workers' Pillow has its usual limit. A third shard could not be read when the output was made."""
     late = tmp_path / "late.tar"
-    output.add_inputs(find_shards(str(late)))
-    output.record_failure(find_shards(str(late)).shards[0], f"{late}: there is no such shard", now=1.0)
     late.write_bytes(tar_bytes([(f"late{name}", data) for name, data in jpegs(3)]))
+    output.add_inputs(find_shards(str(late)))
+    output.record_failure(find_shards(str(late)).shards[0], f"{late}: there was no such shard", now=1.0)
     low_limit.undo()
     command = ["retry", f"output={output.url}", f"tokenizer={tokenizer}", "tokens.encoding=packed"]  # ignored
     assert main(command) == 4  # 1 of 15 is still bad
