@@ -7,6 +7,7 @@ We always pass the format to PyAV: with format detection FFmpeg would also open 
 files and addresses.
 """
 
+import contextlib
 import importlib
 import io
 from collections.abc import Iterator
@@ -91,11 +92,21 @@ def package(name: str) -> ModuleType:
 # -- soundfile ----------------------------------------------------------------------------------------------------
 
 
+class _Content(io.BytesIO):
+    """libsndfile seeks to places before the start of damaged files, and an error there would be printed by cffi."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Stays where it is if the place is before the start."""
+        with contextlib.suppress(ValueError):
+            super().seek(offset, whence)
+        return self.tell()
+
+
 def _open_soundfile(kind: str, data: bytes, block: int) -> OpenFile | None:
     """None if libsndfile cannot open the file, or would fail at the end: flac without a length in its header."""
     soundfile = package("soundfile")
     try:
-        file = soundfile.SoundFile(io.BytesIO(data))
+        file = soundfile.SoundFile(_Content(data))
     except soundfile.LibsndfileError:
         return None
     if file.frames > 2**62:
