@@ -27,7 +27,11 @@ import pytest
 import webdataset
 
 from jobs.__main__ import main
+from jobs.config.schema import ExportConfig
+from jobs.exporting.folder import ExportFolder
 from jobs.exporting.format import FORMATS
+from jobs.exporting.parts import write_parts
+from jobs.exporting.plan import Plan
 from pipeline import storage
 from pipeline.corpus.shards import ShardList
 from pipeline.tokens import Output, TokenRow, commit_shard
@@ -321,6 +325,22 @@ def test_a_second_export_is_a_noop(output: Output, tmp_path: Path, capsys: pytes
     assert export(output, "mds", tmp_path / "to") == 0
     assert "already complete" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "to").iterdir()} == times
+
+
+def test_a_damaged_part_is_made_again_and_a_damaged_export_is_named(output: Output, tmp_path: Path, capsys):
+    plan = Plan.of(output, FORMATS.get("mds"), ExportConfig(format="mds"))
+    folder = ExportFolder(str(tmp_path / "to"))
+    folder.start(plan)
+    write_parts(plan, folder, {})
+    (tmp_path / "to/shard.00000.mds").write_bytes(b"half")
+    (tmp_path / "to/shard.00001.mds").unlink()
+    assert sorted(folder.finished_parts()) == [2]
+    assert export(output, "mds", tmp_path / "to") == export(output, "mds", tmp_path / "whole") == 0
+    assert contents(tmp_path / "to") == contents(tmp_path / "whole")
+    capsys.readouterr()
+    (tmp_path / "to/shard.00001.mds").unlink()
+    assert export(output, "mds", tmp_path / "to") == 2
+    assert "shard.00001.mds has no bytes, but export.json says" in logged(capsys)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
