@@ -9,14 +9,14 @@ from jobs.exporting.folder import ExportFolder
 from jobs.exporting.format import FORMATS
 from jobs.exporting.parts import write_parts
 from jobs.exporting.plan import Plan
+from jobs.status import open_output
 from pipeline import storage
-from pipeline.tokens import Output
 
 
 def run(config: Config) -> int:
     config.require("output", "export.format", "export.to")
     options = config.export
-    output = Output.open(storage.normalise(config.output))
+    output = open_output(storage.normalise(config.output))
     try:
         kind = FORMATS.get(options.format)
     except ValueError as error:

@@ -410,6 +410,8 @@ def test_a_folder_with_other_files_is_refused(output: Output, tmp_path: Path, ca
 
 
 def test_an_output_without_rows_is_refused(tmp_path: Path, capsys):
+    assert export(str(tmp_path), "mds", tmp_path / "to") == 2
+    assert "is not an output of `tokenmill tokenize`" in logged(capsys)
     assert export(write_tokens(tmp_path, (0, 0)), "mds", tmp_path / "to") == 2
     assert "holds no rows" in logged(capsys)
 
