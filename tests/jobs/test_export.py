@@ -9,9 +9,10 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import pickle
 import re
-import signal
+import shutil
 import struct
 import subprocess
 import sys
@@ -299,24 +300,27 @@ def test_export_json_counts_rows_and_holds_the_checksum_of_each_file(output: Out
     assert [part["commit"] for part in result["parts"]] == [e.name for e in output.commits() if e.num_rows]
 
 
-@pytest.mark.parametrize("kind", ["megatron", "webdataset"])
-def test_a_killed_export_continues_and_gives_the_same_bytes(tmp_path: Path, kind: str):
-    output = write_tokens(tmp_path, (1,) * 60)
-    assert export(output, kind, tmp_path / "whole") == 0
-    settings = [f"output={output.url}", f"export.format={kind}", f"export.to={tmp_path / 'to'}", "export.workers=1"]
+def test_a_killed_export_continues_and_gives_the_same_bytes(output: Output, tmp_path: Path):
+    copy = Path(shutil.copytree(output.url, tmp_path / "out"))
+    assert export(str(copy), "webdataset", tmp_path / "whole") == 0
+    third = copy / "tokens" / Path(output.tokens_url([e.name for e in output.commits() if e.num_rows][2])).name
+    data = third.read_bytes()
+    third.unlink()
+    os.mkfifo(third)  # the export waits here until it is killed
+    settings = [f"output={copy}", "export.format=webdataset", f"export.to={tmp_path / 'to'}", "export.workers=1"]
     process = subprocess.Popen([sys.executable, "-m", "jobs", "export", *settings])
     while not (tmp_path / "to/parts/000001.json").exists():
         assert process.poll() is None
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+    process.kill()
     process.wait()
-    assert not (tmp_path / "to/export.json").exists()
-    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "to").glob("*01.*")}
-    assert export(output, kind, tmp_path / "to") == 0
-    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "to").glob("*01.*")}
-    assert after == before
-    made = {name: data for name, data in contents(tmp_path / "to").items() if ".tmp-" not in name}
-    assert made == contents(tmp_path / "whole")
+    third.unlink()
+    third.write_bytes(data)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "to").glob("*.tar")}
+    assert sorted(before) == ["tokens-000000.tar", "tokens-000001.tar"]
+    assert export(str(copy), "webdataset", tmp_path / "to") == 0
+    assert {name: (tmp_path / "to" / name).stat().st_mtime_ns for name in before} == before
+    assert contents(tmp_path / "to") == contents(tmp_path / "whole")
 
 
 def test_a_second_export_is_a_noop(output: Output, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -327,20 +331,29 @@ def test_a_second_export_is_a_noop(output: Output, tmp_path: Path, capsys: pytes
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "to").iterdir()} == times
 
 
-def test_a_damaged_part_is_made_again_and_a_damaged_export_is_named(output: Output, tmp_path: Path, capsys):
-    plan = Plan.of(output, FORMATS.get("mds"), ExportConfig(format="mds"))
+@pytest.mark.parametrize(
+    ("kind", "half", "lost", "final"),
+    [
+        ("mds", "shard.00000.mds", "shard.00001.mds", "shard.00001.mds"),
+        ("megatron", "parts/000000.bin", "parts/000001.lengths", "tokens.idx"),
+    ],
+)
+def test_a_damaged_part_is_made_again_and_a_damaged_export_is_named(
+    output: Output, tmp_path: Path, capsys, kind: str, half: str, lost: str, final: str
+):
+    plan = Plan.of(output, FORMATS.get(kind), ExportConfig(format=kind))
     folder = ExportFolder(str(tmp_path / "to"))
     folder.start(plan)
     write_parts(plan, folder, {})
-    (tmp_path / "to/shard.00000.mds").write_bytes(b"half")
-    (tmp_path / "to/shard.00001.mds").unlink()
+    (tmp_path / "to" / half).write_bytes(b"half")
+    (tmp_path / "to" / lost).unlink()
     assert sorted(folder.finished_parts()) == [2]
-    assert export(output, "mds", tmp_path / "to") == export(output, "mds", tmp_path / "whole") == 0
+    assert export(output, kind, tmp_path / "to") == export(output, kind, tmp_path / "whole") == 0
     assert contents(tmp_path / "to") == contents(tmp_path / "whole")
     capsys.readouterr()
-    (tmp_path / "to/shard.00001.mds").unlink()
-    assert export(output, "mds", tmp_path / "to") == 2
-    assert "shard.00001.mds has no bytes, but export.json says" in logged(capsys)
+    (tmp_path / "to" / final).unlink()
+    assert export(output, kind, tmp_path / "to") == 2
+    assert f"{final} has no bytes, but export.json says" in logged(capsys)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
