@@ -28,6 +28,7 @@ COMMANDS = {  # name: (module, summary); a module is imported only to run its co
     "audit": ("jobs.audit", "tokenize a random sample of rows again and compare the tokens"),
     "retry": ("jobs.retry", "process quarantined samples and failed shards again"),
     "decode": ("jobs.decode", "decode token rows to images or audio files"),
+    "export": ("jobs.export", "write the tokens in the format of another reader, such as nanoGPT or WebDataset"),
     "compare": ("jobs.compare", "train several methods and sizes with one recipe and compare them"),
     "evaluate": ("jobs.evaluate", "measure quality and codebook usage on held-out shards"),
 }
@@ -140,7 +141,8 @@ def _refuse_uploaded(config: Any) -> None:
     from pipeline import storage
 
     written = {"run": config.run, "output": config.output, "decode.output": config.decode.output}
-    for key, value in {**written, "pack.shards": config.pack.shards}.items():
+    written |= {"pack.shards": config.pack.shards, "export.to": config.export.to}
+    for key, value in written.items():
         if value and UPLOADED in storage.normalise(value):
             raise ConfigError(
                 f"{key} is {value}: a path in Ray's copy of the working directory, which is deleted after the job; "

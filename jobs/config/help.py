@@ -9,7 +9,11 @@ from typing import Any
 from jobs.config.schema import all_keys
 
 REFERENCE = "docs/reference/configuration.md"
-NAMED = {"quantizer": "tokenizer.quantizers", "model.net": "tokenizer.nets"}  # keys with a name: its package
+NAMED = {  # keys with a name: its package
+    "quantizer": "tokenizer.quantizers",
+    "model.net": "tokenizer.nets",
+    "export.format": "jobs.exporting.formats",
+}
 
 
 def docstring(module: str) -> str:

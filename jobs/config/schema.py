@@ -37,7 +37,20 @@ TRAINING = ("train", "compare")
 WITH_TOKENIZER = ("tokenize", "evaluate", "audit", "retry", "decode")
 DECODING = ("codebook", "tokenize", "evaluate", "audit", "retry")
 POOLS = ("codebook", "tokenize", "evaluate", "audit", "retry")
-ALL = ("pack", "train", "codebook", "tokenize", "status", "verify", "audit", "retry", "decode", "compare", "evaluate")
+ALL = (
+    "pack",
+    "train",
+    "codebook",
+    "tokenize",
+    "status",
+    "verify",
+    "audit",
+    "retry",
+    "decode",
+    "compare",
+    "evaluate",
+    "export",
+)
 
 
 @dataclass
@@ -277,6 +290,23 @@ class DecodeConfig:
 
 
 @dataclass
+class ExportConfig:
+    format: str = key("", "the format to write")
+    to: str = key("", "folder or URL to write to; nothing is written outside of it")
+    bos: int = key(-1, "token to write before each row, for nanogpt and megatron; -1 writes none")
+    eos: int = key(-1, "token to write after each row, for nanogpt and megatron; -1 writes none")
+    offset: int = key(0, "number to add to each token, for nanogpt and megatron")
+    dtype: str = key(
+        "", "nanogpt: uint16 or uint32; megatron: uint16 or int32; empty takes the first that holds every token"
+    )
+    workers: int = key(0, "processes, each with one token shard in memory; 0 takes one per CPU core, up to 8")
+
+    def __post_init__(self) -> None:
+        _check_minimum("export", self, -1, "bos", "eos", unit=" (none)")
+        _check_minimum("export", self, 0, "offset", "workers")
+
+
+@dataclass
 class VerifyConfig:
     deep: bool = key(False, "also read all tokens and the input shards again; --deep is short for it")
     repair: bool = key(
@@ -321,7 +351,9 @@ class Config:
 
     run: str = key("", "folder or URL of the training run, RUN", (*TRAINING, "codebook", *WITH_TOKENIZER))
     output: str = key(
-        "", "folder or URL of the token shards, OUT", ("tokenize", "status", "verify", "audit", "retry", "decode")
+        "",
+        "folder or URL of the token shards, OUT",
+        ("tokenize", "status", "verify", "audit", "retry", "decode", "export"),
     )
     tokenizer: str = key("", "a frozen tokenizer; empty takes the only one in RUN/tokenizers", WITH_TOKENIZER)
     data: DataConfig = key(DataConfig, "input shards and their preprocessing")
@@ -337,6 +369,7 @@ class Config:
     audit: AuditConfig = key(AuditConfig, "a check of random rows", ("audit",))
     pack: PackConfig = key(PackConfig, "making shards", ("pack",))
     decode: DecodeConfig = key(DecodeConfig, "tokens back to images or audio", ("decode",))
+    export: ExportConfig = key(ExportConfig, "tokens in the format of another reader", ("export",))
     verify: VerifyConfig = key(VerifyConfig, "the proof of an output", ("verify",))
     status: StatusConfig = key(StatusConfig, "the progress of an output", ("status",))
     storage: StorageConfig = key(StorageConfig, "access to object storage", ALL)

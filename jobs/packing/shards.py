@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jobs.config import ConfigError
 from jobs.packing.names import printable
@@ -51,7 +51,7 @@ def write_shards(parts: Iterator[list[Packed]], pattern: str, workers: int) -> I
     """
     jobs = ((storage.normalise(pattern % number), part) for number, part in enumerate(parts))
     first = list(islice(jobs, 2))
-    workers = workers or min(_num_cores(), MAX_WORKERS)
+    workers = num_workers(workers)
     if workers == 1 or len(first) < 2:
         return (write_shard(*job) for job in chain(first, jobs))
     return in_processes(write_shard, chain(first, jobs), workers)
@@ -72,12 +72,15 @@ def write_shard(url: str, samples: list[Packed]) -> Written:
 
 
 def in_processes(
-    function: Callable[[str, list[Packed]], R], jobs: Iterator[tuple[str, list[Packed]]], workers: int
+    function: Callable[..., R],
+    jobs: Iterator[tuple[Any, ...]],
+    workers: int,
+    advice: str = "lower pack.workers or pack.samples_per_shard",
 ) -> Iterator[R]:
-    """The results of the function in the order of the jobs, which are shards and their samples.
+    """The results of the function in the order of the jobs, which are its arguments.
 
     Prepares at most one job more than there are workers, because jobs from tables hold their bytes. Raises ConfigError
-    if a process dies.
+    with the advice if a process dies.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy locks of other threads
     pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
@@ -91,8 +94,7 @@ def in_processes(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ConfigError(
-            "a process that writes shards died, probably for lack of memory; lower pack.workers or "
-            "pack.samples_per_shard, and rerun the command"
+            f"a process that writes shards died, probably for lack of memory; {advice}, and rerun the command"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # waits for the shards that are being written
@@ -111,6 +113,11 @@ def _exit_after_parent() -> None:
     os._exit(1)
 
 
+def num_workers(asked: int) -> int:
+    """The number that was asked for; for 0 one for each CPU core that this process may use, up to MAX_WORKERS."""
+    return asked or min(_num_cores(), MAX_WORKERS)
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -122,11 +129,11 @@ def _to_tar(samples: list[Packed]) -> bytes:
         for sample in samples:
             for member, content in sorted(sample.members.items()):
                 data = _read(content)
-                archive.addfile(_header(f"{sample.key}.{member}", len(data)), io.BytesIO(data))
+                archive.addfile(tar_header(f"{sample.key}.{member}", len(data)), io.BytesIO(data))
     return out.getvalue()
 
 
-def _header(name: str, size: int) -> tarfile.TarInfo:
+def tar_header(name: str, size: int) -> tarfile.TarInfo:
     header = tarfile.TarInfo(name)
     header.size, header.mode, header.mtime = size, 0o444, 0
     header.uname = header.gname = "tokenmill"

@@ -17,7 +17,7 @@ from pipeline.storage.client import (
     normalise,
     setter,
 )
-from pipeline.storage.create import check_create_only, remove, replace, upload, write_once
+from pipeline.storage.create import check_create_only, remove, replace, upload, write_chunks, write_once
 from pipeline.storage.objects import (
     TEMPORARY,
     StoredObject,
@@ -74,5 +74,6 @@ __all__ = [
     "temporary_files",
     "upload",
     "without_secrets",
+    "write_chunks",
     "write_once",
 ]

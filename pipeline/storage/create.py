@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.storage.client import CHECKED, CREATE_ONLY, SERVER, is_local, join
 from pipeline.storage.objects import TEMPORARY, exists, read
 from pipeline.storage.retries import http_status
 
+STREAM_BYTES = 2**26  # bytes per part of an object that is written in parts
 WRITE_S, WRITE_BYTES_PER_S = 60, 250_000  # slower writes time out; nothing else detects a server that is gone
 
 
@@ -80,6 +82,44 @@ def replace(url: str, data: bytes) -> None:
             os.replace(temporary, path)
         return
     _put(url, data)
+
+
+def write_chunks(url: str, chunks: Callable[[], Iterable[bytes]]) -> tuple[str, int]:
+    """Like `replace`, for objects that are too large for memory. Returns the SHA-256 and the number of bytes.
+
+    chunks: called again when the write is retried.
+    """
+    fs, path = locate_once(url)
+    if not is_local(fs):
+        return request("write", url, lambda: _stream(fs.open(path, "wb", block_size=STREAM_BYTES), chunks()))
+    with _temporary_beside(Path(path), b"") as temporary:
+        with temporary.open("wb") as file:
+            written = _copy(file, chunks())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    return written
+
+
+def _stream(file: Any, chunks: Iterable[bytes]) -> tuple[str, int]:
+    """Writes all chunks, or leaves no object: closing the file is what creates it."""
+    try:
+        written = _copy(file, chunks)
+    except BaseException:
+        file.discard()
+        file.closed = True  # else its destructor would upload what is there
+        raise
+    file.close()
+    return written
+
+
+def _copy(file: Any, chunks: Iterable[bytes]) -> tuple[str, int]:
+    digest, num_bytes = hashlib.sha256(), 0
+    for chunk in chunks:
+        file.write(chunk)
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return digest.hexdigest(), num_bytes
 
 
 def remove(url: str) -> None:

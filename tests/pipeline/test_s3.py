@@ -9,6 +9,7 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,28 @@ def test_a_read_continues_after_the_server_restarted(tmp_path: Path, monkeypatch
             assert start + stream.read() == DATA
             restart.join()
         storage.write_once(f"{server.url}/y", b"after")
+
+
+# -- objects written in parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["s3", "disk"])
+def test_an_object_written_in_chunks_is_there_whole_or_not_at_all(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    monkeypatch.setattr(create, "STREAM_BYTES", 5 * 2**20)  # the least that S3 allows
+    url = f"{root}/big" if place == "s3" else str(tmp_path / "big")
+    data = bytes(range(256)) * 2**12
+
+    def breaking():
+        yield from [data] * 12  # two parts and a bit
+        raise KeyError("broken on purpose")
+
+    for whole in ([data] * 12, [b"short"], []):
+        with pytest.raises(KeyError):
+            storage.write_chunks(url, breaking)
+        assert not storage.exists(url)
+        content = b"".join(whole)
+        assert storage.write_chunks(url, lambda whole=whole: whole) == (sha256(content).hexdigest(), len(content))
+        assert storage.read(url) == content
+        storage.remove(url)
