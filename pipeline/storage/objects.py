@@ -149,6 +149,14 @@ def list_files(folder: str) -> list[str]:
     return [file.url for file in scan(folder)]
 
 
+def list_entries(folder: str) -> list[str]:
+    """URLs of the files and folders directly in the folder, sorted; [] if there is no such folder."""
+    fs, infos = _listing(folder)
+    urls = [_as_url(fs, info["name"].rstrip("/"), folder) for info in infos]
+    names = [(url.rsplit("/", 1)[1], url) for url in urls if url != folder.rstrip("/")]
+    return [url for name, url in names if not name.startswith(TEMPORARY)]
+
+
 def list_folders(folder: str) -> list[str]:
     """URLs of the folders directly in the folder, sorted."""
     fs, infos = _listing(folder)

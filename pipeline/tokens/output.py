@@ -121,7 +121,7 @@ class Output:
         lists, problems = {}, {}
         for url, text in _read_all(self._files("inputs")):
             try:
-                lists[_stem(url)] = ShardList.from_json(text).shards
+                lists[_stem(url)] = _parse_list(_stem(url), text).shards
             except (ValueError, RecursionError) as error:
                 problems[_stem(url)] = f"inputs/{_stem(url)}.json is damaged ({error}); {REPAIR_AND_RERUN}"
         return lists, problems
@@ -171,7 +171,7 @@ class Output:
 
     def strays(self) -> list[str]:
         """Files in the folders of JSON files that are none of ours, such as .DS_Store: "manifest/.DS_Store"."""
-        listed = {folder: storage.list_files(self._at(folder)) for folder in ("manifest", "inputs", "failed")}
+        listed = {folder: storage.list_entries(self._at(folder)) for folder in ("manifest", "inputs", "failed")}
         return [f"{folder}/{_name(url)}" for folder, urls in listed.items() for url in urls if not _is_ours(_name(url))]
 
     def read_entry(self, name: str) -> Commit | None:
@@ -257,7 +257,7 @@ class Output:
         """The notes that can be read, and a message for each other one, by its name."""
         urls = self._files("failed")
         notes, problems = [], {}
-        for url, text in zip(urls, map_in_threads(storage.read_if_exists, urls, READERS), strict=True):
+        for url, text in zip(urls, map_in_threads(_read_note, urls, READERS), strict=True):
             try:
                 if text is not None:
                     notes.append(_parse_note(text))
@@ -304,7 +304,7 @@ class Output:
 
     def _files(self, folder: str) -> list[str]:
         """URLs of the JSON files in the folder, without files of other programs."""
-        return [url for url in storage.list_files(self._at(folder)) if _is_ours(_name(url))]
+        return [url for url in storage.list_entries(self._at(folder)) if _is_ours(_name(url))]
 
     def _at(self, *parts: str) -> str:
         return storage.join(self.url, *parts)
@@ -328,7 +328,22 @@ def _refuse_other(url: str, existing: dict[str, Any], wanted: dict[str, Any]) ->
 
 
 def _read_all(urls: list[str]) -> Iterator[tuple[str, bytes]]:
-    return zip(urls, map_in_threads(storage.read, urls, READERS), strict=True)
+    return zip(urls, map_in_threads(_read_listed, urls, READERS), strict=True)
+
+
+def _read_listed(url: str) -> bytes:
+    """The content of a listed file; of a folder or a link that leads nowhere b"", which no parser accepts."""
+    try:
+        return storage.read(url)
+    except (FileNotFoundError, IsADirectoryError):
+        return b""
+
+
+def _parse_list(name: str, text: bytes) -> ShardList:
+    listed = ShardList.from_json(text)
+    if listed.id != name:
+        raise ValueError(f"its shards are those of the id {listed.id}")
+    return listed
 
 
 def _read_about(url: str) -> dict[str, Any]:
@@ -336,7 +351,12 @@ def _read_about(url: str) -> dict[str, Any]:
     try:
         about = json.loads(storage.read(storage.join(storage.normalise(url), "dataset.json")))
         ShardLayout.from_dict(about["layout"])
+    except IsADirectoryError as error:
+        raise BrokenDataset(f"{url}/dataset.json is damaged (it is a folder); {REPAIR_AND_RERUN}") from error
     except FileNotFoundError as error:
+        if "dataset.json" in map(_name, storage.list_entries(url)):
+            what = "a link that leads nowhere"
+            raise BrokenDataset(f"{url}/dataset.json is damaged ({what}); {REPAIR_AND_RERUN}") from error
         raise FileNotFoundError(f"{url} is not an output of `tokenmill tokenize`: dataset.json is missing") from error
     except UnsupportedSchema as error:
         raise UnsupportedSchema(f"{url}/dataset.json: {error}") from error
@@ -344,6 +364,14 @@ def _read_about(url: str) -> dict[str, Any]:
         what = f"{type(error).__name__}: {error}"
         raise BrokenDataset(f"{url}/dataset.json is damaged ({what}); {REPAIR_AND_RERUN}") from error
     return about
+
+
+def _read_note(url: str) -> bytes | None:
+    """None for a note that was removed since it was listed. A folder reads as b"", which is no note."""
+    try:
+        return storage.read_if_exists(url)
+    except IsADirectoryError:
+        return b""
 
 
 def _parse_note(text: bytes) -> dict[str, Any]:

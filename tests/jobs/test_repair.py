@@ -11,6 +11,7 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.config import Config
+from pipeline.corpus.shards import Shard, ShardList
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture, tar_bytes
 from tests.jobs.helpers import rows_of, tokenize_without_ray
@@ -122,20 +123,20 @@ def test_the_corpus_under_another_path_is_refused(
 def test_a_wrong_list_is_withdrawn(output: Output, corpus: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]):
     """As another version wrote it: one shard of it does not exist."""
     lists = Path(output.url) / "inputs"
-    wrong = [{"url": "/gone/x.tar", "num_bytes": None, "version": None}]
-    (lists / "0123456789abcdef.json").write_text(json.dumps(wrong))
+    wrong = ShardList([Shard("/gone/x.tar", None)])
+    (lists / f"{wrong.id}.json").write_text(wrong.to_json())
     assert main(command(corpus, tokenizer)) == 0
     assert "tokenize: 1 shards of other runs are not tokenized, such as /gone/x.tar" in said(capsys)
     assert main(["status", f"output={output.url}"]) == 0
     assert f"{SHARDS} done, 1 left" in said(capsys)
     assert main(["verify", f"output={output.url}"]) == 3
     assert "/gone/x.tar: not tokenized; " in (told := said(capsys))
-    assert "verify.withdraw=0123456789abcdef" in told
-    assert main(["verify", f"output={output.url}", "verify.withdraw=[0123456789abcdef]", "--dry-run"]) == 0
+    assert f"verify.withdraw={wrong.id}" in told
+    assert main(["verify", f"output={output.url}", f"verify.withdraw=[{wrong.id}]", "--dry-run"]) == 0
     assert len(list(lists.iterdir())) == 2
-    assert main(["verify", f"output={output.url}", "verify.withdraw=[0123456789abcdef]"]) == 0
+    assert main(["verify", f"output={output.url}", f"verify.withdraw=[{wrong.id}]"]) == 0
     assert main(["verify", f"output={output.url}", "--deep"]) == 0
-    assert main(["verify", f"output={output.url}", "verify.withdraw=[0123456789abcdef]"]) == 2
+    assert main(["verify", f"output={output.url}", f"verify.withdraw=[{wrong.id}]"]) == 2
     assert "is no list and no tokenized shard" in said(capsys)
 
 
