@@ -14,8 +14,8 @@ import pyarrow as pa
 from jobs.actors.run import SHOWN, EncodeWorker, ShardResult, run_shards
 from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config
+from jobs.outputs import open_output
 from jobs.shards import encode_shard
-from jobs.status import open_output
 from pipeline.corpus.shards import Shard, look_up
 from pipeline.errors import ShardError
 from pipeline.tokens import Commit, Output, TokenRow

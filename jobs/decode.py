@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config, ConfigError
-from jobs.status import open_output
+from jobs.outputs import open_output
 from pipeline import storage
 from pipeline.tokens import Output, TokenDataset
 from pipeline.tokens.schema import SIZE_COLUMNS

@@ -20,7 +20,7 @@ from jobs.shards import DecodedSample, ShardReader, apply_or_quarantine
 from pipeline import storage
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.errors import ShardError
-from pipeline.tokens.output import Quarantined
+from pipeline.tokens import Quarantined
 from tokenizer.evaluation import Evaluation
 from tokenizer.modalities.image.frechet import about
 from tokenizer.quantizers.base.quantizer import Quantizer

@@ -16,13 +16,12 @@ from jobs.actors.run import FIX_AND_RERUN, EncodeWorker, ShardResult, print_fail
 from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config
 from jobs.encode import encode_missing
+from jobs.outputs import exit_code, open_output
 from jobs.shards import EncodedShard, encode_shard
-from jobs.status import open_output
 from pipeline import storage
 from pipeline.corpus.shards import Shard, look_up
 from pipeline.errors import ShardError
 from pipeline.tokens import CommittedShard, Output, Quarantined, TokenRow, commit_retry
-from pipeline.tokens.checks import damaged_files
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -77,18 +76,7 @@ def _outcome(output: Output, failures: list[str], config: Config) -> int:
     if untried := {shard.name for shard in output.inputs()} - {shard.first.name for shard in shards}:
         print(f"retry: incomplete: {len(untried)} shards are not tokenized yet; rerun the same `tokenmill tokenize`")
         return 3
-    if damaged := damaged_files(output, shards):
-        print(
-            f"retry: incomplete: {len(damaged)} files of committed shards are missing or damaged, such as "
-            f"{damaged[0]}; run `tokenmill verify verify.repair=true output={output.url}`"
-        )
-        return 3
-    allowed = config.tokens.max_bad_fraction
-    if quarantined > allowed * max(1, rows + quarantined):
-        print(f"retry: done, but {quarantined} quarantined samples exceed tokens.max_bad_fraction={allowed}")
-        return 4
-    print("retry: done")
-    return 0
+    return exit_code("retry", output, shards, (rows, quarantined), config)
 
 
 @dataclass

@@ -9,7 +9,8 @@ import collections
 import json
 from typing import Any
 
-from jobs.config import Config, ConfigError
+from jobs.config import Config
+from jobs.outputs import open_output
 from jobs.reports.progress import clock
 from pipeline.tokens.checks import damaged_files
 from pipeline.tokens.commit import Commit, group_by_shard
@@ -29,14 +30,6 @@ def run(config: Config) -> int:
     for name, value in _lines(summary):
         print(f"{name:<13}{value}")
     return 0
-
-
-def open_output(url: str) -> Output:
-    """Raises ConfigError if there is no output."""
-    try:
-        return Output.open(url)
-    except FileNotFoundError as error:
-        raise ConfigError(str(error)) from error
 
 
 def summarise(output: Output) -> dict[str, Any]:

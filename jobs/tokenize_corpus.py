@@ -14,12 +14,12 @@ from jobs.artifacts import check_limits, check_member, load_tokenizer, token_lay
 from jobs.config import Config, ConfigError, TokensConfig
 from jobs.encode import encode_missing
 from jobs.latents.cache import open_cache
+from jobs.outputs import exit_code
 from pipeline import storage
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.errors import ShardError
 from pipeline.tokens import Output
-from pipeline.tokens.checks import damaged_files
 
 LOOK_AT = 100  # samples
 
@@ -95,15 +95,5 @@ def _outcome(output: Output, shards: list[Shard], failures: list[str], config: C
     if len(done) < len(shards):
         print(f"tokenize: incomplete: {len(shards) - len(done)} shards failed; {FIX_AND_RERUN}")
         return 3
-    if damaged := damaged_files(output, committed):
-        print(
-            f"tokenize: incomplete: {len(damaged)} files of committed shards are missing or damaged, such as "
-            f"{damaged[0]}; run `tokenmill verify verify.repair=true output={output.url}`, then rerun the same command"
-        )
-        return 3
-    allowed = config.tokens.max_bad_fraction
-    if quarantined > allowed * max(1, rows + quarantined):
-        print(f"tokenize: done, but {quarantined} quarantined samples exceed tokens.max_bad_fraction={allowed}")
-        return 4
-    print("tokenize: done")
-    return 0
+    then = ", then rerun the same command"
+    return exit_code("tokenize", output, committed, (rows, quarantined), config, then=then)

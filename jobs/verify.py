@@ -16,8 +16,8 @@ from typing import Any
 
 from jobs.config import Config, ConfigError
 from jobs.config.schema import all_keys
+from jobs.outputs import open_output
 from jobs.reports.progress import Progress
-from jobs.status import open_output
 from pipeline.errors import BrokenDataset
 from pipeline.tokens import Output
 from pipeline.tokens.commit import group_by_shard

@@ -66,7 +66,7 @@ class Autoencoder(nn.Module):
                 raise ValueError(
                     f"{name} of {quantizer.name} cannot change after training; settings that can: {allowed}"
                 )
-        quantizer.config = dataclasses.replace(quantizer.config, **settings)  # type: ignore[type-var]
+        quantizer.config = dataclasses.replace(quantizer.config, **settings)
         self.settings["quantizer"] |= settings
 
     def save(self, folder: str | Path) -> None:

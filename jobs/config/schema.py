@@ -146,7 +146,7 @@ class TrainConfig:
     def recipe(self) -> "Recipe":
         """The part that does not depend on shards. Raises ValueError. Recipe still calls crop_size `segment`: the ids
         and result files of comparisons hold that name."""
-        from tokenizer.training.step import Recipe
+        from tokenizer.training.recipe import Recipe
 
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "segment"}
         given["discriminator"] = dataclasses.replace(Recipe().discriminator, **dataclasses.asdict(self.discriminator))

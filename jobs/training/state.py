@@ -62,7 +62,7 @@ class TrainState:
     def seed_noise(self) -> None:
         torch.manual_seed(self.config.train.seed * 1000 + self.rank + 1 + 1_000_003 * self.step)
 
-    def averaged_weights(self) -> contextlib.AbstractContextManager:
+    def averaged_weights(self) -> contextlib.AbstractContextManager[object]:
         """Inside, the autoencoder has the weights that RUN/model will have."""
         return self.averages.applied() if self.averages is not None else contextlib.nullcontext()
 

@@ -144,7 +144,7 @@ class TarReader:
 
     def _member(self, header: tarfile.TarInfo, given: dict[str, str]) -> Member:
         stored = _number(given["size"]) if "size" in given else header.size
-        has_data = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES  # type: ignore[attr-defined]
+        has_data = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES
         member = Member(
             name=given.get("sparse name") or given.get("name", header.name),
             kind="file" if header.isreg() else KINDS.get(header.type, "device"),

@@ -164,7 +164,7 @@ def list_folders(folder: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def downloaded(url: str):
+def downloaded(url: str) -> Iterator[Path]:
     """A local folder with the files of the folder, for the duration of the context."""
     fs, path = locate_once(url)
     if is_local(fs):

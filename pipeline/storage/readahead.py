@@ -4,6 +4,10 @@ import io
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 BLOCK_BYTES = 8 * 2**20
 BLOCKS_AHEAD = 2  # beyond the current one, so a stream holds 24 MiB
@@ -38,12 +42,13 @@ class ReadAhead(io.RawIOBase):
         self._position = start + offset
         return self._position
 
-    def readinto(self, buffer, /) -> int:
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
         if self._position >= self._num_bytes:
             return 0
         number, offset = divmod(self._position, self._block_bytes)
-        part = memoryview(self._block(number))[offset : offset + len(buffer)]
-        buffer[: len(part)] = part
+        target = memoryview(buffer).cast("B")
+        part = memoryview(self._block(number))[offset : offset + len(target)]
+        target[: len(part)] = part
         self._position += len(part)
         return len(part)
 

@@ -1,5 +1,7 @@
 """Token shards: their schema, and how they are committed, verified and read."""
 
+from typing import Any
+
 from pipeline.tokens.commit import Commit, CommittedShard
 from pipeline.tokens.output import Output
 from pipeline.tokens.quarantine import Quarantined
@@ -19,7 +21,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # imported on first use: TokenDataset subclasses torch's IterableDataset, and importing torch takes seconds
     if name == "TokenDataset":
         from pipeline.tokens.dataset import TokenDataset

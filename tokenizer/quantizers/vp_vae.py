@@ -264,7 +264,7 @@ class VPVAE(CodebookQuantizer):
             return QuantizerOutput(z)
         return super()._eval_forward(z)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         self._index = None
         if f"{prefix}queue.samples" in state_dict:  # a checkpoint; earlier versions did not count steps
             state_dict.setdefault(f"{prefix}steps", torch.tensor(UNKNOWN_STEPS))
@@ -274,7 +274,7 @@ class VPVAE(CodebookQuantizer):
         self._index = None  # it is on the old device
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_index": None, "_num_indexed": 0}
 
 

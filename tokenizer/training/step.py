@@ -120,7 +120,7 @@ class Trainer:
             self.lap("discriminator")
         return StepResult(loss.detach(), {name: value.detach() for name, value in losses.items()}, out)
 
-    def _no_sync(self) -> contextlib.AbstractContextManager:
+    def _no_sync(self) -> contextlib.AbstractContextManager[object]:
         """DistributedDataParallel's `no_sync`, where the model has it."""
         return getattr(self.model, "no_sync", contextlib.nullcontext)()
 

@@ -238,4 +238,4 @@ def _ssim(x: Tensor, x_hat: Tensor) -> Tensor:
     """
     if min(x.shape[2:]) < SSIM_WINDOW:
         return x.new_full((len(x),), math.nan)
-    return torch.atleast_1d(ssim(x_hat, x, data_range=1.0, reduction="none"))  # type: ignore[arg-type]
+    return torch.atleast_1d(ssim(x_hat, x, data_range=1.0, reduction="none"))

@@ -48,4 +48,4 @@ def build_net(settings: dict[str, Any]) -> Net:
     """A net from {"name": ..., and fields of its Config}. Raises ValueError for an unknown name."""
     settings = dict(settings)
     cls = NETS.get(settings.pop("name"))
-    return cls(cls.Config(**settings))  # type: ignore[call-arg]
+    return cls(cls.Config(**settings))

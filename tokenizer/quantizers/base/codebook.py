@@ -53,7 +53,7 @@ class CodebookQuantizer(Quantizer):
     def _decode(self, indices: Tensor) -> Tensor:
         return self.codes[indices]
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         saved = state_dict.get(f"{prefix}table")
         if saved is not None:  # `fit` decided on the number of codes
             self.table = self.table.new_zeros(saved.shape)

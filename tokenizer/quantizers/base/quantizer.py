@@ -174,4 +174,4 @@ def build_quantizer(settings: dict[str, Any]) -> Quantizer:
     """A quantizer from {"name": ..., and fields of its Config}. Raises ValueError or TypeError for anything else."""
     settings = dict(settings)
     cls = QUANTIZERS.get(settings.pop("name"))
-    return cls(cls.Config(**settings))  # type: ignore[call-arg]
+    return cls(cls.Config(**settings))
