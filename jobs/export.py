@@ -9,7 +9,7 @@ from jobs.exporting.folder import ExportFolder
 from jobs.exporting.format import FORMATS
 from jobs.exporting.parts import write_parts
 from jobs.exporting.plan import Plan
-from jobs.status import open_output
+from jobs.outputs import open_output
 from pipeline import storage
 
 
