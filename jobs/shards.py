@@ -214,7 +214,7 @@ def encode_batch(
     """
 
     def encode(samples: list[DecodedSample]) -> list[np.ndarray]:
-        return encoder.encode([one.decoded.array for one in samples])
+        return encoder.encode_batch([one.decoded.array for one in samples])
 
     rows = []
     for one, grid in apply_or_quarantine(encode, batch, quarantined):

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RUN_IN_THIS_ORDER = (
     "README.md",
     *(f"docs/tutorials/{name}.md" for name in ("pictures", "audio", "cluster", "object-storage", "ray-data")),
+    "docs/python.md",
 )
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")))
 NOT_RUN = {

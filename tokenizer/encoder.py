@@ -42,7 +42,7 @@ class LatentEncoder:
         state = self.autoencoder.inference_state()
         return {name: t.detach().cpu().contiguous() for name, t in state.items() if not name.startswith("quantizer.")}
 
-    def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    def encode_batch(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Like `latents`, but as arrays on the CPU."""
         return [z.cpu().numpy() for z in self.latents(arrays)]
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder, content_hash
 from tokenizer.errors import TokenizerMismatch, naming_damage
+from tokenizer.inputs import batches, check_preprocessed, is_one, read_input
+from tokenizer.modalities.base import described
 
 SCHEMA_VERSION = 1
 MAX_SAVED_CODES = 2**20  # a scalar quantizer can have more codes than fit in memory; it computes them anyway
@@ -36,8 +38,60 @@ class Tokenizer(LatentEncoder):
         self.codebook_id = content_hash(autoencoder.settings["quantizer"], self._codebook_state)
         self.id = content_hash({"settings": self._identity(), "codebook_id": self.codebook_id}, self.net_state())
 
+    def __repr__(self) -> str:
+        quantizer = self.autoencoder.quantizer
+        layers = f", {quantizer.num_quantizers} quantizers" if quantizer.num_quantizers > 1 else ""
+        return (
+            f"Tokenizer({self.modality.name}, {self.autoencoder.settings['quantizer']['name']}{layers}, "
+            f"K={self.codebook_size}, factor={self.autoencoder.factor}, id={self.id}, device={self.device})"
+        )
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        preprocessed: bool = False,
+        value_range: tuple[float, float] | None = None,
+        layout: str = "",
+        sample_rate: int | None = None,
+    ) -> Any:
+        """Tokens of one sample, int64 in the shape of the token grid, or a list of them for several samples.
+
+        inputs: a sample is the bytes of a file, a path, a PIL image, or an array or tensor: of an image [H, W],
+        [H, W, C] or [C, H, W], uint8, or float with its value_range such as (0, 1); of audio [T] or [C, T], int16, or
+        float in -1..1, with its sample_rate in Hz. A list, a tuple, or an array with one more dimension holds several
+        samples, also of different sizes. layout: HWC or CHW, if the shape does not show which it is.
+        The tokenizer's preprocessing is applied, unless preprocessed is true: then each sample is an array as it comes
+        out of it, uint8 [H, W, 3] or float32 [T, 1].
+        The tokens are those that `tokenmill tokenize` makes of the same file, or of a lossless file of the array.
+
+        Raises BadSample for a file that cannot be read, and ValueError for an array that could mean several things.
+        """
+        one = is_one(inputs, self.modality.num_dims)
+        stated = {"value_range": value_range, "layout": layout, "sample_rate": sample_rate}
+        arrays = []
+        for number, value in enumerate([inputs] if one else inputs):
+            try:
+                if preprocessed:
+                    arrays.append(check_preprocessed(value, self.modality))
+                else:
+                    arrays.append(read_input(value, self.modality, self.read_file, stated).array)
+            except ValueError as error:  # BadSample too
+                raise type(error)(f"{error}" if one else f"input {number}: {error}") from error
+        tokens: dict[int, np.ndarray] = {}
+        for batch in batches(arrays, self.modality):
+            tokens.update(zip(batch, self.encode_batch([arrays[i] for i in batch]), strict=True))
+        return tokens[0] if one else [tokens[i] for i in range(len(arrays))]
+
+    __call__ = encode
+
+    @staticmethod
+    def read_file(place: str) -> bytes:
+        """The content of a file. `tokenmill.Tokenizer` also reads URLs."""
+        return Path(place).read_bytes()
+
     @torch.inference_mode()
-    def encode(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    def encode_batch(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         """Tokens of arrays of one bucket: int64, in the shape of the token grid. Raises BadSample for NaN latents."""
         return self.quantize(self.latents(arrays))
 
@@ -49,12 +103,47 @@ class Tokenizer(LatentEncoder):
         tokens = [t.reshape(*grid, *t.shape[1:]) for t, grid in zip(by_sample, grids, strict=True)]
         return [(t.movedim(-1, 0) if self.autoencoder.quantizer.num_quantizers > 1 else t).numpy() for t in tokens]
 
+    def decode(self, tokens: Any, sizes: Any = None) -> Any:
+        """The sample of one grid of tokens: uint8 [H, W, 3] or float32 [T, 1]; or a list of them for several grids.
+
+        tokens: integers in the shape that `encode` gives, as an array or tensor; several as a list, or as an array with
+        one more dimension. sizes: the size of each sample before preprocessing, as in the columns of token shards;
+        without it the samples have the size of the grid times the factor. Raises ValueError for tokens that are none
+        of this tokenizer, and for another number of dimensions.
+        """
+        quantizer = self.autoencoder.quantizer
+        num_dims = self.modality.num_dims - 1 + (quantizer.num_quantizers > 1)
+        one = is_one(tokens, num_dims)
+        grids = [_as_array(t) for t in ([tokens] if one else tokens)]
+        for grid in grids:
+            if grid.ndim != num_dims or not np.issubdtype(grid.dtype, np.integer):
+                raise ValueError(f"tokens are integers with {num_dims} dimensions; this array has {described(grid)}")
+        sizes = ([sizes] if one else list(sizes)) if sizes is not None else None
+        if sizes is not None and len(sizes) != len(grids):
+            raise ValueError(f"{len(sizes)} sizes for {len(grids)} grids of tokens; give one for each")
+        samples: dict[int, np.ndarray] = {}
+        for batch in self._grids_together(grids):
+            wanted = [self._decoded_size(grids[i], sizes and sizes[i]) for i in batch]
+            samples.update(zip(batch, self._decode_batch([grids[i] for i in batch], wanted), strict=True))
+        return samples[0] if one else [samples[i] for i in range(len(grids))]
+
+    def _grids_together(self, grids: list[np.ndarray]) -> list[list[int]]:
+        """Numbers of grids that fit into one batch: grids of images with the same shape, all sequences."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for number, grid in enumerate(grids):
+            by_shape.setdefault(grid.shape if self.modality.num_dims > 2 else (), []).append(number)
+        return list(by_shape.values())
+
+    def _decoded_size(self, grid: np.ndarray, size: dict[str, int] | None) -> dict[str, int]:
+        if size is not None:
+            return self.modality.processed_size(size)
+        shape = grid.shape[1:] if self.autoencoder.quantizer.num_quantizers > 1 else grid.shape
+        return self.modality.size_of_grid(shape, self.autoencoder.factor)
+
     @torch.inference_mode()
-    def decode(self, tokens: list[np.ndarray], sizes: list[dict[str, int]]) -> list[np.ndarray]:
-        """Arrays from tokens of one bucket. sizes: those that `read` returned. Raises ValueError for a token >= K."""
+    def _decode_batch(self, tokens: list[np.ndarray], sizes: list[dict[str, int]]) -> list[np.ndarray]:
         z_q, mask = _stacked([self._codes(t) for t in tokens])
-        x = self.autoencoder.reconstruct(z_q, mask)
-        return self.modality.unbatch(x, [self.modality.processed_size(size) for size in sizes])
+        return self.modality.unbatch(self.autoencoder.reconstruct(z_q, mask), sizes)
 
     def _codes(self, tokens: np.ndarray) -> Tensor:
         """The codes of tokens: [..., dim] on the device."""
@@ -146,6 +235,10 @@ def _read_about(path: Path) -> dict[str, Any]:
     if missing := {"model", "preprocessing", "tokenizer_id"} - about.keys():
         raise ValueError(f"{', '.join(sorted(missing))} is missing")
     return about
+
+
+def _as_array(tokens: Any) -> np.ndarray:
+    return tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
 
 
 def _stacked(codes: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -15,12 +15,12 @@ from tokenmill.extras import explain
 
 if TYPE_CHECKING:
     from pipeline.tokens import TokenDataset
-    from tokenizer.tokenizer import Tokenizer
+    from tokenmill.tokenizer import Tokenizer
 
 __all__ = ["TokenDataset", "Tokenizer", "__version__"]
 __version__ = "0.1.0"  # the build reads the version from here
 
-_HOME = {"Tokenizer": "tokenizer.tokenizer", "TokenDataset": "pipeline.tokens"}
+_HOME = {"Tokenizer": "tokenmill.tokenizer", "TokenDataset": "pipeline.tokens"}
 _ROOT = Path(__file__).resolve().parent.parent
 
 

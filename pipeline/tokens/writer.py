@@ -236,19 +236,28 @@ def _create_file(
     """Creates the file with these bytes.
 
     A file without a manifest entry, from a run that died or from another writer, proves nothing: it is kept only if
-    it has the same bytes, or if `accept` can prove its rows. Any other file is replaced.
+    it has the same bytes, or if `accept` can prove its rows. Any other file is replaced, and so is an empty folder.
     """
     try:
         storage.write_once(url, data)
         return _Written(url, data)
     except FileExistsError:
-        existing = storage.read_if_exists(url)
+        existing = _existing(url)
     if existing is not None and (existing == data or accept(existing)):
         return _Written(url, existing)
     if output.read_entry(name) is not None:  # never replace a committed file
         return _Written(url, data)
     storage.replace(url, data)
     return _Written(url, data, existing)
+
+
+def _existing(url: str) -> bytes | None:
+    """The content of the file; None if it is gone. An empty folder in its place is removed."""
+    try:
+        return storage.read_if_exists(url)
+    except IsADirectoryError:
+        storage.remove(url)
+        return None
 
 
 class _OtherRetry(Exception):

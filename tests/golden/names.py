@@ -125,7 +125,7 @@ def arrays_of(tokenizer: LatentEncoder, count: int = 2) -> dict[str, np.ndarray]
 
 
 def tokens_of(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    return {key: tokenizer.encode([array])[0] for key, array in arrays_of(tokenizer).items()}
+    return {key: tokenizer.encode_batch([array])[0] for key, array in arrays_of(tokenizer).items()}
 
 
 def latents_of(tokenizer: LatentEncoder, count: int = 2) -> dict[str, np.ndarray]:

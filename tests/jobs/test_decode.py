@@ -47,7 +47,7 @@ def test_every_picture_comes_back_in_its_size(output: Path, tokenizer: str, caps
 def test_a_decoded_picture_is_the_tokenizers_reconstruction(output: Path, tokenizer: str):
     decode(output, tokenizer, "decode.limit=1")
     frozen, original = Tokenizer.from_pretrained(tokenizer), picture(16, 24, seed=0)
-    [expected] = frozen.decode(frozen.encode([original]), [{"height": 16, "width": 24}])
+    [expected] = frozen.decode(frozen.encode_batch([original]), [{"height": 16, "width": 24}])
     assert np.array_equal(np.asarray(Image.open(output.parent / "png/a-000000-0001.png")), expected)
 
 

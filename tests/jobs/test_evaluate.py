@@ -44,7 +44,7 @@ def by_one_process(shards: list, tokenizer: str, weights: str) -> float:
     found = []
     for sample in (sample for shard in shards for sample in read_samples(shard.url)):
         array = np.asarray(Image.open(io.BytesIO(sample.members["png"])))
-        [rebuilt] = loaded.decode(loaded.encode([array]), [loaded.modality.size_of(array)])
+        [rebuilt] = loaded.decode(loaded.encode_batch([array]), [loaded.modality.size_of(array)])
         x = torch.from_numpy(np.stack([array, rebuilt])).permute(0, 3, 1, 2) / 255
         found.append(net(x).double().numpy())
     return low_rank_distance(*np.stack(found, axis=1))

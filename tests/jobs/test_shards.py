@@ -131,7 +131,7 @@ def test_an_output_holds_the_tokens_of_its_member_and_no_other_may_be_added(
     pairs: str, tokenizer: str, frozen: Tokenizer, tmp_path: Path
 ):
     output = tokenize_without_ray(pairs, tokenizer, tmp_path / "out", TokensConfig(), member="right.jpg")
-    expected = frozen.encode([frozen.modality.read(PAIR["right.jpg"], "jpg").array])[0]
+    expected = frozen.encode_batch([frozen.modality.read(PAIR["right.jpg"], "jpg").array])[0]
     tokens = rows_of(output.url)["tokens"].to_pylist()
     assert tokens == [expected.ravel().tolist()] * 3
     assert Output.open(output.url).layout.member == "right.jpg"

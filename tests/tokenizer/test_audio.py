@@ -52,19 +52,19 @@ def same(first: list[np.ndarray], second: list[np.ndarray]) -> bool:
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_clip_has_the_same_tokens_alone_and_in_any_batch(causal):
     some = sorted(clips(), key=len)[:12]
-    alone = [tokenizer(causal).encode([clip])[0] for clip in some]
-    assert same(tokenizer(causal).encode(some), alone)
-    assert same(tokenizer(causal).encode(some[::-1])[::-1], alone)
+    alone = [tokenizer(causal).encode_batch([clip])[0] for clip in some]
+    assert same(tokenizer(causal).encode_batch(some), alone)
+    assert same(tokenizer(causal).encode_batch(some[::-1])[::-1], alone)
 
 
 def test_a_token_count_is_the_clip_over_the_hop_rounded_up():
-    tokens = tokenizer().encode(clips()[:8])
+    tokens = tokenizer().encode_batch(clips()[:8])
     assert [len(t) for t in tokens] == [-(-len(clip) // 96) for clip in clips()[:8]]
 
 
 def test_a_clip_is_decoded_alike_alone_and_in_any_batch():
     some, audio = clips()[:6], tokenizer().modality
-    tokens, sizes = tokenizer().encode(some), [audio.size_of(clip) for clip in some]
+    tokens, sizes = tokenizer().encode_batch(some), [audio.size_of(clip) for clip in some]
     alone = [tokenizer().decode([t], [size])[0] for t, size in zip(tokens, sizes, strict=True)]
     assert same(tokenizer().decode(tokens, sizes), alone)
 
@@ -72,7 +72,7 @@ def test_a_clip_is_decoded_alike_alone_and_in_any_batch():
 @pytest.mark.parametrize("count", [320, 321, 95, 96, 97, 1, 6144, 6145, 20_000])
 def test_decode_gives_back_exactly_as_many_samples(count):
     clip = 0.1 * np.random.default_rng(0).standard_normal((count, 1)).astype(np.float32)
-    tokens = tokenizer().encode([clip])
+    tokens = tokenizer().encode_batch([clip])
     [reconstruction] = tokenizer().decode(tokens, [{"sample_rate": 16_000, "num_samples": count}])
     assert reconstruction.shape == (count, 1)
     assert np.abs(reconstruction).max() <= 1
@@ -91,7 +91,7 @@ def test_a_long_clip_in_windows_has_the_latents_of_the_whole():
 
 def test_silence_is_tokenized():
     silence = np.zeros((5000, 1), dtype=np.float32)
-    [tokens] = tokenizer().encode([silence])
+    [tokens] = tokenizer().encode_batch([silence])
     assert tokens.shape == (53,)
 
 

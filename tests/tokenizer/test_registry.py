@@ -102,9 +102,9 @@ def test_a_new_quantizer_trains_and_becomes_a_tokenizer_without_other_edits(tmp_
         frozen = Tokenizer(made, {})
         frozen.save_pretrained(tmp_path / "saved")
         loaded = Tokenizer.from_pretrained(tmp_path / "saved")
-        tokens, sizes = frozen.encode(arrays), [{"height": 16, "width": 24}] * 3
+        tokens, sizes = frozen.encode_batch(arrays), [{"height": 16, "width": 24}] * 3
         assert loaded.id == frozen.id
-        assert all(np.array_equal(a, b) for a, b in zip(loaded.encode(arrays), tokens, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(loaded.encode_batch(arrays), tokens, strict=True))
         assert [array.shape for array in loaded.decode(tokens, sizes)] == [(16, 24, 3)] * 3
 
 

@@ -65,7 +65,7 @@ def test_tokens_are_codes_in_the_shape_of_the_grid(quantizer: str):
     frozen = tokenizer(quantizer)
     num_quantizers = frozen.autoencoder.quantizer.num_quantizers
     shape = (12, 20) if num_quantizers == 1 else (num_quantizers, 12, 20)
-    for tokens in frozen.encode(pictures(24, 40)):
+    for tokens in frozen.encode_batch(pictures(24, 40)):
         assert (tokens.shape, tokens.dtype) == (shape, np.int64)
         assert 0 <= tokens.min() <= tokens.max() < frozen.codebook_size
 
@@ -74,7 +74,7 @@ def test_tokens_are_codes_in_the_shape_of_the_grid(quantizer: str):
 def test_decode_gives_back_the_original_size(height: int, width: int):
     frozen = tokenizer(net={**TINY, "multipliers": [1, 1, 2]})
     decoded = frozen.modality.read(encoded(picture(height, width)))
-    [tokens] = frozen.encode([decoded.array])
+    [tokens] = frozen.encode_batch([decoded.array])
     [reconstruction] = frozen.decode([tokens], [decoded.size])
     assert tokens.shape == (-(-height // 4), -(-width // 4))
     assert (reconstruction.shape, reconstruction.dtype) == ((height, width, 3), np.uint8)
@@ -83,7 +83,7 @@ def test_decode_gives_back_the_original_size(height: int, width: int):
 def test_decode_gives_the_size_after_preprocessing():
     frozen = tokenizer(preprocessing={"short_side": 16, "center_crop": True})
     decoded = frozen.modality.read(encoded(picture(30, 50)))
-    [reconstruction] = frozen.decode(frozen.encode([decoded.array]), [decoded.size])
+    [reconstruction] = frozen.decode(frozen.encode_batch([decoded.array]), [decoded.size])
     assert decoded.size == {"height": 30, "width": 50}
     assert reconstruction.shape == (16, 16, 3)
 
@@ -99,7 +99,7 @@ def test_decode_is_the_decoder_over_the_codes():
 
 def test_decode_takes_the_narrow_integers_of_a_token_shard():
     frozen = tokenizer()
-    tokens = frozen.encode(pictures())
+    tokens = frozen.encode_batch(pictures())
     sizes = [{"height": 24, "width": 40}] * 3
     narrow = [grid.astype(np.uint8) for grid in tokens]
     assert same(frozen.decode(narrow, sizes), frozen.decode(tokens, sizes))
@@ -113,7 +113,7 @@ def test_a_token_that_is_no_code_is_not_decoded(quantizer: str, token: int):
 
 
 def test_other_latents_get_other_tokens():
-    [tokens] = tokenizer().encode(pictures(64, 64, 1))
+    [tokens] = tokenizer().encode_batch(pictures(64, 64, 1))
     assert len(np.unique(tokens)) > 8
 
 
@@ -127,21 +127,21 @@ def test_tokens_alone_and_in_a_batch_agree_but_for_ties(quantizer: dict[str, Any
     """Another order of float32 sums moves a latent by 2e-6, which changes about one token in 50,000."""
     frozen = tokenizer(net={**DEMO, "attention": attention}, **quantizer)
     arrays = pictures(64, 64, 16)
-    together = frozen.encode(arrays)
-    alone = [frozen.encode([array])[0] for array in arrays]
+    together = frozen.encode_batch(arrays)
+    alone = [frozen.encode_batch([array])[0] for array in arrays]
     assert sum(int((a != b).sum()) for a, b in zip(together, alone, strict=True)) <= 1
 
 
 def test_tokens_are_the_same_every_time():
     frozen = tokenizer(net=DEMO)
-    assert same(frozen.encode(pictures()), frozen.encode(pictures()))
+    assert same(frozen.encode_batch(pictures()), frozen.encode_batch(pictures()))
 
 
 def test_freezing_ends_training():
     resnet = {"name": "resnet32", "channels": 16}  # its batch norms would reveal training mode
-    expected = tokenizer(net=resnet).encode(pictures())
+    expected = tokenizer(net=resnet).encode_batch(pictures())
     frozen = Tokenizer(autoencoder(net=resnet).train(), {})
-    assert same(frozen.encode(pictures()), expected)
+    assert same(frozen.encode_batch(pictures()), expected)
     assert not any(module.training for module in frozen.autoencoder.modules())
     assert not any(parameter.requires_grad for parameter in frozen.autoencoder.parameters())
 
@@ -150,7 +150,7 @@ def test_padding_changes_only_tokens_near_it():
     frozen = tokenizer(net={"name": "resnet32", "channels": 16})  # no group norm, which depends on all pixels
     cut = pictures(61, 61, 1)[0]
     padded = np.pad(cut, ((0, 3), (0, 3), (0, 0)), mode="edge")
-    assert same(frozen.encode([cut]), frozen.encode([padded]))
+    assert same(frozen.encode_batch([cut]), frozen.encode_batch([padded]))
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_nan_latents_are_a_bad_sample(value: float):
     frozen = tokenizer()
     frozen.autoencoder.project_in.bias.data[1] = value
     with pytest.raises(BadSample, match="NaN or infinite"):
-        frozen.encode(pictures())
+        frozen.encode_batch(pictures())
 
 
 def test_unknown_preprocessing_is_refused():
@@ -195,8 +195,8 @@ def test_a_tokenizer_survives_its_files(tmp_path: Path, quantizer: str):
     loaded = Tokenizer.from_pretrained(saved(frozen, tmp_path))
     assert (loaded.id, loaded.codebook_id) == (frozen.id, frozen.codebook_id)
     assert loaded.preprocessing == frozen.preprocessing
-    tokens, sizes = frozen.encode(pictures(20, 40)), [{"height": 20, "width": 40}] * 3
-    assert same(loaded.encode(pictures(20, 40)), tokens)
+    tokens, sizes = frozen.encode_batch(pictures(20, 40)), [{"height": 20, "width": 40}] * 3
+    assert same(loaded.encode_batch(pictures(20, 40)), tokens)
     assert same(loaded.decode(tokens, sizes), frozen.decode(tokens, sizes))
 
 
@@ -226,7 +226,7 @@ def test_a_very_large_codebook_is_not_saved(tmp_path: Path):
     frozen = tokenizer("fsq", codebook_size=16**6, levels=[16] * 6)
     loaded = Tokenizer.from_pretrained(saved(frozen, tmp_path))
     assert "codebook" not in load_file(tmp_path / "codebook.safetensors")
-    assert same(loaded.encode(pictures()), frozen.encode(pictures()))
+    assert same(loaded.encode_batch(pictures()), frozen.encode_batch(pictures()))
 
 
 def test_training_leaves_no_trace_in_the_files(tmp_path: Path):

@@ -204,7 +204,7 @@ def test_a_trial_gives_a_frechet_distance_among_its_numbers_of_quality(with_frec
 
 def test_usage_is_counted_over_exactly_the_tokens_that_were_made():
     tokenizer = frozen()
-    tokens = np.stack(tokenizer.encode(list(photos(5))))
+    tokens = np.stack(tokenizer.encode_batch(list(photos(5))))
     assert np.array_equal(evaluated(tokenizer, photos(5)).counts[0], np.bincount(tokens.ravel(), minlength=1000))
 
 

@@ -54,6 +54,7 @@ class Modality:
     extensions: ClassVar[tuple[str, ...]]  # of the members of a WebDataset sample that it can read, without the dot
     written_as: ClassVar[str]  # file extension of the output of `to_bytes`
     mime: ClassVar[str]  # media type of the output of `to_bytes`
+    num_dims: ClassVar[int]  # an array with more dimensions holds several samples
     size_columns: ClassVar[tuple[str, ...]]  # columns of a token shard with the original's size
     default_budget: ClassVar[float]  # size of a batch, in the unit of `elements`
     default_loss_weights: ClassVar[dict[str, float]]  # every loss that `losses` can return
@@ -92,6 +93,17 @@ class Modality:
                 raise ValueError(f"{name} is no limit of {self.name} samples")
         return type(self)(dataclasses.replace(self.config, **limits))  # type: ignore[call-arg]
 
+    def file_of(self, value: Any, **stated: Any) -> bytes:
+        """The bytes of a lossless file of a sample in memory. stated: what the caller says about an array.
+
+        Raises ValueError if the value could mean several things, or is no sample of this modality.
+        """
+        raise AssertionError
+
+    def check_preprocessed(self, array: np.ndarray) -> None:
+        """Raises ValueError unless the array has the shape, dtype and range of a preprocessed sample."""
+        raise AssertionError
+
     def to_bytes(self, array: np.ndarray) -> bytes:
         raise AssertionError
 
@@ -127,6 +139,10 @@ class Modality:
         """Size after preprocessing, from the original size."""
         raise AssertionError
 
+    def size_of_grid(self, grid: tuple[int, ...], factor: int) -> dict[str, int]:
+        """Size of what is decoded from a grid of tokens, with the padding that the encoder added."""
+        raise AssertionError
+
     def losses(self, settings: dict[str, Any]) -> nn.Module:
         """A module that maps (x, x_hat) to unweighted reconstruction losses by name."""
         raise AssertionError
@@ -137,6 +153,11 @@ class Modality:
     def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
         """Bit rate in the field's usual unit. num_bits: of all samples; sizes: their sizes after preprocessing."""
         raise AssertionError
+
+
+def described(array: np.ndarray) -> str:
+    """Shape and dtype, for messages."""
+    return f"shape {tuple(array.shape)} and dtype {array.dtype}"
 
 
 def build_modality(name: str, settings: dict[str, Any]) -> Modality:

@@ -139,7 +139,7 @@ def _evaluate(trial: Trial, tokenizer: Tokenizer, arrays: Sequence[np.ndarray]) 
     for batch in _same_bucket(modality, arrays, trial.eval_batch_size):
         samples = [Decoded(array, modality.size_of(array)) for array in batch]
         started = time.perf_counter()
-        tokens = tokenizer.encode(batch)
+        tokens = tokenizer.encode_batch(batch)
         rates.append(sum(t.size for t in tokens) / (time.perf_counter() - started))
         reconstructions = evaluation.add(tokenizer, samples, quality)
         examples += [modality.view(array) for array in reconstructions[: trial.num_examples - len(examples)]]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenizer.modalities.audio.arrays import check_preprocessed, waveform_file
 from tokenizer.modalities.audio.losses import AudioLosses
 from tokenizer.modalities.audio.metrics import AudioMetrics
 from tokenizer.modalities.audio.waveform import (
@@ -31,6 +32,7 @@ class Audio(Modality):
     )
     written_as = "wav"
     mime = "audio/wav"
+    num_dims = 2
     size_columns = ("sample_rate", "num_samples")
     default_budget = 100.0
     default_loss_weights = {"l1": 1.0, "mse": 0.0, "stft": 1.0, "mel": 1.0}
@@ -41,6 +43,15 @@ class Audio(Modality):
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         return Decoded(*read_waveform(data, self.config, extension))
+
+    def file_of(self, value: Any, **stated: Any) -> bytes:
+        return waveform_file(value, **stated)
+
+    def check_preprocessed(self, array: np.ndarray) -> None:
+        check_preprocessed(array)
+
+    def size_of_grid(self, grid: tuple[int, ...], factor: int) -> dict[str, int]:
+        return {"sample_rate": self.config.sample_rate, "num_samples": grid[0] * factor}
 
     def to_bytes(self, array: np.ndarray) -> bytes:
         return to_wav(array, self.config.sample_rate)

@@ -19,6 +19,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
+from tokenizer.modalities.image.arrays import check_preprocessed, picture_file
 from tokenizer.modalities.image.files import EXTENSIONS, open_picture
 from tokenizer.modalities.image.frechet import FrechetFeatures
 from tokenizer.modalities.image.perceptual import load_perceptual
@@ -55,6 +56,7 @@ class Image(Modality):
     unstated = {"color_rules": 1}
     written_as = "png"
     mime = "image/png"
+    num_dims = 3
     size_columns = ("height", "width")
     default_budget = 0.5
     default_loss_weights = {"l1": 1.0, "mse": 0.0, "log_mse": 0.0, "perceptual": 1.0}
@@ -104,6 +106,16 @@ class Image(Modality):
             top, left = (height - side) // 2, (width - side) // 2
             array = array[top : top + side, left : left + side]
         return array
+
+    def file_of(self, value: Any, **stated: Any) -> bytes:
+        return picture_file(value, **stated)
+
+    def check_preprocessed(self, array: np.ndarray) -> None:
+        check_preprocessed(array)
+
+    def size_of_grid(self, grid: tuple[int, ...], factor: int) -> dict[str, int]:
+        height, width = grid
+        return {"height": height * factor, "width": width * factor}
 
     def size_of(self, array: np.ndarray) -> dict[str, int]:
         return {"height": array.shape[0], "width": array.shape[1]}
