@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from tokenmill.extras import explain
 
 if TYPE_CHECKING:
-    from pipeline.tokens import TokenDataset
+    from pipeline.tokens import TokenDataset, collate
     from tokenmill.tokenizer import Tokenizer
 
-__all__ = ["TokenDataset", "Tokenizer", "__version__"]
+__all__ = ["TokenDataset", "Tokenizer", "__version__", "collate"]
 __version__ = "0.1.0"  # the build reads the version from here
 
-_HOME = {"Tokenizer": "tokenmill.tokenizer", "TokenDataset": "pipeline.tokens"}
+_HOME = {"Tokenizer": "tokenmill.tokenizer", "TokenDataset": "pipeline.tokens", "collate": "pipeline.tokens"}
 _ROOT = Path(__file__).resolve().parent.parent
 
 

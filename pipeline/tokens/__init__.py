@@ -16,6 +16,7 @@ __all__ = [
     "ShardLayout",
     "TokenDataset",
     "TokenRow",
+    "collate",
     "commit_retry",
     "commit_shard",
 ]
@@ -23,8 +24,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # imported on first use: TokenDataset subclasses torch's IterableDataset, and importing torch takes seconds
-    if name == "TokenDataset":
-        from pipeline.tokens.dataset import TokenDataset
+    if name in ("TokenDataset", "collate"):
+        from pipeline.tokens import dataset
 
-        return TokenDataset
+        return getattr(dataset, name)
     raise AttributeError(name)

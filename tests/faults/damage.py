@@ -17,7 +17,6 @@ import random
 import shutil
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,9 +205,10 @@ def attack(trials: int, folder: Path, seed: int = 0) -> dict[str, Any]:
         places.update(place for _, place in done)
         try:
             outcomes[attacked.check()] += 1
-        except Exception:
+        except Exception as error:
             outcomes["broken promise"] += 1
-            broken.append({"trial": trial, "damage": done, "error": traceback.format_exc(limit=-3)})
+            what = f"{type(error).__name__}: {error}".replace(str(folder), "FOLDER").splitlines()[0]
+            broken.append({"trial": trial, "damage": done, "error": what})
     return {
         "seed": seed,
         "trials": trials,

@@ -1,0 +1,235 @@
+"""TokenDataset: batches, single rows, ranks of the environment, and epochs that other numbers of streams continue."""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.errors import OutputMismatch
+from pipeline.tokens import Output, TokenDataset
+from pipeline.tokens.dataset import collate
+from tests.corpus import write_tokens
+
+SIZES = (5, 0, 7, 3, 8)  # 23 rows
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Output:
+    return write_tokens(tmp_path_factory.mktemp("list"), SIZES)
+
+
+@pytest.fixture(scope="module")
+def rows(output: Output) -> list[dict[str, Any]]:
+    return list(TokenDataset(output.url))
+
+
+def keys(found: Any) -> list[str]:
+    return [row["key"] for row in found]
+
+
+# -- batches ------------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_the_rows_padded_to_the_largest_of_each(output: Output, rows: list[dict[str, Any]]):
+    assert len({row["tokens"].shape for row in rows}) > 1
+    batches = list(TokenDataset(output.url).batches(4, pad=-1))
+    assert [len(batch["key"]) for batch in batches] == [4, 4, 4, 4, 4, 3]
+    for batch, expected in zip(batches, in_fours(rows), strict=True):
+        assert batch["key"] == keys(expected)
+        assert batch["tokens"].dtype == np.int64
+        assert batch["tokens"].shape[1:] == tuple(np.max([row["tokens"].shape for row in expected], axis=0))
+        for tokens, mask, row in zip(batch["tokens"], batch["mask"], expected, strict=True):
+            assert np.array_equal(tokens[mask].reshape(row["tokens"].shape), row["tokens"])
+            assert (tokens[~mask] == -1).all()
+
+
+def in_fours(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    return (rows[i : i + 4] for i in range(0, len(rows), 4))
+
+
+def test_the_last_batch_can_be_left_out(output: Output):
+    assert [len(batch["key"]) for batch in TokenDataset(output.url).batches(4, drop_last=True)] == [4] * 5
+
+
+def test_a_state_between_two_batches_is_exact(output: Output):
+    dataset, resumed = (TokenDataset(output.url, shuffle_window=6) for _ in range(2))
+    batches = dataset.batches(4)
+    found = [key for batch in itertools.islice(batches, 3) for key in batch["key"]]
+    resumed.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
+    found += [key for batch in resumed.batches(4) for key in batch["key"]]
+    assert found == keys(TokenDataset(output.url, shuffle_window=6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataloader_with_collate_feeds_an_embedding(output: Output, workers: int):
+    columns = ("source_index",)
+    loader = DataLoader(
+        TokenDataset(output.url, columns=columns), batch_size=8, collate_fn=collate, num_workers=workers
+    )
+    embedding = torch.nn.Embedding(1024, 4)
+    found = []
+    for batch in loader:
+        assert embedding(batch["tokens"]).shape == (*batch["tokens"].shape, 4)
+        assert batch["mask"].dtype == torch.bool
+        assert batch["source_index"].dtype == torch.int64
+        found += batch["key"]
+    assert sorted(found) == sorted(keys(TokenDataset(output.url)))
+
+
+# -- single rows --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["list", "packed"])
+def test_rows_by_number_are_those_of_the_iteration(tmp_path: Path, encoding: str):
+    dataset = TokenDataset(write_tokens(tmp_path, SIZES, encoding=encoding).url, rank=1, world_size=2)
+    rows = [row for rank in (0, 1) for row in TokenDataset(dataset.output.url, rank=rank, world_size=2)]
+    wanted = random.Random(0).choices(range(23), k=40)
+    for found, number in zip(dataset.take(wanted), wanted, strict=True):
+        assert found["key"] == rows[number]["key"]
+        assert np.array_equal(found["tokens"], rows[number]["tokens"])
+    assert dataset[22]["key"] == rows[22]["key"]
+    assert dataset.take([]) == []
+
+
+@pytest.mark.parametrize("number", [-1, 23])
+def test_a_row_that_is_not_there_is_an_index_error(output: Output, number: int):
+    with pytest.raises(IndexError, match=f"row {number} of 23"):
+        TokenDataset(output.url)[number]
+
+
+def test_a_key_leads_to_its_row(output: Output, rows: list[dict[str, Any]]):
+    dataset = TokenDataset(output.url)
+    assert [dataset.find(row["key"]) for row in rows] == list(range(23))
+    with pytest.raises(KeyError, match="nobody"):
+        dataset.find("nobody")
+
+
+# -- ranks --------------------------------------------------------------------------------------------------------
+
+
+def test_rank_and_world_size_come_from_the_environment(output: Output, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert keys(TokenDataset(output.url)) == keys(TokenDataset(output.url, rank=2, world_size=3))
+    assert len(TokenDataset(output.url, rank=0, world_size=1)) == 23
+
+
+def test_set_epoch_reaches_persistent_workers(output: Output):
+    dataset = TokenDataset(output.url, shuffle_window=6)
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (4, 2):
+        dataset.set_epoch(epoch)
+        alone = TokenDataset(output.url, shuffle_window=6)
+        alone.set_epoch(epoch)
+        assert keys(loader) == keys(alone)
+    del loader
+
+
+def test_a_state_beside_the_workers_of_a_dataloader_is_refused(output: Output):
+    dataset = TokenDataset(output.url)
+    list(DataLoader(dataset, batch_size=None, num_workers=1))
+    with pytest.raises(OutputMismatch, match="use torchdata's StatefulDataLoader, or num_workers=0"):
+        dataset.state_dict()
+    dataset.set_epoch(1)
+    assert dataset.state_dict()["epoch"] == 1
+
+
+# -- other numbers of streams -------------------------------------------------------------------------------------
+
+
+class Streams:
+    """All ranks and workers of a run, each as a dataset of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, url: str, ranks: int, workers: int, **settings: Any):
+        self.monkeypatch = monkeypatch
+        places = itertools.product(range(ranks), range(max(1, workers)))
+        self.all = [
+            (TokenDataset(url, rank=rank, world_size=ranks, **settings), (worker, workers)) for rank, worker in places
+        ]
+
+    def resume(self, states: list[dict[str, Any]]) -> None:
+        for dataset, _ in self.all:
+            dataset.load_state_dict(json.loads(json.dumps(states)))
+
+    def read(self, rng: random.Random, most: int) -> tuple[list[str], list[dict[str, Any]]]:
+        """Up to `most` rows of each stream, a different number of each; the keys and the states after them."""
+        found, states = [], []
+        for dataset, place in self.all:
+            with self.monkeypatch.context() as patched:
+                patched.setattr("pipeline.tokens.dataset._worker", lambda place=place: place)
+                found += keys(itertools.islice(dataset, rng.randint(0, most)))
+                states.append(dataset.state_dict())
+        return found, states
+
+
+@pytest.mark.parametrize("window", [0, 4, 100])
+@pytest.mark.parametrize("shapes", [[(2, 0), (3, 0)], [(1, 4), (1, 1)], [(3, 2), (1, 0), (2, 3)], [(1, 0), (5, 0)]])
+def test_an_epoch_continues_on_any_number_of_ranks_and_workers(
+    output: Output, shapes: list[tuple[int, int]], window: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed in mid-epoch, again and again: every row once."""
+    for seed in range(5):
+        rng = random.Random(seed)
+        found: list[str] = []
+        states: list[dict[str, Any]] | None = None
+        for number, (ranks, workers) in enumerate(shapes):
+            streams = Streams(monkeypatch, output.url, ranks, workers, shuffle_window=window, seed=3)
+            if states is not None:
+                streams.resume(states)
+            is_last = number == len(shapes) - 1
+            more, states = streams.read(rng, 3) if not is_last else (whole(streams), None)
+            found += more
+        assert sorted(found) == sorted(keys(TokenDataset(output.url)))
+
+
+def whole(streams: Streams) -> list[str]:
+    found: list[str] = []
+    for dataset, place in streams.all:
+        with streams.monkeypatch.context() as patched:
+            patched.setattr("pipeline.tokens.dataset._worker", lambda place=place: place)
+            found += keys(dataset)
+    return found
+
+
+def test_after_a_continued_epoch_the_next_is_whole(output: Output):
+    old = [TokenDataset(output.url, rank=rank, world_size=2) for rank in range(2)]
+    for dataset in old:
+        list(itertools.islice(dataset, 4))
+    new = TokenDataset(output.url)
+    new.load_state_dict([dataset.state_dict() for dataset in old])
+    assert len(list(new)) == 23 - 8
+    assert new.epoch == 1
+    assert len(list(new)) == 23
+
+
+def test_a_state_without_its_list_of_rows_is_read(output: Output):
+    """As older versions wrote it."""
+    dataset, resumed = TokenDataset(output.url), TokenDataset(output.url)
+    expected = keys(dataset)
+    dataset.set_epoch(0)
+    list(itertools.islice(dataset, 6))
+    state = dataset.state_dict()
+    del state["left"]
+    resumed.load_state_dict(state)
+    assert keys(resumed) == expected[6:]
+
+
+def test_a_list_that_lacks_a_state_is_refused(output: Output):
+    states = [TokenDataset(output.url, rank=rank, world_size=3).state_dict() for rank in (0, 2)]
+    with pytest.raises(OutputMismatch, match=r"one state for each of 3 ranks.*\[\(0, 0\), \(2, 0\)\]"):
+        TokenDataset(output.url).load_state_dict(states)
+    with pytest.raises(OutputMismatch, match="empty"):
+        TokenDataset(output.url).load_state_dict([])
+
+
+def test_one_state_for_another_number_of_ranks_says_what_to_do(output: Output):
+    state = TokenDataset(output.url, rank=0, world_size=2).state_dict()
+    with pytest.raises(OutputMismatch, match="give the states of all ranks as a list"):
+        TokenDataset(output.url, rank=0, world_size=3).load_state_dict(state)
