@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class LatentEncoder:
     def device(self) -> torch.device:
         return next(self.autoencoder.parameters()).device
 
-    def to(self, device: str | torch.device) -> "LatentEncoder":
+    def to(self, device: str | torch.device) -> Self:
         """Moves the nets. Uses channels_last, which is faster for convolutions on CPU and GPU."""
         self.autoencoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self

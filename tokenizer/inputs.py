@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenizer.modalities.base import Decoded, Modality
+from tokenizer.modalities.base import Decoded, Modality, refuse_stated
 
 
 def is_one(value: Any, num_dims: int) -> bool:
@@ -27,19 +27,27 @@ def read_input(value: Any, modality: Modality, open_file: Callable[[str], bytes]
     stated: what the caller says about arrays, such as value_range. Raises ValueError for an array that could mean
     several things, and BadSample for a file that cannot be read.
     """
+    if isinstance(value, bytes | bytearray | memoryview | str | os.PathLike):
+        refuse_stated("a file", stated)
     if isinstance(value, bytes | bytearray | memoryview):
         return modality.read(bytes(value))
     if isinstance(value, str | os.PathLike):
         place = os.fspath(value)
         return modality.read(open_file(place), place.rpartition(".")[2].lower() if "." in place else "")
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().numpy()
-    return modality.read(modality.file_of(value, **stated))
+    return modality.read(modality.file_of(as_array(value), **stated))
+
+
+def as_array(value: Any) -> Any:
+    """A tensor as an array; anything else unchanged. NumPy has no bfloat16, which becomes float32."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    tensor = value.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def check_preprocessed(value: Any, modality: Modality) -> np.ndarray:
     """The value as an array of the form that preprocessing gives. Raises ValueError for any other form."""
-    array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+    array = as_array(value)
     if not isinstance(array, np.ndarray):
         raise ValueError(f"preprocessed=True needs arrays, not {type(value).__name__}")
     modality.check_preprocessed(array)

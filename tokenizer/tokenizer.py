@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder, content_hash
 from tokenizer.errors import TokenizerMismatch, naming_damage
-from tokenizer.inputs import batches, check_preprocessed, is_one, read_input
+from tokenizer.inputs import as_array, batches, check_preprocessed, is_one, read_input
 from tokenizer.modalities.base import described
 
 SCHEMA_VERSION = 1
@@ -114,11 +114,11 @@ class Tokenizer(LatentEncoder):
         quantizer = self.autoencoder.quantizer
         num_dims = self.modality.num_dims - 1 + (quantizer.num_quantizers > 1)
         one = is_one(tokens, num_dims)
-        grids = [_as_array(t) for t in ([tokens] if one else tokens)]
+        grids = [np.asarray(as_array(t)) for t in ([tokens] if one else tokens)]
         for grid in grids:
-            if grid.ndim != num_dims or not np.issubdtype(grid.dtype, np.integer):
-                raise ValueError(f"tokens are integers with {num_dims} dimensions; this array has {described(grid)}")
-        sizes = ([sizes] if one else list(sizes)) if sizes is not None else None
+            self._check_tokens(grid, num_dims)
+        if sizes is not None:
+            sizes = [sizes] if one and isinstance(sizes, dict) else list(sizes)
         if sizes is not None and len(sizes) != len(grids):
             raise ValueError(f"{len(sizes)} sizes for {len(grids)} grids of tokens; give one for each")
         samples: dict[int, np.ndarray] = {}
@@ -126,6 +126,20 @@ class Tokenizer(LatentEncoder):
             wanted = [self._decoded_size(grids[i], sizes and sizes[i]) for i in batch]
             samples.update(zip(batch, self._decode_batch([grids[i] for i in batch], wanted), strict=True))
         return samples[0] if one else [samples[i] for i in range(len(grids))]
+
+    def _check_tokens(self, grid: np.ndarray, num_dims: int) -> None:
+        num_quantizers = self.autoencoder.quantizer.num_quantizers
+        if grid.ndim != num_dims or not np.issubdtype(grid.dtype, np.integer) or grid.size == 0:
+            raise ValueError(
+                f"tokens are integers with {num_dims} dimensions, and not empty; this array has {described(grid)}"
+            )
+        if num_quantizers > 1 and len(grid) != num_quantizers:
+            raise ValueError(
+                f"the first dimension is that of {num_quantizers} quantizers; this array has {described(grid)}"
+            )
+        low, high = int(grid.min()), int(grid.max())
+        if not 0 <= low <= high < self.codebook_size:
+            raise ValueError(f"tokens are in {low}..{high}, but this tokenizer has 0..{self.codebook_size - 1}")
 
     def _grids_together(self, grids: list[np.ndarray]) -> list[list[int]]:
         """Numbers of grids that fit into one batch: grids of images with the same shape, all sequences."""
@@ -135,10 +149,17 @@ class Tokenizer(LatentEncoder):
         return list(by_shape.values())
 
     def _decoded_size(self, grid: np.ndarray, size: dict[str, int] | None) -> dict[str, int]:
-        if size is not None:
-            return self.modality.processed_size(size)
+        factor = self.autoencoder.factor
         shape = grid.shape[1:] if self.autoencoder.quantizer.num_quantizers > 1 else grid.shape
-        return self.modality.size_of_grid(shape, self.autoencoder.factor)
+        whole = self.modality.size_of_grid(shape, factor)
+        if size is None:
+            return whole
+        if missing := set(self.modality.size_columns) - size.keys():
+            raise ValueError(f"sizes: {size} lacks {', '.join(sorted(missing))}")
+        wanted = self.modality.processed_size(size)
+        if any(name != "sample_rate" and not 0 <= whole[name] - wanted[name] < factor for name in whole):
+            raise ValueError(f"sizes: {size} does not belong to these tokens, whose grid is {shape}, times {factor}")
+        return wanted
 
     @torch.inference_mode()
     def _decode_batch(self, tokens: list[np.ndarray], sizes: list[dict[str, int]]) -> list[np.ndarray]:
@@ -148,11 +169,6 @@ class Tokenizer(LatentEncoder):
     def _codes(self, tokens: np.ndarray) -> Tensor:
         """The codes of tokens: [..., dim] on the device."""
         indices = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
-        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < self.codebook_size:
-            raise ValueError(
-                f"tokens are in {int(indices.min())}..{int(indices.max())}, "
-                f"but this tokenizer has 0..{self.codebook_size - 1}"
-            )
         if self.autoencoder.quantizer.num_quantizers > 1:
             indices = indices.movedim(0, -1)
         return self.autoencoder.quantizer.decode(indices)
@@ -235,10 +251,6 @@ def _read_about(path: Path) -> dict[str, Any]:
     if missing := {"model", "preprocessing", "tokenizer_id"} - about.keys():
         raise ValueError(f"{', '.join(sorted(missing))} is missing")
     return about
-
-
-def _as_array(tokens: Any) -> np.ndarray:
-    return tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
 
 
 def _stacked(codes: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def _build(parts: list[DictConfig]) -> Config:
     given = _resolved(merged)
     _refuse_unknown(given, Config, prefix="")
     config = _typed(Config, given, "")
+    _refuse_nested(config)
     _type_dicts(config)
     _refuse_infinite(dataclasses.asdict(config), "")
     config.written = from_environment(merged)
@@ -243,6 +245,17 @@ def _in_words(error: Exception) -> str:
     first = str(error).splitlines()[0]
     value = re.match(r"Value (.*) (?:of type '.*' could not be converted to|is not a valid) (\w+)", first)
     return f" is {value[1]}; it must be {KINDS.get(value[2], value[2])}" if value else f": {first}"
+
+
+def _refuse_nested(section: Any, prefix: str = "") -> None:
+    """Raises ConfigError for lists and dicts within a list of text or numbers, which OmegaConf lets through."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _refuse_nested(value, f"{prefix}{field.name}.")
+        elif isinstance(value, list) and typing.get_args(field.type) in ((str,), (int,), (float,)):
+            if nested := [inner for inner in value if isinstance(inner, list | dict)]:
+                raise ConfigError(f"{prefix}{field.name} holds {nested[0]!r}; its items must be single values")
 
 
 def _refuse_infinite(value: Any, name: str) -> None:

@@ -71,6 +71,11 @@ READ: dict[
     "float64 HWC in 0..1": (PIXELS / 255, PIXELS, {"value_range": (0, 1)}),
     "float16 CHW in 0..1": (UNIT.astype(np.float16).transpose(2, 0, 1), PIXELS, {"value_range": (0, 1)}),
     "float32 in -1..1": (UNIT * 2 - 1, PIXELS, {"value_range": (-1, 1)}),
+    "bfloat16 tensor of zeros and ones": (
+        torch.from_numpy(PIXELS // 128).bfloat16().permute(2, 0, 1),
+        PIXELS // 128 * 255,
+        {"value_range": (0, 1)},
+    ),
     "float32 in 0..255": (PIXELS.astype(np.float32), PIXELS, {"value_range": (0, 255)}),
     "float32 tensor CHW": (torch.from_numpy(UNIT).permute(2, 0, 1), PIXELS, {"value_range": (0, 1)}),
     "three columns, with its layout": (PIXELS[:, :3].transpose(2, 0, 1), PIXELS[:, :3], {"layout": "CHW"}),
@@ -80,7 +85,18 @@ READ: dict[
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "float without a range": (UNIT, {}, r"needs value_range.*shape \(24, 40, 3\) and dtype float32 and values in 0"),
     "a wrong range": (UNIT * 255, {"value_range": (0, 1)}, r"value_range is \(0, 1\).*values in"),
-    "an empty range": (UNIT, {"value_range": (1, 1)}, "the first must be below the second"),
+    "an empty range": (UNIT, {"value_range": (1, 1)}, "finite, and the first below the second"),
+    "an infinite range": (UNIT, {"value_range": (0, float("inf"))}, "finite, and the first below the second"),
+    "one number for a range": (UNIT, {"value_range": 1}, r"value_range is 1; it must be two numbers"),
+    "three numbers for a range": (UNIT, {"value_range": (0, 1, 2)}, "it must be two numbers"),
+    "a range for a file": (
+        encoded(PIXELS),
+        {"value_range": (0, 1)},
+        "value_range is for arrays; a file says it itself",
+    ),
+    "a rate for a file": (encoded(PIXELS), {"sample_rate": 5}, "sample_rate is for arrays"),
+    "a layout for a PIL image": (PIL.fromarray(PIXELS), {"layout": "HWC"}, "layout is for arrays; a PIL image"),
+    "a PIL mode that no file has": (PIL.fromarray(PIXELS).convert("HSV"), {}, "mode HSV cannot be stored; convert it"),
     "a range for uint8": (PIXELS, {"value_range": (0, 1)}, "dtype uint8, which is 0..255"),
     "NaN": (np.full((8, 8, 3), np.nan, np.float32), {"value_range": (0, 1)}, "NaN or infinity"),
     "int64": (PIXELS.astype(np.int64), {}, "must be uint8 or float.*dtype int64"),
@@ -171,12 +187,23 @@ SOUNDS: dict[str, tuple[Any, np.ndarray, str, dict[str, Any]]] = {  # the input,
     "float64 T": (WAVE.astype(np.float64), WAVE.astype(np.float64), "DOUBLE", {}),
     "float16 T": (WAVE.astype(np.float16), WAVE.astype(np.float16).astype(np.float32), "FLOAT", {}),
     "float32 1T": (WAVE[None], WAVE, "FLOAT", {}),
+    "float32 T1": (WAVE[:, None], WAVE, "FLOAT", {}),
+    "bfloat16 tensor": (
+        torch.from_numpy(WAVE).bfloat16(),
+        torch.from_numpy(WAVE).bfloat16().float().numpy(),
+        "FLOAT",
+        {},
+    ),
     "float32 CT": (STEREO, STEREO.T, "FLOAT", {}),
     "int16 tensor CT": (torch.from_numpy(PCM)[None], PCM, "PCM_16", {}),
     "float32 tensor CT": (torch.from_numpy(STEREO.copy()), STEREO.T, "FLOAT", {"value_range": (-1, 1)}),
 }
 REFUSED_SOUNDS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no rate": (WAVE, {"sample_rate": None}, r"needs sample_rate.*shape \(9000,\) and dtype float32"),
+    "no hertz": (WAVE, {"sample_rate": 0}, "whole Hz, not 0"),
+    "half a hertz": (WAVE, {"sample_rate": 0.5}, "whole Hz, not 0.5"),
+    "a rate in words": (WAVE, {"sample_rate": "22050"}, "whole Hz, not '22050'"),
+    "a square": (STEREO[:, :2], {}, r"audio is \[C, T\].*shape \(2, 2\)"),
     "TC": (STEREO.T, {}, r"audio is \[C, T\].*shape \(9000, 2\).*transpose"),
     "int32": (PCM.astype(np.int32), {}, "dtype int32"),
     "uint8": (PCM.astype(np.uint8), {}, "dtype uint8"),
@@ -257,10 +284,12 @@ def test_several_grids_are_decoded_in_order(images: Tokenizer):
     [
         (lambda t: t * 0 + 64, r"tokens are in 64\.\.64, but this tokenizer has 0\.\.63"),
         (lambda t: t - 100, r"tokens are in -\d+\.\.-\d+, but this tokenizer has 0"),
-        (lambda t: t.astype(np.float32), "integers with 2 dimensions; this array has .*float32"),
+        (lambda t: t.astype(np.float32), "integers with 2 dimensions, and not empty; this array has .*float32"),
         (lambda t: t > 3, "dtype bool"),
-        (lambda t: t[0], r"2 dimensions; this array has shape \(\d+,\)"),
+        (lambda t: t[0], r"2 dimensions, and not empty; this array has shape \(\d+,\)"),
         (lambda t: t[None, None], "2 dimensions"),
+        (lambda t: t[:0], "not empty; this array has shape"),
+        (lambda t: t.astype(np.uint64) + np.uint64(2**63), r"tokens are in 92233720368547758\d\d"),
     ],
 )
 def test_what_are_no_tokens_is_refused(images: Tokenizer, change: Callable[[np.ndarray], np.ndarray], message: str):
@@ -273,12 +302,36 @@ def test_sizes_must_be_as_many_as_grids(images: Tokenizer):
         images.decode([images(PIXELS)] * 2, [{"height": 24, "width": 40}])
 
 
+@pytest.mark.parametrize("size", [{"height": 2400, "width": 2400}, {"height": 16, "width": 16}])
+def test_sizes_of_another_sample_are_refused(images: Tokenizer, size: dict[str, int]):
+    with pytest.raises(ValueError, match=r"does not belong to these tokens, whose grid is \(4, 7\), times 4"):
+        images.decode(images(PIXELS), size)
+
+
+def test_a_size_without_a_column_is_refused(images: Tokenizer):
+    with pytest.raises(ValueError, match="lacks width"):
+        images.decode(images(PIXELS), {"height": 24})
+
+
+def test_decoded_audio_can_be_encoded_again(audio: Tokenizer):
+    decoded = audio.decode(audio(WAVE, sample_rate=RATE))
+    assert audio(decoded, sample_rate=16_000).shape == audio(WAVE, sample_rate=RATE).shape
+
+
+def test_a_truncated_pil_image_is_a_bad_sample(images: Tokenizer):
+    data = encoded(picture(200, 300), "jpeg")
+    with pytest.raises(BadSample, match="truncated"):
+        images(PIL.open(io.BytesIO(data[: len(data) // 2])))
+
+
 def test_residual_tokens_have_one_more_dimension():
     residual = made("image", VQGAN, {}, "cpu", "residual")
     tokens = residual(PIXELS)
     assert tokens.shape == (2, 6, 10)
     assert residual.decode(tokens).shape == (24, 40, 3)
     assert len(residual.decode(np.stack([tokens, tokens]))) == 2
+    with pytest.raises(ValueError, match="that of 2 quantizers"):
+        residual.decode(tokens[:1])
 
 
 def test_repr_says_what_the_tokenizer_is(images: Tokenizer):

@@ -155,6 +155,13 @@ class Modality:
         raise AssertionError
 
 
+def refuse_stated(what: str, stated: dict[str, Any]) -> None:
+    """Raises ValueError if the caller states something about a value that says it itself."""
+    for name, value in stated.items():
+        if value not in (None, ""):
+            raise ValueError(f"{name} is for arrays; {what} says it itself, so leave it out")
+
+
 def described(array: np.ndarray) -> str:
     """Shape and dtype, for messages."""
     return f"shape {tuple(array.shape)} and dtype {array.dtype}"

@@ -1,13 +1,15 @@
 """Pictures in memory as lossless files. What could mean several things is refused."""
 
 import io
+import math
 from typing import Any
 
 import numpy as np
 from PIL import Image as PIL
 from PIL import ImageOps
 
-from tokenizer.modalities.base import described
+from tokenizer.errors import BadSample
+from tokenizer.modalities.base import described, refuse_stated
 
 CHANNELS = (1, 3, 4)
 LAYOUTS = ("HWC", "CHW")
@@ -26,6 +28,7 @@ def picture_file(
     if sample_rate is not None:
         raise ValueError("sample_rate is for audio; this tokenizer is for images")
     if isinstance(value, PIL.Image):
+        refuse_stated("a PIL image", {"value_range": value_range, "layout": layout})
         return _file(value)
     if not isinstance(value, np.ndarray):
         raise ValueError(f"{type(value).__name__} is not a picture; give bytes, a path, a PIL image, or an array")
@@ -43,27 +46,32 @@ def _file(picture: PIL.Image) -> bytes:
     if picture.size[0] == 0 or picture.size[1] == 0:
         raise ValueError(f"the picture is empty: {picture.width}x{picture.height} pixels")
     out, profile = io.BytesIO(), picture.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(picture)
+    try:
+        upright = ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError) as error:  # of an image that is decoded only now
+        raise BadSample(f"the PIL image cannot be decoded: {error}") from error
     kind: dict[str, Any] = {"format": "PNG", "compress_level": 0} if upright.mode in AS_PNG else {"format": "TIFF"}
-    upright.save(out, **kind, **({"icc_profile": profile} if profile else {}))
+    try:
+        upright.save(out, **kind, **({"icc_profile": profile} if profile else {}))
+    except OSError as error:
+        raise ValueError(f"a PIL image of mode {upright.mode} cannot be stored; convert it to RGB") from error
     return out.getvalue()
 
 
 def _to_uint8(array: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
+    limits = None if value_range is None else _limits(value_range)
     if array.dtype == np.uint8:
-        if value_range not in (None, (0, 255)):
+        if limits not in (None, (0, 255)):
             raise ValueError(f"value_range is {value_range}, but the array has {described(array)}, which is 0..255")
         return array
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"an array of a picture must be uint8 or float; this one has {described(array)}")
-    if value_range is None:
+    if limits is None:
         raise ValueError(
             f"a float array needs value_range, such as (0, 1) or (-1, 1); this one has {described(array)} and values "
             f"in {_values(array)}"
         )
-    low, high = value_range
-    if not low < high:
-        raise ValueError(f"value_range is {value_range}; the first must be below the second")
+    low, high = limits
     scaled = (array.astype(np.float64) - low) / (high - low)
     if not (
         np.isfinite(scaled).all() and -TOLERANCE <= scaled.min(initial=0) <= scaled.max(initial=0) <= 1 + TOLERANCE
@@ -72,6 +80,16 @@ def _to_uint8(array: np.ndarray, value_range: tuple[float, float] | None) -> np.
             f"value_range is {value_range}, but the array with {described(array)} has values in {_values(array)}"
         )
     return np.round(scaled.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _limits(value_range: Any) -> tuple[float, float]:
+    try:
+        low, high = map(float, value_range)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"value_range is {value_range!r}; it must be two numbers, such as (0, 1)") from error
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"value_range is {value_range}; it must be finite, and the first below the second")
+    return low, high
 
 
 def _channel_last(array: np.ndarray, layout: str) -> np.ndarray:
