@@ -254,8 +254,8 @@ def _refuse_nested(section: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             _refuse_nested(value, f"{prefix}{field.name}.")
         elif isinstance(value, list) and typing.get_args(field.type) in ((str,), (int,), (float,)):
-            if nested := [inner for inner in value if isinstance(inner, list | dict)]:
-                raise ConfigError(f"{prefix}{field.name} holds {nested[0]!r}; its items must be single values")
+            for inner in (inner for inner in value if isinstance(inner, list | dict)):
+                raise ConfigError(f"{prefix}{field.name} holds {inner!r}; its items must be single values")
 
 
 def _refuse_infinite(value: Any, name: str) -> None:

@@ -444,7 +444,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tokenize output=O data.shards=S tokenizer=foo://x", "unknown protocol 'foo'"),
         ("train run=/proc/x data.shards=S", "'/proc/x'; check this path"),
         ("train run=/dev/null/x data.shards=S", "'/dev/null/x/config.yaml'; check this path"),
-        ("verify output=O verify.withdraw=[[1]]", "verify.withdraw holds [1]; its items must be single values"),
+        ("verify output=O verify.withdraw=[[1]]", "verify.withdraw holds ['1']; its items must be single values"),
         ("status output=/dev/null", "Not a directory: '/dev/null/dataset.json'"),
         # paths in Ray's copy of the working directory, which is deleted after a job
         ("train run=U/run data.shards=S", "run is U/run: a path in Ray's copy of the working directory"),
