@@ -1,6 +1,9 @@
 """Attacks: strangers who want to use our Ray, and secrets that might be left in files, messages and process lists."""
 
+import base64
 import contextlib
+import functools
+import http.server
 import os
 import re
 import socket
@@ -8,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,6 +162,46 @@ def test_a_secret_of_s3_stays_out_of_files_messages_and_process_lists(
         assert files_with(secret, logs) == []
     for url in storage.glob(f"{place}/**"):
         assert secret.encode() not in storage.read(url.url), url.url
+
+
+class _WithPassword(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder to a user and a password."""
+
+    def send_head(self) -> Any:
+        expected = "Basic " + base64.b64encode(b"me:passw0rd-of-a-url").decode()
+        if self.headers.get("Authorization") == expected:
+            return super().send_head()
+        self.send_error(401)
+        return None
+
+    def log_message(self, *_: object) -> None:
+        """Keeps the output of the tests clean."""
+
+
+@pytest.mark.ray
+def test_a_password_in_a_url_reaches_the_workers_and_no_file_or_message(tmp_path: Path):
+    handler = functools.partial(_WithPassword, directory=str(SAMPLES / "heldout"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"127.0.0.1:{server.server_address[1]}"
+    settings: dict[str, Any] = {
+        "data": {"shards": f"http://me:passw0rd-of-a-url@{host}/photos-00{{0..1}}.tar"},
+        "output": f"{tmp_path}/tokens",
+        "tokenizer": save_tiny_tokenizer(tmp_path / "tokenizer"),
+    }
+    file = tmp_path / "config/secret.yaml"
+    file.parent.mkdir()
+    file.write_text(yaml.safe_dump(settings))
+    with contextlib.closing(server.socket), ray_of("local") as (environment, logs):
+        done = watched(["tokenize", str(file)], environment, tmp_path / "log")
+        assert done.returncode == 0, (tmp_path / "log").read_text()[-3000:]
+        assert list(logs.rglob("*.log")), "no logs of Ray: this test would pass without looking at any"
+        assert files_with("passw0rd-of-a-url", logs) == []
+        server.shutdown()
+    assert [line for line in done.command_lines if "passw0rd" in line] == []
+    assert "tokenize: done" in (tmp_path / "log").read_text()
+    assert files_with(f"http://{host}/photos-000.tar", tmp_path / "tokens/inputs")
+    assert files_with("passw0rd-of-a-url", tmp_path) == [str(file)]
 
 
 @contextlib.contextmanager
