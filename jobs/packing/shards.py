@@ -83,7 +83,7 @@ def in_processes(
     with the advice if a process dies.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy locks of other threads
-    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(storage.url_secrets(),))
     pending: collections.deque[Future[R]] = collections.deque()
     try:
         for job in jobs:
@@ -100,8 +100,12 @@ def in_processes(
         pool.shutdown(cancel_futures=True)  # waits for the shards that are being written
 
 
-def _end_with_parent() -> None:
-    """Workers leave ctrl-C to the parent. They end when it is killed, since they would wait for work for ever."""
+def _begin(url_secrets: dict[str, str]) -> None:
+    """Prepares a worker. Storage options come by environment variables, but secrets of URLs do not.
+
+    Workers leave ctrl-C to the parent. They end when it is killed, since they would wait for work for ever.
+    """
+    storage.set_url_secrets(url_secrets)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_after_parent, daemon=True).start()
 

@@ -15,7 +15,9 @@ from pipeline.storage.client import (
     join,
     locate,
     normalise,
+    set_url_secrets,
     setter,
+    url_secrets,
 )
 from pipeline.storage.create import check_create_only, remove, replace, upload, write_chunks, write_once
 from pipeline.storage.objects import (
@@ -72,9 +74,11 @@ __all__ = [
     "replace",
     "same_file",
     "scan",
+    "set_url_secrets",
     "setter",
     "temporary_files",
     "upload",
+    "url_secrets",
     "without_secrets",
     "write_chunks",
     "write_once",

@@ -49,13 +49,22 @@ def environment(options: Options, create_only: str = SERVER) -> dict[str, str]:
 def configure(options: Options, create_only: str = SERVER, url_secrets: dict[str, str] | None = None) -> None:
     """Sets the options in this process and in processes that it starts later. Raises ValueError like `environment`.
 
-    url_secrets: see `without_secrets`. Processes that start later do not have them.
+    url_secrets: see `without_secrets`. Processes that start later do not have them; see `set_url_secrets`.
     """
     os.environ.update(environment(options, create_only))
     fsspec.config.set_conf_env(fsspec.config.conf)
+    set_url_secrets(url_secrets or {})
+
+
+def url_secrets() -> dict[str, str]:
+    """The secrets of URLs in this process, for `set_url_secrets` in another one."""
+    return dict(options_of(URL_SECRETS))
+
+
+def set_url_secrets(secrets: dict[str, str]) -> None:
     fsspec.config.conf.pop(URL_SECRETS, None)
-    if url_secrets:
-        fsspec.config.conf[URL_SECRETS] = url_secrets
+    if secrets:
+        fsspec.config.conf[URL_SECRETS] = secrets
 
 
 def setter() -> Callable[[], None] | None:
