@@ -104,7 +104,7 @@ def _build(parts: list[DictConfig]) -> Config:
     config = _typed(Config, given, "")
     _refuse_nested(config)
     _type_dicts(config)
-    _refuse_infinite(dataclasses.asdict(config), "")
+    _refuse_extreme(dataclasses.asdict(config), "")
     config.written = from_environment(merged)
     return config
 
@@ -154,7 +154,10 @@ def _read(file: str) -> Any:
 def _merge(merged: DictConfig, part: DictConfig) -> DictConfig:
     """part over merged. If part names another quantizer or net, the settings of the previous one are dropped."""
     for section in ("quantizer", "model.net"):
-        name = OmegaConf.select(part, f"{section}.name")
+        try:
+            name = OmegaConf.select(part, f"{section}.name")
+        except OmegaConfBaseException as error:  # a variable that is not set
+            raise ConfigError(f"{section}: {str(error).splitlines()[0]}") from error
         if name is not None and name != OmegaConf.select(merged, f"{section}.name"):
             OmegaConf.update(merged, section, {}, merge=False, force_add=True)
     result = OmegaConf.merge(merged, part)
@@ -258,16 +261,18 @@ def _refuse_nested(section: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{prefix}{field.name} holds {inner!r}; its items must be single values")
 
 
-def _refuse_infinite(value: Any, name: str) -> None:
-    """Raises ConfigError for nan and inf, at any depth: they pass most checks of a range."""
+def _refuse_extreme(value: Any, name: str) -> None:
+    """Raises ConfigError for nan, inf and numbers beyond 64 bits, at any depth: they pass most checks of a range."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            _refuse_infinite(inner, f"{name}.{key}".lstrip("."))
+            _refuse_extreme(inner, f"{name}.{key}".lstrip("."))
     elif isinstance(value, list):
         for inner in value:
-            _refuse_infinite(inner, name)
+            _refuse_extreme(inner, name)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} is {value}; it must be a finite number")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name} is {value}; it must be a number of 64 bits")
 
 
 def _type_dicts(config: Config) -> None:

@@ -135,6 +135,9 @@ class TrainConfig:
         positive = ("steps", "batch_size", "crop_size", "decode_threads", "log_every", "checkpoint_every")
         _check_minimum("train", self, 1, *positive, "grad_accum_steps", "num_examples")
         _check_minimum("train", self, 0, "reconstruct_every", unit=" (off)")
+        _check_minimum("train", self, 0, "seed", "lr", "lr_min", "warmup_steps", "weight_decay", "shuffle_buffer")
+        _check_minimum("train", self, 1, "keep_checkpoints")
+        _check_minimum("train", self, -1, "max_failures", unit=" (without limit)")
         if not 0 <= self.ema < 1:
             raise ValueError(f"train.ema is {self.ema}; it must be at least 0 (no average) and below 1")
         if self.batch_size % self.grad_accum_steps:
@@ -192,6 +195,7 @@ class CodebookConfig:
 
     def __post_init__(self) -> None:
         _check_minimum("codebook", self, 1, "max_latents")
+        _check_minimum("codebook", self, 0, "seed")
 
 
 @dataclass
@@ -210,6 +214,13 @@ class CompareConfig:
     max_latents: int = key(262_144, "latents that a codebook is made from at most")
     eval_batch_size: int = key(64, "samples per evaluation batch; the perplexity per batch depends on it")
     num_examples: int = key(8, "samples whose reconstructions the report shows")
+
+    def __post_init__(self) -> None:
+        _check_minimum("compare", self, 1, "max_samples", "max_latents", "eval_batch_size")
+        _check_minimum("compare", self, 0, "num_examples")
+        for name, smallest in (("seeds", 0), ("sizes", 2)):
+            if wrong := [value for value in getattr(self, name) if value < smallest]:
+                raise ValueError(f"compare.{name} holds {wrong[0]}; each must be {smallest} or more")
 
 
 @dataclass
@@ -240,7 +251,10 @@ class TokensConfig:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
         if self.same_names not in (REFUSE, NEW):
             raise ValueError(f"tokens.same_names is {self.same_names!r}; choose one of: {REFUSE}, {NEW}")
-        _check_minimum("tokens", self, 0, "max_pixels", "max_seconds", "max_sample_bytes")
+        _check_minimum("tokens", self, 0, "max_pixels", "max_seconds", "max_sample_bytes", "batch_budget")
+        _check_minimum("tokens", self, 1, "decode_threads")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"tokens.max_bad_fraction is {self.max_bad_fraction}; it must be from 0 to 1")
 
     def limits(self) -> dict[str, float]:
         """The limits of a modality that are set, by their names there."""
@@ -263,6 +277,7 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         _check_minimum("audit", self, 1, "rows")
+        _check_minimum("audit", self, 0, "seed")
 
 
 @dataclass

@@ -86,7 +86,12 @@ def settings(folder: Path) -> dict[str, list[str]]:
         "retry": [out, frozen],
         "decode": [out, frozen, f"decode.output={folder}/decoded"],
         "export": [out, "export.format=nanogpt", f"export.to={folder}/exported"],
-        "compare": [f"run={folder}/compared", shards, "compare.methods=[{name: fsq}]"],
+        "compare": [
+            f"run={folder}/compared",
+            shards,
+            "compare.methods={fsq: {quantizer: {name: fsq}}}",
+            f"compare.heldout={folder}/in/*.tar",
+        ],
         "evaluate": [shards, frozen, f"run={folder}/run"],
     }
 

@@ -444,6 +444,22 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tokenize output=O data.shards=S tokenizer=foo://x", "unknown protocol 'foo'"),
         ("train run=/proc/x data.shards=S", "'/proc/x'; check this path"),
         ("train run=/dev/null/x data.shards=S", "'/dev/null/x/config.yaml'; check this path"),
+        ("pack pack.samples_per_shard=999999999999999999999", "999999999999999999999; it must be a number of 64 bits"),
+        ("train run=R data.shards=S train.lr=-1", "train.lr is -1.0; it must be 0 or more"),
+        ("train run=R data.shards=S train.keep_checkpoints=0", "train.keep_checkpoints is 0; it must be 1 or more"),
+        ("tokenize output=O data.shards=S tokens.decode_threads=0", "tokens.decode_threads is 0; it must be 1 or more"),
+        (
+            "tokenize output=O data.shards=S tokens.max_bad_fraction=-1",
+            "max_bad_fraction is -1.0; it must be from 0 to 1",
+        ),
+        ("compare run=R compare.seeds=[0,-1]", "compare.seeds holds -1; each must be 0 or more"),
+        ("audit output=O audit.seed=-1", "audit.seed is -1; it must be 0 or more"),
+        ("train run=R data.shards=S train.seed=-1", "train.seed is -1; it must be 0 or more"),
+        ("train run=R data.shards=S quantizer=${nothing}", "quantizer: Interpolation key 'nothing' not found"),
+        (
+            "train run=R data.shards=S model.net=${oc.env:NOT_SET}",
+            "Environment variable 'NOT_SET' not found",
+        ),
         ("verify output=O verify.withdraw=[[1]]", "verify.withdraw holds ['1']; its items must be single values"),
         ("status output=/dev/null", "Not a directory: '/dev/null/dataset.json'"),
         # paths in Ray's copy of the working directory, which is deleted after a job
