@@ -8,6 +8,7 @@ from typing import Any
 from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config, ConfigError
 from jobs.outputs import open_output
+from jobs.reports.progress import counted
 from pipeline import storage
 from pipeline.tokens import Output, TokenDataset
 from pipeline.tokens.schema import SIZE_COLUMNS
@@ -21,7 +22,8 @@ def run(config: Config) -> int:
     folder = storage.normalise(config.decode.output)
     output = open_output(config.output)
     tokenizer = load_tokenizer(writer_url(output, config))
-    written = [_write(row, tokenizer, folder) for row in _chosen(config)]
+    files = (_write(row, tokenizer, folder) for row in _chosen(config))
+    written = list(counted("decode", files, "files", len(config.decode.keys) or config.decode.limit))
     if missing := set(config.decode.keys) - {key for key, _ in written}:
         raise ConfigError(f"decode.keys: {output.url} has no rows with keys {', '.join(_why_missing(output, missing))}")
     print(f"decode: {len(written)} files in {folder}")
@@ -41,7 +43,8 @@ def _why_missing(output: Output, keys: set[str]) -> list[str]:
 
 
 def _chosen(config: Config) -> Iterator[dict[str, Any]]:
-    rows = iter(TokenDataset(config.output, columns=("source_shard", "source_index", *SIZE_COLUMNS)))
+    columns = ("source_shard", "source_index", *SIZE_COLUMNS)
+    rows = iter(TokenDataset(config.output, columns=columns, rank=0, world_size=1))
     if config.decode.keys:
         wanted = set(config.decode.keys)
         yield from (row for row in rows if row["key"] in wanted)

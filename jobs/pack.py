@@ -17,6 +17,7 @@ from jobs.packing.sample import Packed
 from jobs.packing.shards import shard_pattern, write_shards
 from jobs.packing.table import table_samples
 from jobs.packing.tally import Tally
+from jobs.reports.progress import counted
 from pipeline import storage
 from tokenizer.modalities.base import MODALITIES, build_modality
 
@@ -32,7 +33,8 @@ def run(config: Config) -> int:
     samples = _unique(_samples(storage.normalise(options.source), media, tally), media, tally)
     if options.shuffle_seed >= 0:
         samples = _shuffled(samples, options.shuffle_seed)
-    written = list(write_shards(_parts(samples, options.samples_per_shard), pattern, options.workers))
+    shards = write_shards(_parts(samples, options.samples_per_shard), pattern, options.workers)
+    written = list(counted("pack", shards, "shards"))
     for line in tally.lines():
         print(f"pack: {line}")
     if not written:

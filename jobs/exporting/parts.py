@@ -5,6 +5,7 @@ from jobs.exporting.format import Format, Part
 from jobs.exporting.plan import Plan
 from jobs.exporting.rows import read_rows
 from jobs.packing.shards import in_processes, num_workers
+from jobs.reports.progress import counted
 from pipeline.tokens import Commit, Output
 
 
@@ -14,9 +15,10 @@ def write_parts(plan: Plan, folder: ExportFolder, finished: dict[int, Part]) -> 
     jobs = [(plan.output, plan.entries[number], plan.format, folder, number) for number in todo]
     workers = min(num_workers(plan.format.options.workers), len(jobs))
     if workers > 1:
-        made = list(in_processes(write_part, iter(jobs), workers, "lower export.workers"))
+        written = in_processes(write_part, iter(jobs), workers, "lower export.workers")
     else:
-        made = [write_part(*job) for job in jobs]
+        written = (write_part(*job) for job in jobs)
+    made = list(counted("export", written, "parts", len(jobs)))
     parts = {**finished, **{part.number: part for part in made}}
     return [parts[number] for number in range(len(plan.entries))]
 

@@ -2,9 +2,12 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from jobs.reports.terminal import erase_line
 
+T = TypeVar("T")
 LOG_EVERY_S = 10.0
 
 
@@ -34,6 +37,8 @@ class Progress:
             s_per_unit = (now - self._start) / max(self.done - self._done_at_start, 1)
             left_s = s_per_unit * (self.total - self.done)
         self._line = f"{self.command}: {self.done}/{self.total} {self.unit}  {text}  {clock(left_s)} left"
+        if not self.total:
+            self._line = f"{self.command}: {self.done} {self.unit}  {text}".rstrip()
         if self._is_terminal or now - self._printed_at >= LOG_EVERY_S:
             self._print()
 
@@ -55,6 +60,20 @@ class Progress:
             erase_line()
         print(self._line, end="" if self._is_terminal else "\n", flush=True)
         self._printed_line, self._printed_at = self._line, time.monotonic()
+
+
+def counted(command: str, items: Iterable[T], unit: str, total: int = 0) -> Iterator[T]:
+    """The items. After LOG_EVERY_S, a progress line says how many there were; total: 0 if it is not known."""
+    progress: Progress | None = None
+    start = time.monotonic()
+    for number, item in enumerate(items):
+        yield item
+        if progress is None and time.monotonic() - start >= LOG_EVERY_S:
+            progress = Progress(command, total, unit, done=number)
+        if progress is not None:
+            progress.advance()
+    if progress is not None:
+        progress.close()
 
 
 def clock(seconds: float) -> str:

@@ -34,6 +34,15 @@ def decoded(output: Path) -> dict[str, tuple[int, int]]:
     return {file.name: Image.open(file).size[::-1] for file in (output.parent / "png").iterdir()}
 
 
+def test_the_ranks_of_a_training_do_not_divide_the_rows_of_a_command(
+    output: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert decode(output, tokenizer) == 0
+    assert "8 files" in capsys.readouterr().out
+
+
 def test_every_picture_comes_back_in_its_size(output: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]):
     assert decode(output, tokenizer) == 0
     assert "8 files" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from jobs.reports.progress import Progress, clock
+from jobs.reports.progress import Progress, clock, counted
 from jobs.stopwatch import Stopwatch
 
 
@@ -46,3 +46,17 @@ def test_a_lap_adds_the_time_since_the_last_one_to_its_stage(monkeypatch: pytest
     for stage in ("read", "encode", "read"):
         watch.lap(stage)
     assert watch.seconds == {"read": 5.0, "encode": 2.0}
+
+
+@pytest.mark.parametrize(("total", "last"), [(0, "pack: 3 shards"), (3, "pack: 3/3 shards    0s left")])
+def test_a_command_that_takes_long_says_how_far_it_is(
+    total: int, last: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("jobs.reports.progress.LOG_EVERY_S", 0.0)
+    assert list(counted("pack", iter("abc"), "shards", total)) == ["a", "b", "c"]
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_a_command_that_is_fast_says_nothing(capsys: pytest.CaptureFixture[str]):
+    assert list(counted("pack", iter("abc"), "shards")) == ["a", "b", "c"]
+    assert capsys.readouterr().out == ""
