@@ -140,7 +140,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
         One state continues the same stream: the same rank and worker of as many. A list of the states of all ranks
         (and workers) of the saved run continues with any number of them: what is left of the epoch is split among the
-        new streams. Then each rank gets the same list.
+        new streams. Then each rank gets the same list. It may hold the states of torchdata's StatefulDataLoader, which
+        contain those of its workers.
         Raises OutputMismatch if this dataset would yield rows in a different order than the saved one, and if a state
         is missing from the list.
         """
@@ -150,7 +151,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             self._resumed, self._resumed_by = _left_in(state), (state["worker"], state["num_workers"])
             self.position = state["position"]
             return
-        states = list(state)
+        states = list(_streams_in(state))
         ours = {name: now for name, now in self._identity().items() if name not in ("rank", "world_size")}
         for one in states:
             self._check_identity(one, ours)
@@ -189,7 +190,9 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker, num_workers = _worker()
-        if num_workers and (epoch := self._calls.hear()) is not None:
+        if not num_workers:
+            self._calls.read_here()
+        elif (epoch := self._calls.hear()) is not None:
             self._start(epoch)
         if self._resumed_by not in (None, (worker, num_workers)):
             raise OutputMismatch(
@@ -420,6 +423,10 @@ class _SharedCalls:
         new, self._heard = calls > self._heard, calls
         return int(self._memory[0]) if new else None
 
+    def read_here(self) -> None:
+        if self._memory is not None:
+            self._memory[2] = 0
+
     def read_by_workers(self) -> bool:
         return self._memory is not None and bool(self._memory[2])
 
@@ -461,6 +468,15 @@ def _place() -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _streams_in(states: Any) -> Iterator[dict[str, Any]]:
+    """The states of streams within states of any depth."""
+    if isinstance(states, dict) and {"position", "worker", "num_rows"} <= states.keys():
+        yield states
+    elif isinstance(states, dict | list | tuple):
+        for inner in states.values() if isinstance(states, dict) else states:
+            yield from _streams_in(inner)
 
 
 def _left_in(state: dict[str, Any]) -> list[Segment]:

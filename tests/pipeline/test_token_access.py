@@ -209,6 +209,17 @@ def test_after_a_continued_epoch_the_next_is_whole(output: Output):
     assert len(list(new)) == 23
 
 
+def test_states_may_be_within_those_of_a_loader(output: Output):
+    """As torchdata's StatefulDataLoader stores them: {"_snapshot": {..., "worker_0": {"dataset_state": ...}}}."""
+    old = [TokenDataset(output.url, rank=rank, world_size=2) for rank in range(2)]
+    for dataset in old:
+        list(itertools.islice(dataset, 4))
+    loaders = [{"_snapshot": {"_steps": 4, "workers": [{"dataset_state": one.state_dict()}, None]}} for one in old]
+    new = TokenDataset(output.url)
+    new.load_state_dict(loaders)
+    assert len(list(new)) == 23 - 8
+
+
 def test_a_state_without_its_list_of_rows_is_read(output: Output):
     """As older versions wrote it."""
     dataset, resumed = TokenDataset(output.url), TokenDataset(output.url)
