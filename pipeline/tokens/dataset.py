@@ -415,6 +415,7 @@ class _SharedCalls:
             self._memory[0] = epoch
             self._memory[1] += 1
             self._memory[2] = 0
+            self._heard = int(self._memory[1])  # also for workers that start later, as copies of this dataset
 
     def hear(self) -> int | None:
         """In a worker that begins to read: the epoch of a call that it has not heard, if there is one."""

@@ -132,6 +132,18 @@ def test_set_epoch_reaches_persistent_workers(output: Output):
     del loader
 
 
+def test_a_worker_that_resumes_is_not_reset_by_an_earlier_set_epoch(output: Output, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.tokens.dataset._worker", lambda: (0, 1))
+    expected = keys(TokenDataset(output.url, shuffle_window=6))
+    running, resumed = (TokenDataset(output.url, shuffle_window=6) for _ in range(2))
+    with monkeypatch.context() as main:
+        main.setattr("pipeline.tokens.dataset._worker", lambda: (0, 0))
+        resumed.set_epoch(0)
+    list(itertools.islice(running, 5))
+    resumed.load_state_dict(running.state_dict())
+    assert keys(resumed) == expected[5:]
+
+
 def test_a_state_beside_the_workers_of_a_dataloader_is_refused(output: Output):
     dataset = TokenDataset(output.url)
     list(DataLoader(dataset, batch_size=None, num_workers=1))
