@@ -290,15 +290,19 @@ def _type_dicts(config: Config) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     config.data.preprocess = _fields(modality.Config, config.data.preprocess, "data.preprocess.")
-    config.data.shards = _shards(config.data.shards)
+    config.data.shards = _shards(config.data.shards, "data.shards")
+    config.compare.heldout = _shards(config.compare.heldout, "compare.heldout")
+    config.compare.others = {
+        name: _shards(one, f"compare.others.{name}") for name, one in config.compare.others.items()
+    }
     config.metrics, config.train.losses = _plain(config.metrics), _plain(config.train.losses)
     config.codebook.settings, config.storage.options = _plain(config.codebook.settings), _plain(config.storage.options)
 
 
-def _shards(value: Any) -> Any:
+def _shards(value: Any, name: str) -> Any:
     if isinstance(value, str) or (isinstance(value, list) and all(isinstance(shard, str) for shard in value)):
         return value
-    raise ConfigError(f"data.shards is {value!r}; it must be a path, a glob, braces, or a list of them")
+    raise ConfigError(f"{name} is {value!r}; it must be a path, a glob, braces, or a list of them")
 
 
 def _plain(value: Any) -> Any:

@@ -452,6 +452,11 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             "tokenize output=O data.shards=S tokens.max_bad_fraction=-1",
             "max_bad_fraction is -1.0; it must be from 0 to 1",
         ),
+        (
+            "compare run=R compare.heldout=[[1]]",
+            "compare.heldout is [['1']]; it must be a path, a glob, braces, or a list",
+        ),
+        ("compare run=R compare.others.a=[[1]]", "compare.others.a is [['1']]; it must be a path"),
         ("compare run=R compare.seeds=[0,-1]", "compare.seeds holds -1; each must be 0 or more"),
         ("audit output=O audit.seed=-1", "audit.seed is -1; it must be 0 or more"),
         ("train run=R data.shards=S train.seed=-1", "train.seed is -1; it must be 0 or more"),
