@@ -265,7 +265,9 @@ def as_tensor(tokens: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(tokens)
 
 
-@pytest.mark.parametrize("convert", [np.uint8, np.uint16, np.uint32, np.int64, as_tensor], ids=str)
+@pytest.mark.parametrize(
+    "convert", [np.uint8, np.uint16, np.uint32, np.int64, as_tensor], ids=lambda kind: kind.__name__
+)
 def test_tokens_of_any_integer_type_are_decoded(images: Tokenizer, convert: Callable[[Any], Any]):
     tokens = images(PIXELS)
     assert np.array_equal(images.decode(convert(tokens)), images.decode(tokens))
