@@ -216,8 +216,8 @@ class CompareConfig:
     num_examples: int = key(8, "samples whose reconstructions the report shows")
 
     def __post_init__(self) -> None:
-        _check_minimum("compare", self, 1, "max_samples", "max_latents", "eval_batch_size")
-        _check_minimum("compare", self, 0, "num_examples")
+        _check_minimum("compare", self, 1, "max_samples", "eval_batch_size")
+        _check_minimum("compare", self, 0, "max_latents", "num_examples")
         for name, smallest in (("seeds", 0), ("sizes", 2)):
             if wrong := [value for value in getattr(self, name) if value < smallest]:
                 raise ValueError(f"compare.{name} holds {wrong[0]}; each must be {smallest} or more")
