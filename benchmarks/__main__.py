@@ -1,4 +1,5 @@
-"""`python -m benchmarks [name...]`: runs the benchmarks, prints their tables, and writes results/<name>.md.
+"""`python -m benchmarks [name...]`: runs the benchmarks, prints their tables, and writes results/<name>.md, or
+results/<name>_gpu.md on a machine with a GPU.
 
 results/<name>.json has every single measurement; git ignores it.
 """
@@ -38,6 +39,7 @@ def main(names: list[str]) -> int:
 
 def save(name: str, table: Table, about: dict[str, str]) -> None:
     RESULTS.mkdir(exist_ok=True)
+    name = name if about["GPU"] == "none" else f"{name}_gpu"
     (RESULTS / f"{name}.md").write_text(markdown(table, about))
     (RESULTS / f"{name}.json").write_text(json.dumps({**about, **asdict(table)}, indent=1) + "\n")
 

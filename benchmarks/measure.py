@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "ray", "pyarrow", "numpy", "scipy", "pillow", "webdataset", "datasets")
@@ -59,12 +59,22 @@ def ratio_text(over: list[float], under: list[float]) -> str:
 
 def about_this_run(command: str) -> dict[str, str]:
     """Date, machine, versions and command, which every published number needs."""
+    import torch
+
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{models[0] if models else platform.processor()}, {len(models)} cores",
-        "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)]),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "versions": ", ".join([f"python {platform.python_version()}", *(f"{p} {_version(p)}" for p in PACKAGES)]),
         "command": command,
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "default"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a borrowed machine has only what its benchmarks need
+        return "not installed"

@@ -3,6 +3,8 @@
 Same model, same shards, same cores.
 """
 
+import dataclasses
+import hashlib
 import io
 import itertools
 import os
@@ -30,7 +32,7 @@ from jobs.actors.pool import ShardWorker, map_shards
 from jobs.artifacts import load_tokenizer, token_layout
 from jobs.config import Config, TokensConfig, WorkersConfig, load_config
 from jobs.encode import Committed, TokenizeWorker
-from jobs.shards import DecodedSample, ShardReader
+from jobs.shards import ShardReader
 from pipeline.corpus.shards import Shard, ShardList, find_shards
 from pipeline.tokens import Output
 from tokenizer.autoencoder import Autoencoder
@@ -38,14 +40,25 @@ from tokenizer.encoder import LatentEncoder
 from tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SHARDS = 24
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+COPIES = 30 if ON_GPU else 3  # of the shards of samples/train
 ROUNDS = 5
 BATCH_ELEMENTS = 3 * 500_000  # as the job has it by default
-BARE = "bare encoder, a worker per CPU"
-WORKERS = {
-    "1 worker, all CPUs": WorkersConfig(count=1, cpus=os.cpu_count() or 1),
-    "a worker per CPU (default)": WorkersConfig(),
-}
+CPUS = os.cpu_count() or 1
+BARE = "bare encoder, a worker with the GPU" if ON_GPU else "bare encoder, a worker per CPU"
+BARE_WORKERS = WorkersConfig(count=1, gpus=1) if ON_GPU else WorkersConfig()
+WORKERS = (
+    {
+        "1 worker with the GPU": WorkersConfig(count=1, cpus=CPUS, gpus=1),
+        "4 workers that share the GPU": WorkersConfig(count=4, cpus=CPUS // 4, gpus=0.25),
+    }
+    if ON_GPU
+    else {
+        "1 worker, all CPUs": WorkersConfig(count=1, cpus=CPUS),
+        "a worker per CPU (default)": WorkersConfig(),
+    }
+)
 
 
 @dataclass
@@ -74,7 +87,8 @@ def run() -> Table:
         config = load_config([str(ROOT / "configs/demo.yaml")])
         make_tokenizer(config, work / "tokenizer")
         shards = replicate(find_shards(str(ROOT / "samples/train/*.tar")).shards, work / "shards")
-        return measure(config.tokens, shards, work)
+        threads = CPUS // 4 if ON_GPU else config.tokens.decode_threads
+        return measure(dataclasses.replace(config.tokens, decode_threads=threads), shards, work)
 
 
 def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
@@ -89,12 +103,13 @@ def measure(options: TokensConfig, shards: list[Shard], work: Path) -> Table:
     table = Table(
         "tokenize through Ray compared to a plain loop",
         [
-            f"{SHARDS} shards (the 8 of samples/train, three times). The model is that of configs/demo.yaml with "
-            f"random weights, K=1024. Each side uses {torch.get_num_threads()} torch threads in total.",
+            f"{len(shards)} shards (the 8 of samples/train, {COPIES} times). The model is that of configs/demo.yaml "
+            f"with random weights, K=1024, on the device {DEVICE}. Each side uses {torch.get_num_threads()} torch "
+            "threads in total.",
             "Plain loop: one process. webdataset reads, PIL decodes, batches are made by shape, one Parquet file per "
             "shard.",
-            "Bare encoder: one worker per CPU, as by default, but everything is read, decoded and batched before the "
-            "clock starts, and nothing is written. This is what the encoder alone can do on these cores.",
+            f"{BARE}: everything is read, decoded and batched before the clock starts, and nothing is written. This "
+            "is what the encoder alone can do on this device.",
             f"Ray: `map_shards`; Ray is started before. decode_threads={options.decode_threads}. Before timing we "
             "check that the tokens of the first 8 shards are equal, key by key.",
             "start: from the call until work on the first shard begins, including loading the model and starting "
@@ -133,7 +148,7 @@ def make_tokenizer(config: Config, folder: Path) -> None:
 
 def replicate(shards: list[Shard], folder: Path) -> list[Shard]:
     folder.mkdir()
-    for i, shard in enumerate(itertools.islice(itertools.cycle(shards), SHARDS)):
+    for i, shard in enumerate(shards * COPIES):
         shutil.copyfile(shard.url, folder / f"photos-{i:03d}.tar")
     return find_shards(f"{folder}/*.tar").shards
 
@@ -158,7 +173,8 @@ def plain_shard(model: Autoencoder, shard: Path, out: Path, budget: int) -> None
         for batch in (members[i : i + size] for i in range(0, len(members), size)):
             x = torch.from_numpy(np.stack([rows[i][2] for i in batch])).permute(0, 3, 1, 2).float() / 255
             x = pad(x, (0, -width % 8, 0, -height % 8), mode="replicate")
-            for i, grid in zip(batch, model.quantizer.encode(model.latents(x)).numpy(), strict=True):
+            grids = model.quantizer.encode(model.latents(x.to(DEVICE))).cpu().numpy()
+            for i, grid in zip(batch, grids, strict=True):
                 tokens[i] = grid
     columns = {
         "key": [key for key, _, _ in rows],
@@ -175,7 +191,7 @@ def plain_shard(model: Autoencoder, shard: Path, out: Path, budget: int) -> None
 def plain_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
     out = Path(tempfile.mkdtemp(dir=work, prefix="plain-"))
     called = time.perf_counter()
-    model = Tokenizer.from_pretrained(work / "tokenizer").autoencoder
+    model = Tokenizer.from_pretrained(work / "tokenizer", DEVICE).autoencoder
     ready = time.perf_counter()
 
     def loop() -> None:
@@ -211,20 +227,23 @@ class TimedWorker(TokenizeWorker):
 
 
 class BareWorker(ShardWorker):
-    """Loads the batches of all shards into memory before it begins."""
+    """Loads the batches of all shards into memory before it begins. Copies of a shard share theirs."""
 
     def __init__(self, tokenizer_url: str, shards: list[Shard], options: TokensConfig, **resources: float):
         super().__init__(**resources)
         self.tokenizer = Tokenizer.from_pretrained(tokenizer_url, self.device)
         self.batches: dict[str, list[torch.Tensor]] = {}
-        modality = self.tokenizer.modality
+        distinct: dict[bytes, list[torch.Tensor]] = {}
         for shard in shards:
-            arrays = [[item.decoded.array for item in batch] for batch in self._read(shard, options)]
-            factor = self.tokenizer.autoencoder.factor
-            self.batches[shard.name] = [modality.batch(batch, factor).x for batch in arrays]
+            content = hashlib.sha256(Path(shard.url).read_bytes()).digest()
+            if content not in distinct:
+                distinct[content] = self._load(shard, options)
+            self.batches[shard.name] = distinct[content]
 
-    def _read(self, shard: Shard, options: TokensConfig) -> Iterator[list[DecodedSample]]:
-        return ShardReader(shard, self.tokenizer.modality, options).batches()
+    def _load(self, shard: Shard, options: TokensConfig) -> list[torch.Tensor]:
+        modality, factor = self.tokenizer.modality, self.tokenizer.autoencoder.factor
+        read = ShardReader(shard, modality, options).batches()
+        return [modality.batch([item.decoded.array for item in batch], factor).x for batch in read]
 
     @torch.inference_mode()
     def process(self, shard: Shard) -> Timed:
@@ -249,7 +268,7 @@ def settings_of(work: Path, output: Output, options: TokensConfig) -> dict[str, 
 
 def bare_run(options: TokensConfig, shards: list[Shard], work: Path) -> Run:
     settings = {"tokenizer_url": str(work / "tokenizer"), "shards": shards, "options": options}
-    return _timed_run(BareWorker, settings, WorkersConfig(), shards)
+    return _timed_run(BareWorker, settings, BARE_WORKERS, shards)
 
 
 def _timed_run(worker: type[ShardWorker], settings: dict[str, Any], workers: WorkersConfig, shards: list[Shard]) -> Run:
