@@ -22,6 +22,7 @@ from pipeline import storage
 from pipeline.corpus.shards import Shard, look_up
 from pipeline.errors import ShardError
 from pipeline.tokens import CommittedShard, Output, Quarantined, TokenRow, commit_retry
+from pipeline.tokens.index import write_index
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -67,6 +68,7 @@ def _retry_samples(urls: list[str], load: Callable[[str], Tokenizer], output: Ou
 
 def _outcome(output: Output, failures: list[str], config: Config) -> int:
     print_failures("retry", failures)
+    write_index(output)
     shards = output.committed_shards()
     rows, quarantined = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
     print(f"retry: {rows} samples in {len(shards)} shards, {quarantined} quarantined, at {output.url}")

@@ -20,6 +20,7 @@ from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import Shard, find_shards
 from pipeline.errors import ShardError
 from pipeline.tokens import Output
+from pipeline.tokens.index import write_index
 
 LOOK_AT = 100  # samples
 
@@ -79,6 +80,7 @@ def warn_of_absent(shards: list[Shard], output: Output, options: TokensConfig) -
 
 def _outcome(output: Output, shards: list[Shard], failures: list[str], config: Config) -> int:
     print_failures("tokenize", failures)
+    write_index(output)
     committed = output.committed_shards()
     histories = {history.first.name: history for history in committed}
     done = [histories[shard.name] for shard in shards if shard.name in histories]

@@ -38,6 +38,7 @@ from pipeline.storage.objects import (
     read_if_exists,
     same_file,
     scan,
+    scan_entries,
     temporary_files,
 )
 from pipeline.storage.urls import redacted, without_secrets
@@ -74,6 +75,7 @@ __all__ = [
     "replace",
     "same_file",
     "scan",
+    "scan_entries",
     "set_url_secrets",
     "setter",
     "temporary_files",

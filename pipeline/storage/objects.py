@@ -157,6 +157,14 @@ def list_entries(folder: str) -> list[str]:
     return [url for name, url in names if not name.startswith(TEMPORARY)]
 
 
+def scan_entries(folder: str) -> list[StoredObject]:
+    """Like `list_entries`, with sizes and versions; those of a folder are None."""
+    fs, infos = _listing(folder)
+    found = [_entry(fs, info, folder) for info in infos]
+    names = [(entry.url.rsplit("/", 1)[1], entry) for entry in found if entry.url != folder.rstrip("/")]
+    return [entry for name, entry in names if not name.startswith(TEMPORARY)]
+
+
 def list_folders(folder: str) -> list[str]:
     """URLs of the folders directly in the folder, sorted."""
     fs, infos = _listing(folder)
@@ -191,12 +199,18 @@ def _listing(folder: str) -> tuple[AbstractFileSystem, list[dict[str, Any]]]:
 
 
 def _files(fs: AbstractFileSystem, infos: Iterable[dict[str, Any]], like: str) -> Iterator[StoredObject]:
-    for info in infos:
-        if info["type"] == "file" or info.get("islink"):
-            try:
-                yield _found(fs, info, like)
-            except FileNotFoundError:  # a broken link, or removed since: reading it will raise the error
-                yield StoredObject(_as_url(fs, info["name"], like), None, None)
+    return (_entry(fs, info, like) for info in infos if _is_file(info))
+
+
+def _is_file(info: dict[str, Any]) -> bool:
+    return info["type"] == "file" or bool(info.get("islink"))
+
+
+def _entry(fs: AbstractFileSystem, info: dict[str, Any], like: str) -> StoredObject:
+    if _is_file(info):
+        with contextlib.suppress(FileNotFoundError):  # a broken link, or removed since: reading it will raise the error
+            return _found(fs, info, like)
+    return StoredObject(_as_url(fs, info["name"].rstrip("/"), like), None, None)
 
 
 def _found(fs: AbstractFileSystem, info: dict[str, Any], like: str) -> StoredObject:

@@ -25,6 +25,7 @@ from pipeline import storage
 from pipeline.corpus.shards import Shard
 from pipeline.errors import BrokenOutput, OutputMismatch, StorageError, UnsupportedSchema
 from pipeline.tokens.commit import shard_name
+from pipeline.tokens.index import counted
 from pipeline.tokens.output import REPAIR_AND_RERUN, Output
 from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
 
@@ -92,7 +93,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self.columns = columns
         self.rank, self.world_size = rank, world_size
         self.seed, self.window, self.equal_length = seed, shuffle_window, equal_length
-        self.files = [(entry.name, entry.num_rows) for entry in self.output.commits() if entry.num_rows]
+        self.files = [(entry.name, entry.num_rows) for entry in counted(self.output) if entry.num_rows]
         self._num_rows = dict(self.files)
         self._checked: set[str] = set()  # names of files that fit the layout
         self.num_rows = sum(self._num_rows.values())

@@ -4,6 +4,7 @@ OUT/dataset.json, OUT/inputs/<id>.json, OUT/tokens/<name>.parquet, OUT/quarantin
 OUT/manifest/<name>.json. A shard is done when its manifest entry exists; no other file says so. The rows that a retry
 recovered are in separate files <name>+1, with their own manifest entry.
 OUT/failed/<name>.json says why the last attempt at a shard failed. It is a note only, and readers ignore it.
+OUT/index.json (pipeline.tokens.index) is a view of the manifest, for readers.
 """
 
 import contextlib
@@ -202,6 +203,16 @@ class Output:
                 problems[_stem(url)] = str(error)
         return sorted(entries, key=sort_key), problems
 
+    def entry_files(self) -> dict[str, storage.StoredObject]:
+        """The files of the manifest entries, unread, by the names of the entries."""
+        listed = storage.scan_entries(self._at("manifest"))
+        return {_stem(file.url): file for file in listed if _is_ours(_name(file.url))}
+
+    def read_entries(self, names: list[str]) -> list[Commit]:
+        """The entries of these names, in their order. Raises BrokenOutput if one is invalid."""
+        texts = _read_all([self.entry_url(name) for name in names])
+        return [self._parse(name, text) for name, (_, text) in zip(names, texts, strict=True)]
+
     def committed_shards(self) -> list[CommittedShard]:
         """All entries, grouped by shard. Raises BrokenOutput like `commits`."""
         return group_by_shard(self.commits())
@@ -295,6 +306,9 @@ class Output:
 
     def entry_url(self, name: str) -> str:
         return self._at("manifest", f"{name}.json")
+
+    def index_url(self) -> str:
+        return self._at("index.json")
 
     def list_url(self, list_id: str) -> str:
         return self._at("inputs", f"{list_id}.json")
