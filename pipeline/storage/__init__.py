@@ -4,6 +4,7 @@ Objects are always written whole. Token shards, manifest entries and tokenizers 
 Only objects that can be made again from them, such as reports, may be replaced.
 """
 
+from pipeline.storage.cache import FileCache
 from pipeline.storage.client import (
     CHECKED,
     CREATE_ONLY,
@@ -48,6 +49,7 @@ __all__ = [
     "CREATE_ONLY",
     "SERVER",
     "TEMPORARY",
+    "FileCache",
     "Options",
     "StoredObject",
     "age_s",

@@ -5,6 +5,7 @@ from typing import Any
 from pipeline.tokens.commit import Commit, CommittedShard
 from pipeline.tokens.output import Output
 from pipeline.tokens.quarantine import Quarantined
+from pipeline.tokens.rows import collate
 from pipeline.tokens.schema import ShardLayout, TokenRow
 from pipeline.tokens.writer import commit_retry, commit_shard
 
@@ -24,8 +25,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # imported on first use: TokenDataset subclasses torch's IterableDataset, and importing torch takes seconds
-    if name in ("TokenDataset", "collate"):
-        from pipeline.tokens import dataset
+    if name == "TokenDataset":
+        from pipeline.tokens.dataset import TokenDataset
 
-        return getattr(dataset, name)
+        return TokenDataset
     raise AttributeError(name)

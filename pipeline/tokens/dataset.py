@@ -11,10 +11,10 @@ of streams continues an epoch by splitting the segments of all old streams.
 """
 
 import bisect
-import itertools
+import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import storage
+from pipeline.corpus.batches import map_in_threads, prefetch
 from pipeline.corpus.shards import Shard
 from pipeline.errors import BrokenOutput, OutputMismatch, StorageError, UnsupportedSchema
 from pipeline.tokens.commit import shard_name
 from pipeline.tokens.index import counted
-from pipeline.tokens.output import REPAIR_AND_RERUN, Output
+from pipeline.tokens.output import READERS, REPAIR_AND_RERUN, Output
+from pipeline.tokens.rows import Rows, as_tensors, joined, padded
+from pipeline.tokens.rows import ragged as make_ragged
 from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
 
 
@@ -64,6 +67,9 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
     torchdata's StatefulDataLoader, which stores the state of each worker; beside another DataLoader with workers,
     state_dict raises OutputMismatch.
 
+    cache: a local folder that keeps copies of files in remote storage, up to cache_gb gigabytes; the files that were
+    read longest ago go first. Any number of processes may share it. Without it, each pass downloads each file again.
+
     `dataset[i]`, `take` and `find` read single rows of the whole output, whatever the rank: row i in the order without
     shuffling, 0 <= i < num_rows.
     """
@@ -79,6 +85,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         seed: int = 0,
         shuffle_window: int = 0,
         equal_length: bool = False,
+        cache: str | None = None,
+        cache_gb: float = 100.0,
     ):
         own_rank, own_size = _place()
         rank, world_size = own_rank if rank is None else rank, own_size if world_size is None else world_size
@@ -93,10 +101,11 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self.columns = columns
         self.rank, self.world_size = rank, world_size
         self.seed, self.window, self.equal_length = seed, shuffle_window, equal_length
-        self.files = [(entry.name, entry.num_rows) for entry in counted(self.output) if entry.num_rows]
-        self._num_rows = dict(self.files)
+        self._entries = {entry.name: entry for entry in counted(self.output) if entry.num_rows}
+        self._cache = storage.FileCache(cache, int(cache_gb * 1e9)) if cache else None
+        self.files = [(entry.name, entry.num_rows) for entry in self._entries.values()]
         self._checked: set[str] = set()  # names of files that fit the layout
-        self.num_rows = sum(self._num_rows.values())
+        self.num_rows = sum(rows for _, rows in self.files)
         self._ends = np.cumsum([rows for _, rows in self.files]).tolist()  # of each file, in rows of the output
         self.epoch = self.position = 0  # position: rows of the epoch that this stream has yielded
         self._open: tuple[str, pa.Table] | None = None  # the last file read: windows are often smaller than files
@@ -190,6 +199,43 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
     # -- iteration ------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for rows, order in self._spans(self._begin(), self.epoch):
+            for i in order.tolist():
+                self._count(1)
+                yield rows.row(i)
+        self._start(self.epoch + 1)
+
+    def batches(
+        self,
+        size: int,
+        *,
+        pad: int = 0,
+        ragged: bool = False,
+        dtype: Any = np.int64,
+        torch: bool = False,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, Any]]:
+        """Batches of `size` rows. state_dict between two batches is exact. Much faster than iterating over rows.
+
+        tokens: `dtype` [size, ...], padded with `pad` at the end of each dimension to the largest shape in the batch.
+        mask: bool of that shape, False for padding. Each other column: an array of its numbers, or a list of its other
+        values. ragged: without padding, so tokens is flat, `offsets` [size + 1] says where each row starts, and
+        `shapes` its grid. dtype: None keeps the stored one. torch: tensors in place of arrays. drop_last: leaves out
+        the last batch of the pass if it has fewer rows.
+        """
+        if size < 1:
+            raise ValueError(f"size is {size}; a batch needs at least 1 row")
+        dtype = self.layout.token_dtype if dtype is None else dtype
+        epoch, plan = self.epoch, self._begin()
+        for rows in _in_batches(prefetch(self._spans(plan, epoch), 1), size):
+            self._count(len(rows))
+            if len(rows) == size or not drop_last:
+                batch = make_ragged(rows, dtype) if ragged else padded(rows, pad, dtype)
+                yield as_tensors(batch) if torch else batch
+        self._start(self.epoch + 1)
+
+    def _begin(self) -> list[Segment]:
+        """Begins a pass. Returns what it reads."""
         worker, num_workers = _worker()
         if not num_workers:
             self._calls.read_here()
@@ -203,25 +249,13 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             )
         if self._resumed is None:
             self.position = 0
-        plan = self._plan = self._next_plan()
+        self._plan = self._next_plan()
         self._done, self._resumed, self._left, self._resumed_by = 0, None, None, None
-        sequence = self._sequence()
-        for segment in plan:
-            for row in itertools.islice(self._ordered(sequence, segment), segment.last - segment.first):
-                self.position += 1
-                self._done += 1
-                yield row
-        self._start(self.epoch + 1)
+        return self._plan
 
-    def batches(self, size: int, *, pad: int = 0, drop_last: bool = False) -> Iterator[dict[str, Any]]:
-        """Batches of `size` rows as numpy arrays, like `collate`. state_dict between two batches is exact.
-
-        drop_last: leaves out the last batch of the pass if it has fewer rows.
-        """
-        rows = iter(self)
-        while batch := list(itertools.islice(rows, size)):
-            if len(batch) == size or not drop_last:
-                yield stack(batch, pad)
+    def _count(self, rows: int) -> None:
+        self.position += rows
+        self._done += rows
 
     def _next_plan(self) -> list[Segment]:
         """What this stream reads in the pass that begins next."""
@@ -237,13 +271,27 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             return [Segment(start, stop, 0, stop - start)]
         return _cut(left, start, stop)
 
-    def _ordered(self, sequence: list[tuple[str, int]], segment: Segment) -> Iterator[dict[str, Any]]:
-        """The rows of a segment, without its end."""
+    def _spans(self, plan: list[Segment], epoch: int) -> Iterator[tuple[Rows, np.ndarray]]:
+        """The rows of the plan, as rows in memory and the order in which to yield them. Runs in a thread of `batches`,
+        so it changes nothing but the last file that was read."""
+        sequence = self._sequence(epoch)
+        for segment in plan:
+            left = segment.last - segment.first
+            for rows, order in self._windows(sequence, segment, epoch):
+                yield rows, order[:left]
+                left -= len(order)
+                if left <= 0:
+                    break
+
+    def _windows(
+        self, sequence: list[tuple[str, int]], segment: Segment, epoch: int
+    ) -> Iterator[tuple[Rows, np.ndarray]]:
+        """The rows of a segment from its first one on, beyond its end."""
         start, stop, first, _ = segment
         window = self.window or max(1, stop - start)
         for low in range(start + first // window * window, stop, window):
             already = max(0, start + first - low)
-            yield from self._window(sequence, low, min(low + window, stop), already)
+            yield from self._window(sequence, low, min(low + window, stop), already, epoch)
 
     # -- single rows ----------------------------------------------------------------------------------------------
 
@@ -268,6 +316,11 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             found.update({index: rows.row(index - low) for index in of_file})
         return [found[index] for index in wanted]
 
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each row of the output: int64 [num_rows]. Reads only the shapes, in threads."""
+        parts = map_in_threads(self._read_lengths, [name for name, _ in self.files], READERS)
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
     def find(self, key: str) -> int:
         """The number of the row with this key. Reads the keys of the files until it is found.
 
@@ -283,65 +336,87 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         total = total // self.world_size * self.world_size if self.equal_length else total
         return _split(0, total, self.rank, self.world_size)
 
-    def _sequence(self) -> list[tuple[str, int]]:
+    def _sequence(self, epoch: int) -> list[tuple[str, int]]:
         if not self.window:
             return self.files
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.files))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.files))
         return [self.files[i] for i in order]
 
-    def _window(self, sequence: list[tuple[str, int]], low: int, high: int, already: int) -> Iterator[dict[str, Any]]:
+    def _window(
+        self, sequence: list[tuple[str, int]], low: int, high: int, already: int, epoch: int
+    ) -> Iterator[tuple[Rows, np.ndarray]]:
         """Rows low..high of the sequence, permuted when shuffling, without the first `already`."""
         pieces = _pieces(sequence, low, high)
         if not self.window:  # one file at a time in memory
             for name, first, last in pieces:
                 skip = min(already, last - first)
                 already -= skip
-                yield from map(self._read(name, first, last).row, range(skip, last - first))
+                if skip < last - first:
+                    yield self._read(name, first, last), np.arange(skip, last - first)
             return
-        tables = [self._read(*piece) for piece in pieces]
-        starts = np.cumsum([0] + [last - first for _, first, last in pieces])
-        order = np.random.default_rng([self.seed, self.epoch, low]).permutation(high - low)[already:]
-        which = np.searchsorted(starts, order, side="right") - 1
-        for table, row in zip(which.tolist(), (order - starts[which]).tolist(), strict=True):
-            yield tables[table].row(row)
+        order = np.random.default_rng([self.seed, epoch, low]).permutation(high - low)[already:]
+        yield joined([self._read(*piece) for piece in pieces]), order
 
-    def _read(self, name: str, first: int, last: int) -> "_Rows":
-        if self._open is None or self._open[0] != name:
-            self._open = (name, self._read_file(name))
-        return _Rows(self._open[1].slice(first, last - first), self.layout.token_dtype)
+    def _read(self, name: str, first: int, last: int) -> Rows:
+        opened = self._open  # another thread may replace it
+        if opened is None or opened[0] != name:
+            opened = self._open = (name, self._read_file(name))
+        return Rows.of_table(opened[1].slice(first, last - first), self.layout.token_dtype)
 
     def _read_file(self, name: str) -> pa.Table:
         """The columns of one token file. Raises BrokenOutput if the file is damaged or does not fit the layout."""
-        url = self.output.tokens_url(name)
-        try:
-            table = self._table(url)
+        with self._named(name) as url:
+            table = self._table(name, ["tokens", "shape", "key", *self.columns])
+            _check_writer(table, url, self.layout)
             if name not in self._checked:  # once: shuffling reads a file several times
-                _check_rows(table, self.layout, self._num_rows[name])
+                _check_rows(table, self.layout, self._entries[name].num_rows)
                 _check_shard(table, name)
                 self._checked.add(name)
+        return table
+
+    def _read_lengths(self, name: str) -> np.ndarray:
+        with self._named(name):
+            table = self._table(name, ["shape"])
+            _check_num_rows(table, self._entries[name].num_rows)
+            shapes = table["shape"].combine_chunks()
+            return _products(shapes.flatten().to_numpy(zero_copy_only=False), shapes)
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[str]:
+        """The URL of a token file. An error that reading it raises names the file, and says how to repair it."""
+        url = self.output.tokens_url(name)
+        try:
+            yield url
         except (StorageError, PermissionError, OutputMismatch):
             raise
         except FileNotFoundError as error:
             raise BrokenOutput(f"{url}: the file is missing; {REPAIR_AND_RERUN}") from error
         except (OSError, ValueError) as error:
             raise BrokenOutput(f"{url}: {error}; {REPAIR_AND_RERUN}") from error
-        return table
 
-    def _table(self, url: str) -> pa.Table:
+    def _table(self, name: str, columns: Sequence[str]) -> pa.Table:
+        url = self.output.tokens_url(name)
         fs, path = storage.locate(url)
-        names = list(dict.fromkeys(["tokens", "shape", "key", *self.columns]))
-        local = storage.is_local(fs)
-        table = read_parquet(path if local else storage.read(url), names, memory_map=local)
-        footer = table.schema.metadata or {}
-        writer = footer.get(b"tokenizer_id", b"").decode(errors="replace")
-        if writer != self.layout.tokenizer_id:
-            raise OutputMismatch(f"{url} was written by tokenizer {writer!r}, not by {self.layout.tokenizer_id}")
-        version = footer.get(b"schema_version", b"1").decode(errors="replace")
-        try:
-            check_schema_version(int(version) if version.isdigit() else version)
-        except UnsupportedSchema as error:
-            raise UnsupportedSchema(f"{url}: {error}") from error
-        return table
+        columns = list(dict.fromkeys(columns))
+        if storage.is_local(fs):
+            return read_parquet(path, columns, memory_map=True)
+        version = self._entries[name].version  # a shard that is made again has a new entry
+        if self._cache and version:
+            return read_parquet(self._cache.read(url, version), columns)
+        return read_parquet(storage.read(url), columns)
+
+
+def _check_writer(table: pa.Table, url: str, layout: ShardLayout) -> None:
+    """Raises OutputMismatch if another tokenizer wrote the file, UnsupportedSchema if a newer version of ours did."""
+    footer = table.schema.metadata or {}
+    writer = footer.get(b"tokenizer_id", b"").decode(errors="replace")
+    if writer != layout.tokenizer_id:
+        raise OutputMismatch(f"{url} was written by tokenizer {writer!r}, not by {layout.tokenizer_id}")
+    version = footer.get(b"schema_version", b"1").decode(errors="replace")
+    try:
+        check_schema_version(int(version) if version.isdigit() else version)
+    except UnsupportedSchema as error:
+        raise UnsupportedSchema(f"{url}: {error}") from error
 
 
 def _check_shard(table: pa.Table, name: str) -> None:
@@ -353,8 +428,7 @@ def _check_shard(table: pa.Table, name: str) -> None:
 
 def _check_rows(table: pa.Table, layout: ShardLayout, num_rows: int) -> None:
     """Raises ValueError if the table does not hold that many rows of this layout."""
-    if table.num_rows != num_rows:
-        raise ValueError(f"{table.num_rows} rows, the manifest says {num_rows}")
+    _check_num_rows(table, num_rows)
     expected = layout.schema("")
     for name in ("tokens", "shape", "key"):
         found = table.schema.field(name).type if name in table.column_names else None
@@ -362,6 +436,11 @@ def _check_rows(table: pa.Table, layout: ShardLayout, num_rows: int) -> None:
             raise ValueError(f"column {name} is {found}, not {expected.field(name).type}")
     for tokens, shapes in zip(table["tokens"].chunks, table["shape"].chunks, strict=True):
         _check_grids(tokens_as_lists(tokens, layout.token_dtype), shapes, layout)
+
+
+def _check_num_rows(table: pa.Table, num_rows: int) -> None:
+    if table.num_rows != num_rows:
+        raise ValueError(f"{table.num_rows} rows, the manifest says {num_rows}")
 
 
 def _check_grids(tokens: pa.ListArray, shapes: pa.ListArray, layout: ShardLayout) -> None:
@@ -382,22 +461,6 @@ def _products(sides: np.ndarray, shapes: pa.ListArray) -> np.ndarray:
     if len(set(lengths.tolist())) == 1:
         return sides.astype(np.int64).reshape(len(lengths), -1).prod(axis=1)
     return np.array([math.prod(shape) for shape in shapes.to_pylist()], np.int64)
-
-
-class _Rows:
-    """Some rows of one shard in memory, for access one by one."""
-
-    def __init__(self, table: pa.Table, dtype: np.dtype):
-        tokens = tokens_as_lists(table["tokens"].combine_chunks(), dtype)
-        offsets = tokens.offsets.to_numpy()  # of a slice of the file, so the first offset may not be 0
-        self.values = np.array(tokens.values[offsets[0] : offsets[-1]])  # a copy, because torch needs writable memory
-        self.offsets = (offsets - offsets[0]).tolist()
-        self.shapes = [tuple(shape) for shape in table["shape"].to_pylist()]
-        self.others = {name: table[name].to_pylist() for name in table.column_names if name not in ("tokens", "shape")}
-
-    def row(self, i: int) -> dict[str, Any]:
-        tokens = self.values[self.offsets[i] : self.offsets[i + 1]].reshape(self.shapes[i])
-        return {"tokens": tokens, **{name: values[i] for name, values in self.others.items()}}
 
 
 class _SharedCalls:
@@ -433,33 +496,20 @@ class _SharedCalls:
         return self._memory is not None and bool(self._memory[2])
 
 
-def stack(rows: Sequence[dict[str, Any]], pad: int = 0) -> dict[str, Any]:
-    """Rows as one batch of numpy arrays.
-
-    tokens: int64 [B, ...], padded with `pad` at the end of each dimension to the largest shape in the batch. mask: bool
-    of that shape, False for padding. Each other column: an array of its numbers, or a list of its other values.
-    """
-    grids = [row["tokens"] for row in rows]
-    shape = tuple(np.max([grid.shape for grid in grids], axis=0).tolist())
-    tokens = np.full((len(grids), *shape), pad, np.int64)
-    mask = np.zeros(tokens.shape, bool)
-    for i, grid in enumerate(grids):
-        place = tuple(slice(side) for side in grid.shape)
-        tokens[i][place], mask[i][place] = grid, True
-    others = {name: [row[name] for row in rows] for name in rows[0] if name != "tokens"}
-    numbers = {name: np.array(values) for name, values in others.items() if all(map(_is_number, values))}
-    return {"tokens": tokens, "mask": mask, **others, **numbers}
-
-
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`DataLoader(dataset, batch_size=8, collate_fn=collate)`: like `stack`, with torch tensors. Pads with 0."""
-    import torch
-
-    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in stack(rows).items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _in_batches(spans: Iterable[tuple[Rows, np.ndarray]], size: int) -> Iterator[Rows]:
+    """Batches of `size` rows, and a last one with the rest."""
+    parts, missing = [], size
+    for rows, order in spans:
+        start = 0
+        while start < len(order):
+            part = order[start : start + missing]
+            parts.append(rows.take(part))
+            start, missing = start + len(part), missing - len(part)
+            if not missing:
+                yield joined(parts)
+                parts, missing = [], size
+    if parts:
+        yield joined(parts)
 
 
 def _place() -> tuple[int, int]:

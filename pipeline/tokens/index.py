@@ -39,7 +39,10 @@ def counted(output: Output) -> list[Counted]:
 
 
 def _is_of(entry: Counted, file: storage.StoredObject) -> bool:
-    return None not in (file.num_bytes, file.version) and (entry.num_bytes, entry.version) == (file.num_bytes, file.version)
+    return None not in (file.num_bytes, file.version) and (entry.num_bytes, entry.version) == (
+        file.num_bytes,
+        file.version,
+    )
 
 
 def write_index(output: Output) -> None:

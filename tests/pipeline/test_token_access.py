@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.errors import OutputMismatch
+from pipeline.errors import BrokenOutput, OutputMismatch
 from pipeline.tokens import Output, TokenDataset
-from pipeline.tokens.dataset import collate
+from pipeline.tokens.rows import collate
 from tests.corpus import write_tokens
 
 SIZES = (5, 0, 7, 3, 8)  # 23 rows
@@ -65,6 +65,51 @@ def test_a_state_between_two_batches_is_exact(output: Output):
     resumed.load_state_dict(json.loads(json.dumps(dataset.state_dict())))
     found += [key for batch in resumed.batches(4) for key in batch["key"]]
     assert found == keys(TokenDataset(output.url, shuffle_window=6))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_ragged_batches_hold_the_rows_one_after_another(output: Output, window: int):
+    rows = list(TokenDataset(output.url, shuffle_window=window))
+    batches = list(TokenDataset(output.url, shuffle_window=window).batches(4, ragged=True, dtype=None))
+    assert {batch["tokens"].dtype for batch in batches} == {np.dtype(np.uint16)}
+    found = [
+        (key, batch["tokens"][start:stop].reshape(shape).tolist())
+        for batch in batches
+        for key, shape, (start, stop) in zip(
+            batch["key"], batch["shapes"], itertools.pairwise(batch["offsets"]), strict=True
+        )
+    ]
+    assert found == [(row["key"], row["tokens"].tolist()) for row in rows]
+
+
+def test_batches_can_be_tensors(output: Output):
+    for batch in TokenDataset(output.url, columns=("source_index",)).batches(4, torch=True):
+        assert {name: batch[name].dtype for name in ("tokens", "mask", "source_index")} == {
+            "tokens": torch.int64,
+            "mask": torch.bool,
+            "source_index": torch.int64,
+        }
+
+
+def test_a_batch_without_rows_is_refused(output: Output):
+    with pytest.raises(ValueError, match="size is 0; a batch needs at least 1 row"):
+        next(TokenDataset(output.url).batches(0))
+
+
+@pytest.mark.parametrize("encoding", ["list", "packed"])
+def test_lengths_are_those_of_the_rows(encoding: str, tmp_path: Path):
+    output = write_tokens(tmp_path, SIZES, encoding=encoding)
+    lengths = TokenDataset(output.url).lengths()
+    assert lengths.dtype == np.int64
+    assert lengths.tolist() == [row["tokens"].size for row in TokenDataset(output.url)]
+
+
+def test_lengths_of_a_damaged_file_name_it(tmp_path: Path):
+    output = write_tokens(tmp_path, (3, 4))
+    name = output.commits()[1].name
+    Path(output.tokens_url(name)).unlink()
+    with pytest.raises(BrokenOutput, match=f"{name}.parquet: the file is missing; .*verify.repair=true"):
+        TokenDataset(output.url).lengths()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

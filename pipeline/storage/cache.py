@@ -1,0 +1,80 @@
+"""A bounded local folder with copies of remote objects, which any number of processes may share."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import StorageError
+from pipeline.storage.objects import TEMPORARY, read
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class FileCache:
+    """Keeps the objects that were read last, up to max_bytes together.
+
+    A file starts with the SHA-256 of the object, so that a copy that a crash has damaged is downloaded again.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int):
+        self.folder, self.max_bytes = Path(folder), max_bytes
+
+    def read(self, url: str, version: str) -> bytes:
+        """The object, from the folder if it is there. version: changes with the content of the object.
+
+        Raises StorageError if the folder cannot be written, and like `storage.read`.
+        """
+        path = self.folder / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:32]
+        with self._explained():
+            found = _read_copy(path)
+        if found is None:
+            found = read(url)
+            self._keep(path, found)
+        return found
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        if len(data) > self.max_bytes:
+            return
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(len(data))
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=TEMPORARY, delete=False) as file:
+                file.write(hashlib.sha256(data).digest() + data)
+            os.replace(file.name, path)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: the local cache cannot be used ({error}); free some space, or choose another folder "
+                "or a lower bound"
+            ) from error
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Removes the files that were read longest ago. Another process may remove them at the same time."""
+        files = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        used = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if used + num_bytes <= self.max_bytes:
+                return
+            Path(path).unlink(missing_ok=True)
+            used -= size
+
+
+def _read_copy(path: Path) -> bytes | None:
+    """None if there is no copy, or a damaged one."""
+    try:
+        content = path.read_bytes()
+        os.utime(path)  # marks it as read last
+    except FileNotFoundError:  # also if another process has removed it
+        return None
+    digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    return data if hashlib.sha256(data).digest() == digest else None
