@@ -13,7 +13,6 @@ of streams continues an epoch by splitting the segments of all old streams.
 import bisect
 import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from pipeline.errors import BrokenOutput, OutputMismatch, StorageError, Unsuppor
 from pipeline.tokens.commit import shard_name
 from pipeline.tokens.index import counted
 from pipeline.tokens.output import READERS, REPAIR_AND_RERUN, Output
+from pipeline.tokens.processes import IterableDataset, SharedCalls, place, split, worker_of
 from pipeline.tokens.rows import Rows, as_tensors, joined, padded
 from pipeline.tokens.rows import ragged as make_ragged
 from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
@@ -40,15 +40,6 @@ class Segment(NamedTuple):
     stop: int
     first: int
     last: int
-
-
-try:  # torch's DataLoader treats every other class as a map-style dataset
-    from torch.utils.data import IterableDataset, get_worker_info
-except ImportError:
-    IterableDataset = object  # type: ignore[assignment, misc]
-
-    def get_worker_info() -> None:  # type: ignore[misc]
-        return None
 
 
 class TokenDataset(IterableDataset):  # type: ignore[misc]
@@ -88,7 +79,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         cache: str | None = None,
         cache_gb: float = 100.0,
     ):
-        own_rank, own_size = _place()
+        own_rank, own_size = place()
         rank, world_size = own_rank if rank is None else rank, own_size if world_size is None else world_size
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; it must be in 0..{world_size - 1}, below world_size")
@@ -114,7 +105,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self._resumed: list[Segment] | None = None  # what the next pass reads, from the state of this stream
         self._left: list[Segment] | None = None  # what the next pass of all streams together reads, from all states
         self._resumed_by: tuple[int, int] | None = None
-        self._calls = _SharedCalls()
+        self._calls = SharedCalls()
 
     def __len__(self) -> int:
         """Number of rows that this rank reads per epoch."""
@@ -124,7 +115,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
     def set_epoch(self, epoch: int) -> None:
         """Starts the given epoch, with its own order of rows, at its first row."""
         self._start(epoch)
-        if not _worker()[1]:
+        if not worker_of()[1]:
             self._calls.call(epoch)
 
     def _start(self, epoch: int) -> None:
@@ -135,7 +126,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """What load_state_dict needs. Raises OutputMismatch where only the workers of a DataLoader know it."""
-        worker, num_workers = _worker()
+        worker, num_workers = worker_of()
         if not num_workers and self._calls.read_by_workers():
             raise OutputMismatch(
                 "the workers of a DataLoader read the rows, so this copy of the dataset does not know the position; "
@@ -236,7 +227,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
     def _begin(self) -> list[Segment]:
         """Begins a pass. Returns what it reads."""
-        worker, num_workers = _worker()
+        worker, num_workers = worker_of()
         if not num_workers:
             self._calls.read_here()
         elif (epoch := self._calls.hear()) is not None:
@@ -261,12 +252,12 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         """What this stream reads in the pass that begins next."""
         if self._resumed is not None:
             return self._resumed
-        worker, num_workers = _worker()
+        worker, num_workers = worker_of()
         left = [Segment(0, self.num_rows, 0, self.num_rows)] if self._left is None else self._left
         total = sum(segment.last - segment.first for segment in left)
         start, stop = self._share(total)
         if num_workers:
-            start, stop = _split(start, stop, worker, num_workers)
+            start, stop = split(start, stop, worker, num_workers)
         if self._left is None:
             return [Segment(start, stop, 0, stop - start)]
         return _cut(left, start, stop)
@@ -316,6 +307,16 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             found.update({index: rows.row(index - low) for index in of_file})
         return [found[index] for index in wanted]
 
+    def in_order(self, epoch: int, low: int, high: int) -> Rows:
+        """Rows low..high of the order that an epoch has when one stream reads it all.
+
+        With shuffling, low must be a multiple of shuffle_window, and high too or num_rows. Raises ValueError.
+        """
+        if self.window and (low % self.window or (high % self.window and high != self.num_rows)):
+            raise ValueError(f"rows {low}..{high} are not whole windows of {self.window} rows (shuffle_window)")
+        whole = Segment(0, self.num_rows, low, high)
+        return joined([rows.take(order) for rows, order in self._spans([whole], epoch)])
+
     def lengths(self) -> np.ndarray:
         """The number of tokens of each row of the output: int64 [num_rows]. Reads only the shapes, in threads."""
         parts = map_in_threads(self._read_lengths, [name for name, _ in self.files], READERS)
@@ -334,7 +335,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
     def _share(self, total: int) -> tuple[int, int]:
         """Which of `total` rows this rank reads: start..stop."""
         total = total // self.world_size * self.world_size if self.equal_length else total
-        return _split(0, total, self.rank, self.world_size)
+        return split(0, total, self.rank, self.world_size)
 
     def _sequence(self, epoch: int) -> list[tuple[str, int]]:
         if not self.window:
@@ -463,39 +464,6 @@ def _products(sides: np.ndarray, shapes: pa.ListArray) -> np.ndarray:
     return np.array([math.prod(shape) for shape in shapes.to_pylist()], np.int64)
 
 
-class _SharedCalls:
-    """Calls of set_epoch, which reach the workers of a DataLoader through memory that all processes share."""
-
-    def __init__(self) -> None:
-        self._memory: Any = None  # int64: epoch, number of calls, whether a worker reads
-        self._heard = 0
-        if IterableDataset is not object:
-            import torch
-
-            self._memory = torch.zeros(3, dtype=torch.int64).share_memory_()
-
-    def call(self, epoch: int) -> None:
-        if self._memory is not None:
-            self._memory[0] = epoch
-            self._memory[1] += 1
-            self._memory[2] = 0
-            self._heard = int(self._memory[1])  # also for workers that start later, as copies of this dataset
-
-    def hear(self) -> int | None:
-        """In a worker that begins to read: the epoch of a call that it has not heard, if there is one."""
-        self._memory[2] = 1
-        calls = int(self._memory[1])
-        new, self._heard = calls > self._heard, calls
-        return int(self._memory[0]) if new else None
-
-    def read_here(self) -> None:
-        if self._memory is not None:
-            self._memory[2] = 0
-
-    def read_by_workers(self) -> bool:
-        return self._memory is not None and bool(self._memory[2])
-
-
 def _in_batches(spans: Iterable[tuple[Rows, np.ndarray]], size: int) -> Iterator[Rows]:
     """Batches of `size` rows, and a last one with the rest."""
     parts, missing = [], size
@@ -510,16 +478,6 @@ def _in_batches(spans: Iterable[tuple[Rows, np.ndarray]], size: int) -> Iterator
                 parts, missing = [], size
     if parts:
         yield joined(parts)
-
-
-def _place() -> tuple[int, int]:
-    """Rank and world size of this process."""
-    if IterableDataset is not object:
-        import torch.distributed
-
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _streams_in(states: Any) -> Iterator[dict[str, Any]]:
@@ -537,9 +495,9 @@ def _left_in(state: dict[str, Any]) -> list[Segment]:
         return [Segment(*segment) for segment in state["left"]]
     total = state["num_rows"]
     total = total // state["world_size"] * state["world_size"] if state["equal_length"] else total
-    start, stop = _split(0, total, state["rank"], state["world_size"])
+    start, stop = split(0, total, state["rank"], state["world_size"])
     if state["num_workers"]:
-        start, stop = _split(start, stop, state["worker"], state["num_workers"])
+        start, stop = split(start, stop, state["worker"], state["num_workers"])
     return _skipped([Segment(start, stop, 0, stop - start)], state["position"])
 
 
@@ -572,18 +530,6 @@ def _cut(segments: list[Segment], start: int, stop: int) -> list[Segment]:
             found.append(segment._replace(first=segment.first + low, last=segment.first + high))
         begin += length
     return found
-
-
-def _worker() -> tuple[int, int]:
-    """Number of this DataLoader worker, and the number of workers; (0, 0) outside a worker."""
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 0)
-
-
-def _split(start: int, stop: int, part: int, parts: int) -> tuple[int, int]:
-    """Bounds of the part-th of `parts` consecutive parts of start..stop. Their lengths differ by at most one."""
-    length = stop - start
-    return start + part * length // parts, start + (part + 1) * length // parts
 
 
 def _pieces(sequence: list[tuple[str, int]], low: int, high: int) -> list[tuple[str, int, int]]:

@@ -178,11 +178,11 @@ def test_set_epoch_reaches_persistent_workers(output: Output):
 
 
 def test_a_worker_that_resumes_is_not_reset_by_an_earlier_set_epoch(output: Output, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.tokens.dataset._worker", lambda: (0, 1))
+    monkeypatch.setattr("pipeline.tokens.dataset.worker_of", lambda: (0, 1))
     expected = keys(TokenDataset(output.url, shuffle_window=6))
     running, resumed = (TokenDataset(output.url, shuffle_window=6) for _ in range(2))
     with monkeypatch.context() as main:
-        main.setattr("pipeline.tokens.dataset._worker", lambda: (0, 0))
+        main.setattr("pipeline.tokens.dataset.worker_of", lambda: (0, 0))
         resumed.set_epoch(0)
     list(itertools.islice(running, 5))
     resumed.load_state_dict(running.state_dict())
@@ -220,7 +220,7 @@ class Streams:
         found, states = [], []
         for dataset, place in self.all:
             with self.monkeypatch.context() as patched:
-                patched.setattr("pipeline.tokens.dataset._worker", lambda place=place: place)
+                patched.setattr("pipeline.tokens.dataset.worker_of", lambda place=place: place)
                 found += keys(itertools.islice(dataset, rng.randint(0, most)))
                 states.append(dataset.state_dict())
         return found, states
@@ -250,7 +250,7 @@ def whole(streams: Streams) -> list[str]:
     found: list[str] = []
     for dataset, place in streams.all:
         with streams.monkeypatch.context() as patched:
-            patched.setattr("pipeline.tokens.dataset._worker", lambda place=place: place)
+            patched.setattr("pipeline.tokens.dataset.worker_of", lambda place=place: place)
             found += keys(dataset)
     return found
 

@@ -250,7 +250,7 @@ def test_a_state_of_another_tokenizers_output_is_refused(output: Output, tmp_pat
 def as_worker(monkeypatch: pytest.MonkeyPatch, worker: int, workers: int) -> None:
     """Imitates a DataLoader worker. A real worker that raises would make torch wait 5 s at the end."""
     info = SimpleNamespace(id=worker, num_workers=workers)
-    monkeypatch.setattr("pipeline.tokens.dataset.get_worker_info", lambda: info)
+    monkeypatch.setattr("pipeline.tokens.processes.get_worker_info", lambda: info)
 
 
 def test_a_state_saved_without_workers_is_refused_with_workers(output: Output, monkeypatch: pytest.MonkeyPatch):
