@@ -1,6 +1,7 @@
 """Tokenmill turns image and audio corpora into discrete tokens.
 
     from tokenmill import TokenDataset   # reads token shards; needs numpy, pyarrow and fsspec only
+    from tokenmill import pack, mix      # blocks of tokens for language models; likewise
     from tokenmill import Tokenizer      # encodes and decodes; needs `pip install 'tokenmill[tokenizer]'`
 
 Both load on first use: `import tokenmill` imports neither torch nor ray.
@@ -14,13 +15,18 @@ from typing import TYPE_CHECKING, Any
 from tokenmill.extras import explain
 
 if TYPE_CHECKING:
+    from pipeline.sequences import flatten, mix, pack, unflatten
     from pipeline.tokens import TokenDataset, collate
     from tokenmill.tokenizer import Tokenizer
 
-__all__ = ["TokenDataset", "Tokenizer", "__version__", "collate"]
+__all__ = ["TokenDataset", "Tokenizer", "__version__", "collate", "flatten", "mix", "pack", "unflatten"]
 __version__ = "0.1.0"  # the build reads the version from here
 
-_HOME = {"Tokenizer": "tokenmill.tokenizer", "TokenDataset": "pipeline.tokens", "collate": "pipeline.tokens"}
+_HOME = {
+    "Tokenizer": "tokenmill.tokenizer",
+    **dict.fromkeys(("TokenDataset", "collate"), "pipeline.tokens"),
+    **dict.fromkeys(("flatten", "mix", "pack", "unflatten"), "pipeline.sequences"),
+}
 _ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -27,7 +27,7 @@ from pipeline.errors import BrokenOutput, OutputMismatch, StorageError, Unsuppor
 from pipeline.tokens.commit import shard_name
 from pipeline.tokens.index import counted
 from pipeline.tokens.output import READERS, REPAIR_AND_RERUN, Output
-from pipeline.tokens.processes import IterableDataset, SharedCalls, place, split, worker_of
+from pipeline.tokens.processes import IterableDataset, SharedCalls, place, split, states_in, worker_of
 from pipeline.tokens.rows import Rows, as_tensors, joined, padded
 from pipeline.tokens.rows import ragged as make_ragged
 from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
@@ -152,7 +152,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             self._resumed, self._resumed_by = _left_in(state), (state["worker"], state["num_workers"])
             self.position = state["position"]
             return
-        states = list(_streams_in(state))
+        states = list(states_in(state, {"position", "worker", "num_rows"}))
         ours = {name: now for name, now in self._identity().items() if name not in ("rank", "world_size")}
         for one in states:
             self._check_identity(one, ours)
@@ -478,15 +478,6 @@ def _in_batches(spans: Iterable[tuple[Rows, np.ndarray]], size: int) -> Iterator
                 parts, missing = [], size
     if parts:
         yield joined(parts)
-
-
-def _streams_in(states: Any) -> Iterator[dict[str, Any]]:
-    """The states of streams within states of any depth."""
-    if isinstance(states, dict) and {"position", "worker", "num_rows"} <= states.keys():
-        yield states
-    elif isinstance(states, dict | list | tuple):
-        for inner in states.values() if isinstance(states, dict) else states:
-            yield from _streams_in(inner)
 
 
 def _left_in(state: dict[str, Any]) -> list[Segment]:

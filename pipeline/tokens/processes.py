@@ -1,6 +1,7 @@
 """Which of the processes that read a dataset together this one is: its rank, and its DataLoader worker."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 try:  # torch's DataLoader treats every other class as a map-style dataset
@@ -59,6 +60,15 @@ def worker_of() -> tuple[int, int]:
     """Number of this DataLoader worker, and the number of workers; (0, 0) outside a worker."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 0)
+
+
+def states_in(states: Any, marks: set[str]) -> Iterator[dict[str, Any]]:
+    """The states of streams within states of any depth, such as those of torchdata. marks: keys that they have."""
+    if isinstance(states, dict) and marks <= states.keys():
+        yield states
+    elif isinstance(states, dict | list | tuple):
+        for inner in states.values() if isinstance(states, dict) else states:
+            yield from states_in(inner, marks)
 
 
 def split(start: int, stop: int, part: int, parts: int) -> tuple[int, int]:

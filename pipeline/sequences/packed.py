@@ -1,0 +1,326 @@
+"""Rows of token shards as blocks of one length, for training language models."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.corpus.batches import prefetch
+from pipeline.errors import OutputMismatch
+from pipeline.sequences.fit import FITS, Piece, best_fit, concatenated
+from pipeline.sequences.orders import check_order, flatten, num_codebooks, sequence_length
+from pipeline.sequences.shares import Span, Spans, advanced, left_by_epoch, share
+from pipeline.tokens.dataset import TokenDataset
+from pipeline.tokens.processes import IterableDataset, SharedCalls, states_in, worker_of
+from pipeline.tokens.rows import Rows
+
+Condition = Callable[[dict[str, Any]], Sequence[int]]
+
+
+def pack(dataset: TokenDataset, block: int, **settings: Any) -> "Packed":
+    """`Packed(dataset, block, **settings)`."""
+    return Packed(dataset, block, **settings)
+
+
+class Packed(IterableDataset):  # type: ignore[type-arg]
+    """Blocks of `block` tokens. Each is a dict of int64 arrays [block]:
+
+    tokens     the tokens of one or several documents, then `pad` (0 if it is not given).
+    documents  0 for the tokens of the first document of the block, 1 for those of the second, ...; -1 for padding.
+               Tokens may attend to each other only where it is equal.
+    positions  the place of the token in its document.
+
+    The next token of place i counts in a loss if documents[i + 1] == documents[i] >= 0.
+
+    A document is: the condition, `bos` if given, the row's codes in `order` (see `orders`) plus `offset`, and `eos` if
+    given. condition: the name of an integer column of the dataset, whose value plus condition_offset becomes one token,
+    or a function from a row to any number of token ids.
+
+    fit: "best" cuts only documents that are longer than a block (best-fit packing); "concat" puts one after another and
+    cuts at the end of each block, so there is almost no padding. Both within windows of rows: those that the dataset
+    shuffles, or `rows` rows without shuffling. With shuffling, the blocks of a window are shuffled too.
+
+    Windows are split among ranks and DataLoader workers (those of the dataset). One pass is one epoch; streams may get
+    different numbers of blocks, so train by steps with `while True: for item in packed`. state_dict, load_state_dict
+    and set_epoch are like those of TokenDataset: one state continues the same stream, and the list of the states of all
+    streams continues with any other number of them.
+
+    Raises ValueError for settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        block: int,
+        *,
+        bos: int | None = None,
+        eos: int | None = None,
+        offset: int = 0,
+        order: str = "raster",
+        pad: int | None = None,
+        condition: str | Condition | None = None,
+        condition_offset: int = 0,
+        fit: str = "best",
+        rows: int = 8192,
+    ):
+        check_order(order)
+        if fit not in FITS:
+            raise ValueError(f"fit is {fit!r}; choose one of: {', '.join(FITS)}")
+        if block < 1 or rows < 1 or offset < 0:
+            raise ValueError(f"block is {block}, rows {rows}, offset {offset}; they must be at least 1, 1 and 0")
+        if dataset.layout.holds_latents:
+            raise ValueError(f"{dataset.output.url} holds latents, not tokens")
+        if isinstance(condition, str) and condition not in dataset.columns:
+            raise ValueError(f"condition is {condition!r}; open the dataset with columns=({condition!r},)")
+        if order == "delayed" and pad is None:
+            raise ValueError("the order delayed needs pad=, the token of places without a code")
+        if dataset.equal_length:
+            raise ValueError("equal_length is for rows; ranks get different numbers of blocks, so train by steps")
+        self.dataset, self.block, self.bos, self.eos, self.offset = dataset, block, bos, eos, offset
+        self.order, self.pad, self.condition, self.condition_offset = order, pad, condition, condition_offset
+        self.fit, self.rows = fit, dataset.window or rows
+        self.codebooks = self._count_codebooks()
+        self.codes = range(offset, offset + self.codebooks * dataset.layout.codebook_size)
+        for name, token in (("bos", bos), ("eos", eos), ("pad", pad if order == "delayed" else None)):
+            if token is not None:
+                self._refuse_code(name, token)
+        self.epoch = 0
+        self._yielded = self._padding = 0  # tokens
+        self._plan: Spans | None = None  # what the pass that has begun reads
+        self._at = (0, 0)  # windows of the plan that are read, blocks of the next one that were yielded
+        self._resumed: dict[int, Spans] = {}  # what this stream has left, by epoch, from its own state
+        self._resumed_by: tuple[int, int] | None = None  # stream, streams of that state
+        self._left: dict[int, Spans] = {}  # what all streams together have left, by epoch
+        self._calls = SharedCalls()
+
+    @property
+    def num_windows(self) -> int:
+        return -(-self.dataset.num_rows // self.rows)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens of the codes, bos, eos and pad together with all below them. Conditions may be above."""
+        return max(self.codes.stop, *(1 + token for token in (self.bos, self.eos, self.pad) if token is not None))
+
+    @property
+    def waste(self) -> float:
+        """Share of padding in the blocks that this object has yielded in this process."""
+        return self._padding / max(1, self._yielded)
+
+    def expected_waste(self) -> float:
+        """Share of padding in all blocks of the first epoch. Reads all rows."""
+        blocks = padding = 0
+        for window in range(self.num_windows):
+            packed = self._packed(self._lengths(window))
+            blocks += len(packed)
+            padding += sum(self.block - sum(p.stop - p.start for p in pieces) for pieces in packed)
+        return padding / max(1, blocks * self.block)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Starts the given epoch at its first block; also in persistent workers of a DataLoader."""
+        self._start(epoch)
+        if not worker_of()[1]:
+            self._calls.call(epoch)
+
+    def _start(self, epoch: int) -> None:
+        self.epoch, self._plan, self._at = epoch, None, (0, 0)
+        self._resumed, self._resumed_by, self._left = {}, None, {}
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What load_state_dict needs. Raises OutputMismatch where only the workers of a DataLoader know it."""
+        if not worker_of()[1] and self._calls.read_by_workers():
+            raise OutputMismatch(
+                "the workers of a DataLoader read the blocks, so this copy does not know the position; use torchdata's "
+                "StatefulDataLoader, or num_workers=0"
+            )
+        stream, streams = self.stream()
+        left = self._planned(self.epoch) if self._plan is None else advanced(self._plan, *self._at)
+        later = {epoch: self._planned(epoch) for epoch in {*self._left, *self._resumed} if epoch > self.epoch}
+        return {
+            "epoch": self.epoch,
+            "left": [list(span) for span in left],
+            "later": {str(epoch): [list(span) for span in spans] for epoch, spans in later.items()},
+            "stream": stream,
+            "streams": streams,
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | Sequence[Any]) -> None:
+        """Continues after the blocks that were yielded before the state was saved.
+
+        One state continues the same stream of as many. A list of the states of all streams, which may be those of
+        torchdata's StatefulDataLoader, continues with any number of streams. Raises OutputMismatch if the blocks would
+        not be those of the saved run, and if the list lacks a stream.
+        """
+        if isinstance(state, dict) and "left" in state:
+            self._check_identity(state)
+            self._start(state["epoch"])
+            self._resumed = {int(epoch): _spans(spans) for epoch, spans in state["later"].items()}
+            self._resumed[self.epoch] = _spans(state["left"])
+            self._resumed_by = (state["stream"], state["streams"])
+            return
+        states = list(states_in(state, {"left", "later", "stream"}))
+        for one in states:
+            self._check_identity(one)
+        found = sorted(one["stream"] for one in states)
+        if not states or found != list(range(states[0]["streams"])):
+            count = states[0]["streams"] if states else "all"
+            raise OutputMismatch(f"the list must hold one state for each of {count} streams; it holds those of {found}")
+        left = left_by_epoch(states, self.num_windows)
+        self._start(min(left))
+        self._left = left
+
+    def _check_identity(self, state: dict[str, Any]) -> None:
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise OutputMismatch(f"the state was saved with {name}={state[name]}; this one has {name}={value}")
+
+    def _identity(self) -> dict[str, Any]:
+        dataset = self.dataset
+        condition = self.condition if self.condition is None or isinstance(self.condition, str) else "a function"
+        return {
+            "tokenizer_id": dataset.layout.tokenizer_id,
+            "num_rows": dataset.num_rows,
+            "seed": dataset.seed,
+            "shuffle_window": dataset.window,
+            "rows": self.rows,
+            "block": self.block,
+            "bos": self.bos,
+            "eos": self.eos,
+            "offset": self.offset,
+            "order": self.order,
+            "pad": self.pad,
+            "fit": self.fit,
+            "condition": condition,
+            "condition_offset": self.condition_offset,
+        }
+
+    # -- iteration ------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        plan = self._begin()
+        epoch = self.epoch
+        windows = [(window, span.done if window == span.start else 0) for span in plan for window in _range(span)]
+        blocks = prefetch((self._blocks(window, epoch) for window, _ in windows), 1)
+        for number, ((_, done), of_window) in enumerate(zip(windows, blocks, strict=True)):
+            for block in range(done, len(of_window)):
+                self._at = (number, block + 1)
+                self._yielded += self.block
+                self._padding += int((of_window[block]["documents"] < 0).sum())
+                yield of_window[block]
+        self._finish()
+
+    def _begin(self) -> Spans:
+        """Begins a pass. Returns what it reads."""
+        if not worker_of()[1]:
+            self._calls.read_here()
+        elif (heard := self._calls.hear()) is not None:
+            self._start(heard)
+        self._plan, self._at = self._planned(self.epoch), (0, 0)
+        return self._plan
+
+    def _finish(self) -> None:
+        """Ends a pass. What later epochs have left stays planned."""
+        self.epoch, self._plan, self._at = self.epoch + 1, None, (0, 0)
+
+    def _planned(self, epoch: int) -> Spans:
+        """What this stream reads in an epoch that it has not begun."""
+        stream, streams = self.stream()
+        if self._resumed_by not in (None, (stream, streams)):
+            raise OutputMismatch(
+                "the state belongs to stream {} of {} (ranks times DataLoader workers), ".format(
+                    *self._resumed_by or ()
+                )
+                + f"this is {stream} of {streams}; give the states of all streams as a list"
+            )
+        if epoch in self._resumed:
+            return self._resumed[epoch]
+        return share(self._left.get(epoch, [Span(0, self.num_windows)]), stream, streams)
+
+    def stream(self) -> tuple[int, int]:
+        """The number of this stream, and how many there are: DataLoader workers times ranks."""
+        worker, workers = worker_of()
+        workers = max(1, workers)
+        return self.dataset.rank * workers + worker, self.dataset.world_size * workers
+
+    # -- blocks ---------------------------------------------------------------------------------------------------
+
+    def _blocks(self, window: int, epoch: int) -> list[dict[str, np.ndarray]]:
+        """All blocks of a window: a pure function of the dataset, the settings and the epoch."""
+        documents = [self._document(rows, i) for rows in [self._rows(window, epoch)] for i in range(len(rows))]
+        blocks = [self._block(pieces, documents) for pieces in self._packed([len(one) for one in documents])]
+        if not self.dataset.window:
+            return blocks
+        order = np.random.default_rng([self.dataset.seed, epoch, window, 1]).permutation(len(blocks))
+        return [blocks[i] for i in order]
+
+    def _rows(self, window: int, epoch: int) -> Rows:
+        low = window * self.rows
+        return self.dataset.in_order(epoch, low, min(low + self.rows, self.dataset.num_rows))
+
+    def _packed(self, lengths: Sequence[int]) -> list[list[Piece]]:
+        return (best_fit if self.fit == "best" else concatenated)(lengths, self.block)
+
+    def _block(self, pieces: list[Piece], documents: list[np.ndarray]) -> dict[str, np.ndarray]:
+        tokens = np.full(self.block, self.pad or 0, np.int64)
+        numbers, positions = np.full(self.block, -1, np.int64), np.zeros(self.block, np.int64)
+        start = 0
+        for number, piece in enumerate(pieces):
+            place = slice(start, start + piece.stop - piece.start)
+            tokens[place] = documents[piece.document][piece.start : piece.stop]
+            numbers[place], positions[place] = number, np.arange(piece.start, piece.stop)
+            start = place.stop
+        return {"tokens": tokens, "documents": numbers, "positions": positions}
+
+    def _document(self, rows: Rows, i: int) -> np.ndarray:
+        row = rows.row(i)
+        codes = flatten(row["tokens"], self.codebooks, self.dataset.layout.codebook_size, self.order)
+        codes = np.where(codes < 0, self.pad or 0, codes + self.offset)
+        before = [*self._condition(row), *([] if self.bos is None else [self.bos])]
+        after = [] if self.eos is None else [self.eos]
+        return np.concatenate([np.array(before, np.int64), codes, np.array(after, np.int64)])
+
+    def _condition(self, row: dict[str, Any]) -> list[int]:
+        if self.condition is None:
+            return []
+        if isinstance(self.condition, str):
+            value = row[self.condition]
+            if not isinstance(value, int | str) or not str(value).strip().isdecimal():
+                raise ValueError(f"{self.condition} of row {row['key']} is {value!r}; a condition is an integer")
+            tokens = [int(value) + self.condition_offset]
+        else:
+            tokens = [int(token) for token in self.condition(row)]
+        for token in tokens:
+            self._refuse_code("condition", token)
+        return tokens
+
+    def _lengths(self, window: int) -> list[int]:
+        """Lengths of the documents of a window in the first epoch."""
+        rows = self._rows(window, 0)
+        extra = (self.bos is not None) + (self.eos is not None) + isinstance(self.condition, str)
+        lengths = [sequence_length(int(n), self.codebooks, self.order) + extra for n in np.diff(rows.offsets)]
+        if callable(self.condition):
+            lengths = [n + len(self._condition(rows.row(i))) for i, n in enumerate(lengths)]
+        return lengths
+
+    def _count_codebooks(self) -> int:
+        if not self.dataset.num_rows:
+            return 1
+        return num_codebooks(self.dataset[0]["tokens"].shape, self.dataset.layout.modality)
+
+    def _refuse_code(self, name: str, token: int) -> None:
+        if token < 0 or token in self.codes:
+            raise ValueError(
+                f"{name} is {token}; it must be 0 or more and not one of the codes, {self.codes.start}.."
+                f"{self.codes.stop - 1}; choose {self.codes.stop} or more, or raise offset"
+            )
+
+
+def _range(span: Span) -> range:
+    return range(span.start, span.stop)
+
+
+def _spans(spans: list[list[int]]) -> Spans:
+    return [Span(*span) for span in spans]

@@ -1,0 +1,395 @@
+"""Packed and mixed blocks: orders and their inverses, packing by hand, and epochs that other streams continue."""
+
+import collections
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from pipeline.corpus.shards import ShardList, find_shards
+from pipeline.errors import OutputMismatch
+from pipeline.sequences import Mixed, Packed, flatten, mix, pack, unflatten
+from pipeline.sequences.fit import Piece, best_fit, concatenated
+from pipeline.sequences.orders import ORDERS
+from pipeline.tokens import Output, TokenDataset, TokenRow, commit_shard
+from tests.corpus import layout, write_corpus, write_tokens
+
+SIZES = (5, 0, 7, 9, 8)  # 29 rows of 6 or 9 tokens
+EOS = 1024
+
+# -- orders -------------------------------------------------------------------------------------------------------
+
+
+FRAMES = np.array([[0, 5], [1, 6], [2, 7]])  # three frames of two codebooks of 8 codes
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("raster", [0, 13, 1, 14, 2, 15]),
+        ("delayed", [0, -1, 1, 13, 2, 14, -1, 15]),
+        ("layers", [0, 1, 2, 13, 14, 15]),
+    ],
+)
+def test_residual_codes_by_hand(order: str, expected: list[int]):
+    assert flatten(FRAMES, 2, 8, order).tolist() == expected
+
+
+def test_a_picture_is_read_row_by_row():
+    assert flatten(np.arange(6).reshape(2, 3)).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("shape", "codebooks"), [((7,), 1), ((3, 5), 1), ((4, 3), 3), ((2, 3, 4), 4), ((0, 2), 2)])
+def test_unflatten_is_the_inverse(order: str, shape: tuple[int, ...], codebooks: int):
+    tokens = np.random.default_rng(0).integers(16, size=shape)
+    sequence = flatten(tokens, codebooks, 16, order, pad=999)
+    assert np.array_equal(unflatten(sequence, shape, codebooks, 16, order), tokens)
+
+
+def test_a_sampled_token_of_another_codebook_is_named():
+    with pytest.raises(ValueError, match="token 3 is not one of the codebook of its place"):
+        unflatten(np.array([0, 3]), (1, 2), 2, 8)
+    with pytest.raises(ValueError, match=r"5 tokens; a grid of \(3, 2\) in the order delayed has 8"):
+        unflatten(np.zeros(5), (3, 2), 2, 8, "delayed")
+
+
+# -- packing ------------------------------------------------------------------------------------------------------
+
+
+def test_best_fit_by_hand():
+    """8 fills a block; 5 + 3, not 5 + 2: the fullest block that has room; 20 is two full blocks and a rest of 4."""
+    assert best_fit([5, 8, 2, 3, 20], 8) == [
+        [Piece(0, 0, 5), Piece(3, 0, 3)],
+        [Piece(1, 0, 8)],
+        [Piece(2, 0, 2), Piece(4, 16, 20)],
+        [Piece(4, 0, 8)],
+        [Piece(4, 8, 16)],
+    ]
+
+
+def test_concatenating_by_hand():
+    assert concatenated([5, 0, 8, 2], 8) == [
+        [Piece(0, 0, 5), Piece(2, 0, 3)],
+        [Piece(2, 3, 8), Piece(3, 0, 2)],
+    ]
+
+
+@pytest.mark.parametrize("fit", [best_fit, concatenated])
+def test_every_token_is_in_one_block(fit):
+    lengths = np.random.default_rng(0).integers(0, 50, 400).tolist()
+    blocks = fit(lengths, 16)
+    assert all(0 < sum(piece.stop - piece.start for piece in block) <= 16 for block in blocks)
+    places = [(p.document, place) for block in blocks for p in block for place in range(p.start, p.stop)]
+    assert sorted(places) == [(d, place) for d, length in enumerate(lengths) for place in range(length)]
+
+
+def test_best_fit_cuts_no_document_that_fits():
+    lengths = np.random.default_rng(1).integers(1, 17, 400).tolist()
+    assert sum(map(len, best_fit(lengths, 16))) == 400
+
+
+# -- blocks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Output:
+    return write_tokens(tmp_path_factory.mktemp("list"), SIZES)
+
+
+def documents(blocks: Any) -> list[tuple[int, ...]]:
+    """Whole documents, by their end token."""
+    found = []
+    for block in blocks:
+        for number in range(block["documents"].max() + 1):
+            tokens = tuple(block["tokens"][block["documents"] == number].tolist())
+            assert block["positions"][block["documents"] == number].tolist() == list(range(len(tokens)))
+            assert tokens[-1] == EOS
+            found.append(tokens)
+    return found
+
+
+def rows_as_documents(output: Output) -> list[tuple[int, ...]]:
+    return [(*row["tokens"].reshape(-1).tolist(), EOS) for row in TokenDataset(output.url)]
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_blocks_hold_each_row_once(output: Output, window: int):
+    packed = pack(TokenDataset(output.url, shuffle_window=window), 24, eos=EOS)
+    assert sorted(documents(packed)) == sorted(rows_as_documents(output))
+
+
+def test_epochs_have_other_orders(output: Output):
+    packed = pack(TokenDataset(output.url, shuffle_window=6), 24, eos=EOS)
+    first, second = documents(packed), documents(packed)
+    assert first != second
+    assert sorted(first) == sorted(second)
+    packed.set_epoch(0)
+    assert documents(packed) == first
+
+
+def test_the_waste_is_the_share_of_padding(output: Output):
+    packed = pack(TokenDataset(output.url), 24, eos=EOS)
+    blocks = list(packed)
+    padding = sum(int((block["documents"] == -1).sum()) for block in blocks)
+    assert packed.waste == padding / (24 * len(blocks)) == packed.expected_waste()
+    assert 24 * len(blocks) - padding == sum(map(len, rows_as_documents(output)))
+
+
+def test_concatenated_blocks_are_the_tokens_in_order(output: Output):
+    blocks = list(pack(TokenDataset(output.url), 16, bos=1025, eos=EOS, fit="concat"))
+    tokens = np.concatenate([block["tokens"][block["documents"] >= 0] for block in blocks])
+    assert tokens.tolist() == [t for document in rows_as_documents(output) for t in (1025, *document)]
+
+
+def test_special_tokens_offset_and_condition(tmp_path: Path):
+    [shard] = write_corpus(tmp_path / "in", (1,))
+    output = Output.create(str(tmp_path / "out"), layout(passthrough=["cls"]), ShardList([shard]), {})
+    row = TokenRow("0000", 0, np.array([[7, 9]]), {"height": 8, "width": 16}, {"cls": b"3"})
+    commit_shard(output, shard, [row], [], seconds={}, now=0.0)
+    dataset = TokenDataset(output.url, columns=("cls",))
+    packed = pack(dataset, 6, bos=0, eos=1, offset=10, condition="cls", condition_offset=2000)
+    [block] = packed
+    assert block["tokens"].tolist() == [2003, 0, 17, 19, 1, 0]
+    assert block["documents"].tolist() == [0, 0, 0, 0, 0, -1]
+    assert packed.vocab_size == 1034
+    [block] = pack(dataset, 6, bos=0, offset=10, condition=lambda row: [5, 6])
+    assert block["tokens"].tolist() == [5, 6, 0, 17, 19, 0]
+
+
+def test_residual_codes_have_numbers_of_their_own(tmp_path: Path):
+    [shard] = write_corpus(tmp_path / "in", (1,))
+    about = layout(modality="audio", codebook_size=8, preprocessing={"sample_rate": 16000})
+    output = Output.create(str(tmp_path / "out"), about, ShardList([shard]), {})
+    sound = {"sample_rate": 16000, "num_samples": 960}
+    commit_shard(output, shard, [TokenRow("0000", 0, FRAMES, sound)], [], seconds={}, now=0.0)
+    packed = pack(TokenDataset(output.url), 10, order="delayed", pad=16, eos=17)
+    [block] = packed
+    assert block["tokens"].tolist() == [0, 16, 1, 13, 2, 14, 16, 15, 17, 16]
+    assert packed.vocab_size == 18
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bos": 5}, r"bos is 5; it must be 0 or more and not one of the codes, 0\.\.1023; choose 1024 or more"),
+        ({"eos": -1}, "eos is -1; it must be 0 or more"),
+        ({"order": "delayed"}, "the order delayed needs pad="),
+        ({"order": "spiral"}, "order is 'spiral'; choose one of: raster, delayed, layers"),
+        ({"fit": "worst"}, "fit is 'worst'; choose one of: best, concat"),
+        ({"condition": "cls"}, r"condition is 'cls'; open the dataset with columns=\('cls',\)"),
+        ({"block": 0}, "block is 0"),
+        ({"offset": -1}, "offset -1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(output: Output, settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        pack(TokenDataset(output.url), **{"block": 24, **settings})
+
+
+def test_a_condition_that_is_no_integer_or_a_code_is_named(output: Output):
+    dataset = TokenDataset(output.url, columns=("modality",))
+    with pytest.raises(ValueError, match="modality of row 0000 is 'image'; a condition is an integer"):
+        next(iter(pack(dataset, 24, condition="modality")))
+    with pytest.raises(ValueError, match="condition is 7; it must be"):
+        next(iter(pack(dataset, 24, condition=lambda row: [7])))
+
+
+# -- mixing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Output:
+    return write_tokens(tmp_path_factory.mktemp("other"), (40, 50), tokenizer_id="tok-b")
+
+
+def two(output: Output, other: Output, **settings) -> Mixed:
+    """Both outputs; the tokens of the second come after those of the first and the end token."""
+    parts = [
+        pack(TokenDataset(output.url, **settings), 24, eos=EOS),
+        pack(TokenDataset(other.url, **settings), 24, eos=EOS, offset=1025),
+    ]
+    return mix(parts, [1, 3], seed=1)
+
+
+def test_a_mix_gives_each_row_of_every_part_once(output: Output, other: Output):
+    blocks = list(two(output, other))
+    for part, source in enumerate((output, other)):
+        offset = 1025 * part
+        expected = [(*(t + offset for t in row[:-1]), EOS) for row in rows_as_documents(source)]
+        assert sorted(documents(b for b in blocks if b["part"] == part)) == sorted(expected)
+
+
+def test_blocks_are_drawn_by_weight(output: Output, other: Output):
+    parts = [pack(TokenDataset(other.url, seed=seed), 9, eos=EOS) for seed in (0, 1)]
+    drawn = [block["part"] for block in itertools.islice(mix(parts, [1, 3]), 90)]
+    assert 12 <= drawn.count(0) <= 33  # 22.5 are expected; the standard deviation is 4.1
+
+
+def test_parts_that_share_token_numbers_are_refused(output: Output, other: Output):
+    parts = [pack(TokenDataset(one.url), 24) for one in (output, other)]
+    with pytest.raises(ValueError, match=r"share token numbers: 0\.\.1023 and 0\.\.1023; .* offset=1024"):
+        mix(parts, [1, 1])
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1]])
+def test_wrong_weights_are_refused(output: Output, weights: list[float]):
+    parts = [pack(TokenDataset(output.url), 24)] * 2
+    with pytest.raises(ValueError, match="each of the 2 parts needs one, above 0"):
+        mix(parts, weights)
+
+
+# -- streams and states -------------------------------------------------------------------------------------------
+
+
+Streams = tuple[int, int]  # ranks, DataLoader workers of each
+
+
+def places(streams: Streams) -> list[tuple[int, int, int, int]]:
+    ranks, workers = streams
+    return [(rank, ranks, worker, workers) for rank in range(ranks) for worker in range(max(1, workers))]
+
+
+class Stream:
+    """One stream of a run, read in this process as if it were a DataLoader worker of a rank."""
+
+    def __init__(self, make, place: tuple[int, int, int, int], states: Any = None):
+        rank, ranks, worker, workers = place
+        self.worker = (worker, workers)
+        with self.there():
+            self.packed: Packed | Mixed = make(rank=rank, world_size=ranks)
+            if states is not None:
+                self.packed.load_state_dict(states)
+            self.blocks: Iterator[dict[str, Any]] = iter(self.packed)
+
+    def there(self) -> Any:
+        patched = pytest.MonkeyPatch.context()
+        context = patched.__enter__()
+        for module in ("sequences.packed", "sequences.mixed", "tokens.dataset"):
+            context.setattr(f"pipeline.{module}.worker_of", lambda: self.worker)
+        return _Ends(patched)
+
+    def read(self, count: int | None) -> list[dict[str, Any]]:
+        with self.there():
+            return list(itertools.islice(self.blocks, count))
+
+    def state(self) -> dict[str, Any]:
+        with self.there():
+            return json.loads(json.dumps(self.packed.state_dict()))
+
+
+class _Ends:
+    def __init__(self, patched: Any):
+        self.patched = patched
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        self.patched.__exit__(*error)
+
+
+SHAPES = [((2, 0), (3, 0)), ((1, 4), (1, 0)), ((2, 2), (1, 3)), ((1, 0), (5, 2)), ((3, 1), (2, 0))]
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("kind", ["packed", "mixed"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_another_number_of_streams_continues_an_epoch(
+    output: Output, other: Output, kind: str, window: int, shapes: tuple[Streams, Streams]
+):
+    """Killed twice in mid-epoch, with streams that have read different numbers of blocks, up to all."""
+
+    def make(**where) -> Packed | Mixed:
+        settings = {"shuffle_window": window, **where}
+        if kind == "packed":
+            return pack(TokenDataset(output.url, **settings), 24, eos=EOS, rows=4)
+        return two(output, other, **settings)
+
+    expected = collections.Counter(documents(make()))
+    blocks, states = [], None
+    for streams, counts in ((shapes[0], (1, 0, 9)), (shapes[1], (0, 2, 1)), ((1, 0), (None,))):
+        running = [Stream(make, place, states) for place in places(streams)]
+        for stream, count in zip(running, itertools.cycle(counts), strict=False):
+            blocks += stream.read(count)
+        states = [stream.state() for stream in running]
+    assert collections.Counter(documents(blocks)) == expected
+
+
+def test_streams_of_different_epochs_continue(output: Output):
+    """Two streams train by steps, and one is an epoch ahead. A third reads both epochs to their ends."""
+
+    def make(**where) -> Packed:
+        return pack(TokenDataset(output.url, shuffle_window=4, **where), 24, eos=EOS)
+
+    ahead, behind = (Stream(make, place) for place in places((2, 0)))
+    found = ahead.read(None) + behind.read(1)
+    ahead.blocks = iter(ahead.packed)
+    found += ahead.read(2)
+    resumed = Stream(make, (0, 1, 0, 0), [ahead.state(), behind.state()])
+    found += resumed.read(None)
+    resumed.blocks = iter(resumed.packed)
+    found += resumed.read(None)
+    assert resumed.packed.epoch == 2
+    assert collections.Counter(documents(found)) == collections.Counter(rows_as_documents(output) * 2)
+
+
+@pytest.mark.parametrize("kind", ["packed", "mixed"])
+def test_one_state_continues_exactly(output: Output, other: Output, kind: str):
+    def make(**where) -> Packed | Mixed:
+        settings = {"shuffle_window": 6, **where}
+        return pack(TokenDataset(output.url, **settings), 24) if kind == "packed" else two(output, other, **settings)
+
+    undisturbed = [block["tokens"].tolist() for block in make()]
+    for cut in range(len(undisturbed)):
+        first = Stream(make, (0, 1, 0, 0))
+        found = first.read(cut)
+        found += Stream(make, (0, 1, 0, 0), first.state()).read(None)
+        assert [block["tokens"].tolist() for block in found] == undisturbed
+
+
+def test_a_state_of_other_settings_or_streams_is_refused(output: Output):
+    def make(**where) -> Packed:
+        return pack(TokenDataset(output.url, **where), 24, eos=EOS)
+
+    state = Stream(make, (0, 2, 0, 0)).state()
+    with pytest.raises(OutputMismatch, match="saved with eos=1024; this one has eos=None"):
+        pack(TokenDataset(output.url), 24).load_state_dict(state)
+    with pytest.raises(OutputMismatch, match=r"belongs to stream 0 of 2 .* this is 0 of 1; give the states of all"):
+        Stream(make, (0, 1, 0, 0), state).read(1)
+    with pytest.raises(OutputMismatch, match=r"one state for each of 2 streams; it holds those of \[0\]"):
+        make().load_state_dict([state])
+
+
+@pytest.mark.parametrize("kind", ["packed", "mixed"])
+def test_dataloader_workers_read_each_row_once_and_other_epochs(output: Output, other: Output, kind: str):
+    dataset = pack(TokenDataset(output.url, shuffle_window=6), 24, eos=EOS)
+    packed = dataset if kind == "packed" else two(output, other, shuffle_window=6)
+    loader = DataLoader(packed, batch_size=None, num_workers=2, persistent_workers=True)
+    packed.set_epoch(3)
+    found = documents(_arrays(loader))
+    again = pack(TokenDataset(output.url, shuffle_window=6), 24, eos=EOS)
+    again.set_epoch(3)
+    if kind == "packed":
+        assert sorted(found) == sorted(documents(again))
+    packed.set_epoch(3)
+    assert documents(_arrays(loader)) == found
+    with pytest.raises(OutputMismatch, match="use torchdata's StatefulDataLoader"):
+        packed.state_dict()
+
+
+def _arrays(loader: DataLoader) -> Iterator[dict[str, np.ndarray]]:
+    return ({name: np.asarray(value) for name, value in block.items()} for block in loader)
+
+
+def test_an_empty_output_has_no_blocks(tmp_path: Path):
+    output = write_tokens(tmp_path, (0,))
+    packed = pack(TokenDataset(output.url), 24)
+    assert list(packed) == []
+    assert packed.waste == packed.expected_waste() == 0
+    assert len(find_shards(str(tmp_path / "in/*.tar")).shards) == 1
