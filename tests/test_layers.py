@@ -17,7 +17,7 @@ FORBIDDEN = {
     "pipeline": {"ray", "torch", "webdataset", "omegaconf", "tokenizer", "jobs"},
 }
 LAYERS = ("tokenizer", "pipeline", "jobs")
-OPTIONAL = {f"pipeline/tokens/{name}.py": {"torch"} for name in ("processes", "rows")}  # we tried them and do not need them
+OPTIONAL = {f"pipeline/tokens/{name}.py": {"torch"} for name in ("processes", "rows")}  # tried, and not needed
 
 
 def imports(file: Path) -> set[str]:
