@@ -15,9 +15,11 @@ from pipeline.corpus.shards import ShardList, find_shards
 from pipeline.errors import OutputMismatch
 from pipeline.sequences import Mixed, Packed, flatten, mix, pack, unflatten
 from pipeline.sequences.fit import Piece, best_fit, concatenated
-from pipeline.sequences.orders import ORDERS
+from pipeline.sequences.orders import ORDERS, num_codebooks
 from pipeline.tokens import Output, TokenDataset, TokenRow, commit_shard
-from tests.corpus import layout, write_corpus, write_tokens
+from tests.corpus import layout, picture, write_corpus, write_tokens
+from tokenizer.autoencoder import Autoencoder
+from tokenizer.tokenizer import Tokenizer
 
 SIZES = (5, 0, 7, 9, 8)  # 29 rows of 6 or 9 tokens
 EOS = 1024
@@ -25,7 +27,7 @@ EOS = 1024
 # -- orders -------------------------------------------------------------------------------------------------------
 
 
-FRAMES = np.array([[0, 5], [1, 6], [2, 7]])  # three frames of two codebooks of 8 codes
+FRAMES = np.array([[0, 1, 2], [5, 6, 7]])  # two codebooks of 8 codes, three frames
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_a_picture_is_read_row_by_row():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("shape", "codebooks"), [((7,), 1), ((3, 5), 1), ((4, 3), 3), ((2, 3, 4), 4), ((0, 2), 2)])
+@pytest.mark.parametrize(("shape", "codebooks"), [((7,), 1), ((3, 5), 1), ((3, 4), 3), ((4, 2, 3), 4), ((2, 0), 2)])
 def test_unflatten_is_the_inverse(order: str, shape: tuple[int, ...], codebooks: int):
     tokens = np.random.default_rng(0).integers(16, size=shape)
     sequence = flatten(tokens, codebooks, 16, order, pad=999)
@@ -54,9 +56,28 @@ def test_unflatten_is_the_inverse(order: str, shape: tuple[int, ...], codebooks:
 
 def test_a_sampled_token_of_another_codebook_is_named():
     with pytest.raises(ValueError, match="token 3 is not one of the codebook of its place"):
-        unflatten(np.array([0, 3]), (1, 2), 2, 8)
-    with pytest.raises(ValueError, match=r"5 tokens; a grid of \(3, 2\) in the order delayed has 8"):
-        unflatten(np.zeros(5), (3, 2), 2, 8, "delayed")
+        unflatten(np.array([0, 3]), (2, 1), 2, 8)
+    with pytest.raises(ValueError, match=r"5 tokens; a grid of \(2, 3\) in the order delayed has 8"):
+        unflatten(np.zeros(5), (2, 3), 2, 8, "delayed")
+
+
+def test_another_number_of_codebooks_is_named():
+    with pytest.raises(ValueError, match=r"the shape is \(3, 2\); its first side must be 2, the number of codebooks"):
+        flatten(FRAMES.T, 2, 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_residual_tokenizer_decodes_what_comes_back(order: str):
+    net = {"name": "vqgan", "width": 8, "multipliers": [1, 2], "res_blocks": 1, "channels": 8, "attention": False}
+    quantizer = {"name": "residual", "num_quantizers": 2, "base": {"name": "fsq", "levels": [5, 3]}}
+    tokenizer = Tokenizer(Autoencoder({"modality": "image", "net": net, "quantizer": quantizer}), {})
+    [tokens] = tokenizer.encode_batch([picture(8, 12)])
+    codebooks = num_codebooks(tokens.shape, "image")
+    sequence = flatten(tokens, codebooks, tokenizer.codebook_size, order)
+    again = unflatten(sequence, tokens.shape, codebooks, tokenizer.codebook_size, order)
+    assert codebooks == 2
+    assert sorted(sequence[sequence >= 0] // tokenizer.codebook_size) == [0] * 24 + [1] * 24  # 4 x 6 frames
+    assert np.array_equal(tokenizer.decode(again), tokenizer.decode(tokens))
 
 
 # -- packing ------------------------------------------------------------------------------------------------------
