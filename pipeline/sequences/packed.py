@@ -1,5 +1,7 @@
 """Rows of token shards as blocks of one length, for training language models."""
 
+import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,10 +42,11 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
     cuts at the end of each block, so there is almost no padding. Both within windows of rows: those that the dataset
     shuffles, or `rows` rows without shuffling. With shuffling, the blocks of a window are shuffled too.
 
-    Windows are split among ranks and DataLoader workers (those of the dataset). One pass is one epoch; streams may get
-    different numbers of blocks, so train by steps with `while True: for item in packed`. state_dict, load_state_dict
-    and set_epoch are like those of TokenDataset: one state continues the same stream, and the list of the states of all
-    streams continues with any other number of them.
+    Windows are split among ranks and DataLoader workers (those of the dataset). If there are few, several streams read
+    a window, and each gives other blocks of it. One pass is one epoch; streams may get different numbers of blocks, so
+    train by steps with `while True: for item in packed`. A stream that has no block in an epoch warns. state_dict,
+    load_state_dict and set_epoch are like those of TokenDataset: one state continues the same stream, and the list of
+    the states of all streams continues with any other number of them.
 
     Raises ValueError for settings that do not fit together.
     """
@@ -200,17 +203,30 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
     # -- iteration ------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        plan = self._begin()
-        epoch = self.epoch
-        windows = [(window, span.done if window == span.start else 0) for span in plan for window in _range(span)]
-        blocks = prefetch((self._blocks(window, epoch) for window, _ in windows), 1)
-        for number, ((_, done), of_window) in enumerate(zip(windows, blocks, strict=True)):
-            for block in range(done, len(of_window)):
-                self._at = (number, block + 1)
+        plan, epoch, is_new = self._begin(), self.epoch, not (self._resumed or self._left)
+        windows = [(window, span) for span in plan for window in range(span.start, span.stop)]
+        before = self._yielded
+        blocks = prefetch(self._of_windows([window for window, _ in windows], epoch), 1)
+        for number, ((_, span), of_window) in enumerate(zip(windows, blocks, strict=True)):
+            for count, block in enumerate(of_window[span.first :: span.step], 1):
+                self._at = (number, count)
                 self._yielded += self.block
-                self._padding += int((of_window[block]["documents"] < 0).sum())
-                yield of_window[block]
+                self._padding += int((block["documents"] < 0).sum())
+                yield block
+        if is_new and self._yielded == before and self.dataset.num_rows:
+            stream, streams = self.stream()
+            warnings.warn(
+                f"stream {stream} of {streams} (ranks times DataLoader workers) has no block in epoch {epoch}: there "
+                "are hardly more blocks than streams; use fewer workers or ranks, or smaller blocks",
+                stacklevel=2,
+            )
         self._finish()
+
+    def _of_windows(self, windows: Sequence[int], epoch: int) -> Iterator[list[dict[str, np.ndarray]]]:
+        """The blocks of each of the windows. Reads a window once if it is named several times in a row."""
+        for window, same in itertools.groupby(windows):
+            blocks = self._blocks(window, epoch)
+            yield from (blocks for _ in same)
 
     def _begin(self) -> Spans:
         """Begins a pass. Returns what it reads."""
@@ -316,10 +332,6 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
                 f"{name} is {token}; it must be 0 or more and not one of the codes, {self.codes.start}.."
                 f"{self.codes.stop - 1}; choose {self.codes.stop} or more, or raise offset"
             )
-
-
-def _range(span: Span) -> range:
-    return range(span.start, span.stop)
 
 
 def _spans(spans: list[list[int]]) -> Spans:

@@ -1,48 +1,74 @@
-"""Which windows of an epoch each stream reads, also after another number of streams resumes. Pure functions.
+"""Which blocks of an epoch each stream reads, also after another number of streams resumes. Pure functions.
 
-A stream is one DataLoader worker of one rank. What a stream has left is a list of spans: windows start..stop, of which
-the first has already given `done` blocks.
+A stream is one DataLoader worker of one rank. An epoch consists of windows of rows. Only a reader of a window knows how
+many blocks it has, so a share of it is every step-th block, and any share can be divided again in the same way.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.tokens.processes import split
 
+LEAST = 4  # windows of a stream; if there are fewer, streams divide them, so that their shares differ little
+
 
 class Span(NamedTuple):
+    """The blocks first, first + step, first + 2 * step, ... of each of the windows start..stop."""
+
     start: int
     stop: int
-    done: int = 0
+    first: int = 0
+    step: int = 1
 
 
 Spans = list[Span]
 
 
 def share(spans: Sequence[Span], stream: int, streams: int) -> Spans:
-    """The part of a stream. The parts of all streams are all windows, each once; they differ by at most one window."""
-    total = sum(span.stop - span.start for span in spans)
-    low, high = split(0, total, stream, streams)
+    """The part of a stream. The parts of all streams together are all blocks, each once.
+
+    Each stream reads whole windows, and their numbers differ by at most one. If there are few windows, all streams read
+    the same number of equal pieces of windows.
+    """
+    windows = _num_windows(spans)
+    if streams > 1 and 0 < windows < LEAST * streams:
+        spans = list(_divided(spans, streams // math.gcd(windows, streams)))
+    low, high = split(0, _num_windows(spans), stream, streams)
+    return _cut(spans, low, high)
+
+
+def advanced(spans: Sequence[Span], windows: int, blocks: int) -> Spans:
+    """What is left after so many whole windows, and so many blocks of the next one."""
+    left = _cut(spans, windows, _num_windows(spans))
+    if left and blocks:
+        begun, rest = left[0], left[0]._replace(start=left[0].start + 1)
+        begun = begun._replace(stop=begun.start + 1, first=begun.first + blocks * begun.step)
+        left[:1] = [begun, rest] if rest.start < rest.stop else [begun]
+    return left
+
+
+def _num_windows(spans: Sequence[Span]) -> int:
+    return sum(span.stop - span.start for span in spans)
+
+
+def _divided(spans: Sequence[Span], pieces: int) -> Iterator[Span]:
+    """The same blocks, with each window in so many pieces."""
+    for start, stop, first, step in spans:
+        for window in range(start, stop):
+            for piece in range(pieces):
+                yield Span(window, window + 1, first + piece * step, step * pieces)
+
+
+def _cut(spans: Sequence[Span], low: int, high: int) -> Spans:
+    """Windows low..high of the spans, counted over all of them."""
     found, begin = [], 0
     for span in spans:
-        first, last = max(low - begin, 0), min(high - begin, span.stop - span.start)
-        if first < last:
-            found.append(Span(span.start + first, span.start + last, span.done if first == 0 else 0))
+        start, stop = max(span.start, span.start + low - begin), min(span.stop, span.start + high - begin)
+        if start < stop:
+            found.append(span._replace(start=start, stop=stop))
         begin += span.stop - span.start
     return found
-
-
-def advanced(spans: Sequence[Span], windows: int, done: int) -> Spans:
-    """What is left after so many whole windows, and `done` blocks of the next."""
-    left = []
-    for span in spans:
-        skipped = min(windows, span.stop - span.start)
-        windows -= skipped
-        if skipped < span.stop - span.start:
-            left.append(Span(span.start + skipped, span.stop, span.done if skipped == 0 else 0))
-    if left and done:
-        left[0] = left[0]._replace(done=done)
-    return left
 
 
 def left_by_epoch(states: Sequence[dict[str, Any]], num_windows: int) -> dict[int, Spans]:

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.errors import OutputMismatch
 from pipeline.sequences import Mixed, Packed, flatten, mix, pack, unflatten
 from pipeline.sequences.fit import Piece, best_fit, concatenated
 from pipeline.sequences.orders import ORDERS, num_codebooks
+from pipeline.sequences.shares import Span, advanced, share
 from pipeline.tokens import Output, TokenDataset, TokenRow, commit_shard
 from tests.corpus import layout, picture, write_corpus, write_tokens
 from tokenizer.autoencoder import Autoencoder
@@ -340,6 +342,44 @@ def test_another_number_of_streams_continues_an_epoch(
             blocks += stream.read(count)
         states = [stream.state() for stream in running]
     assert collections.Counter(documents(blocks)) == expected
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_streams_share_a_window_if_there_are_few(output: Output, window: int):
+    """29 rows are one window here. Every row once, and no stream without blocks."""
+
+    def make(**where) -> Packed:
+        return pack(TokenDataset(output.url, shuffle_window=window, **where), 24, eos=EOS)
+
+    found = [Stream(make, place).read(None) for place in places((2, 2))]
+    assert all(found)
+    assert collections.Counter(documents(itertools.chain(*found))) == collections.Counter(rows_as_documents(output))
+
+
+def test_a_stream_without_blocks_warns(output: Output):
+    packed = pack(TokenDataset(output.url, rank=99, world_size=100), 400, eos=EOS)
+    with pytest.warns(UserWarning, match="stream 99 of 100 .* has no block in epoch 0: .* use fewer workers"):
+        assert list(packed) == []
+
+
+def test_shares_are_all_blocks_once_however_often_they_are_divided():
+    """Windows of 5, 0, 7 and 3 blocks, read by 3 streams, then 7, then 2, each a little."""
+    sizes, rng, found = [5, 0, 7, 3], random.Random(0), []
+    left = [Span(0, len(sizes))]
+    for streams in (3, 7, 2, 1):
+        rest = []
+        for stream in range(streams):
+            spans = share(left, stream, streams)
+            windows = [
+                [(w, b) for b in range(s.first, sizes[w], s.step)] for s in spans for w in range(s.start, s.stop)
+            ]
+            read = rng.randint(0, len(windows)) if streams > 1 else len(windows)
+            begun = rng.randint(0, len(windows[read])) if read < len(windows) else 0
+            found += [*itertools.chain(*windows[:read]), *(windows[read][:begun] if begun else [])]
+            rest += advanced(spans, read, begun)
+        left = rest
+    assert left == []
+    assert sorted(found) == [(w, b) for w, size in enumerate(sizes) for b in range(size)]
 
 
 def test_streams_of_different_epochs_continue(output: Output):
