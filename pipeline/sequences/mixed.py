@@ -8,33 +8,40 @@ import numpy as np
 
 from pipeline.errors import OutputMismatch
 from pipeline.sequences.packed import Packed
+from pipeline.sequences.vocabulary import ids, overlap
 from pipeline.tokens.processes import IterableDataset, SharedCalls, states_in, worker_of
 
 
-def mix(parts: Sequence[Packed], weights: Sequence[float], *, seed: int = 0) -> "Mixed":
-    """`Mixed(parts, weights, seed=seed)`."""
-    return Mixed(parts, weights, seed=seed)
+def mix(parts: Sequence[Packed], weights: Sequence[float], *, seed: int = 0, repeat: bool = False) -> "Mixed":
+    """`Mixed(parts, weights, seed=seed, repeat=repeat)`."""
+    return Mixed(parts, weights, seed=seed, repeat=repeat)
 
 
 class Mixed(IterableDataset):  # type: ignore[type-arg]
     """Blocks of the parts, each with the number of its part as `part`. The next block is of part i with a probability
     proportional to weights[i].
 
-    One pass is one epoch of every part: a part that has ended is no longer drawn, until all have ended. To repeat a
-    small part more often, name it several times, with different seeds. The draws are a function of seed, epoch, stream
-    and number of the block. state_dict, load_state_dict and set_epoch are like those of Packed.
+    One pass is one epoch of every part: a part that has ended is no longer drawn, until all have ended. With repeat, a
+    part that has ended starts its next epoch, so that the weights always hold and the pass never ends; `epochs` counts
+    the epochs of each part. The draws are a function of seed, epoch, stream and number of the block. state_dict,
+    load_state_dict and set_epoch are like those of Packed.
 
-    Raises ValueError if weights are missing or not above 0, if blocks differ in length, and if parts of different
-    tokenizers share token numbers.
+    Raises ValueError if weights are missing or not above 0, if blocks differ in length, if parts have different ranks,
+    if a part is named twice, and if a token has two meanings: codes of one part may only be codes of the same tokenizer
+    in another. With repeat, a stream for which a part has no blocks raises ValueError as well.
     """
 
-    def __init__(self, parts: Sequence[Packed], weights: Sequence[float], *, seed: int = 0):
+    def __init__(self, parts: Sequence[Packed], weights: Sequence[float], *, seed: int = 0, repeat: bool = False):
         if not parts or len(parts) != len(weights) or min(weights) <= 0:
             raise ValueError(f"weights are {list(weights)}; each of the {len(parts)} parts needs one, above 0")
         if len({part.block for part in parts}) > 1:
             raise ValueError(f"the parts have blocks of {[part.block for part in parts]} tokens; they must be equal")
-        _refuse_shared_codes(parts)
-        self.parts, self.seed = list(parts), seed
+        if len({id(part) for part in parts}) < len(parts):
+            raise ValueError("a part is named twice, so its blocks would be too; name it once, with a larger weight")
+        if len(places := {(part.dataset.rank, part.dataset.world_size) for part in parts}) > 1:
+            raise ValueError(f"the parts have (rank, world_size) {sorted(places)}; open all datasets with the same")
+        _refuse_shared_tokens(parts)
+        self.parts, self.seed, self.repeat = list(parts), seed, repeat
         self.weights = np.array(weights, float) / sum(weights)
         self.epoch = 0
         self._drawn = 0  # blocks of the epoch
@@ -43,6 +50,11 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
     @property
     def vocab_size(self) -> int:
         return max(part.vocab_size for part in self.parts)
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epoch that this stream reads in each part."""
+        return [part.epoch for part in self.parts]
 
     def set_epoch(self, epoch: int) -> None:
         """Starts the given epoch of every part; also in persistent workers of a DataLoader."""
@@ -74,7 +86,7 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
         self._drawn = sum(one["drawn"] for one in states if one["epoch"] == self.epoch)
 
     def _identity(self) -> dict[str, Any]:
-        return {"weights": self.weights.tolist(), "mix_seed": self.seed}
+        return {"weights": self.weights.tolist(), "mix_seed": self.seed, "repeat": self.repeat}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not worker_of()[1]:
@@ -82,16 +94,30 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
         elif (heard := self._calls.hear()) is not None:
             self.set_epoch(heard)
         # a part that is an epoch ahead ended before the state was saved
-        live = {i: iter(part) for i, part in enumerate(self.parts) if part.epoch <= self.epoch}
+        live = {i: iter(part) for i, part in enumerate(self.parts) if self.repeat or part.epoch <= self.epoch}
         while live:
             i = self._draw(list(live))
             block = next(live[i], None)
+            if block is None and self.repeat:
+                block = self._next_epoch(i, live)
             if block is None:
                 del live[i]
                 continue
             self._drawn += 1
             yield {**block, "part": i}
         self.epoch, self._drawn = self.epoch + 1, 0
+
+    def _next_epoch(self, i: int, live: dict[int, Iterator[dict[str, Any]]]) -> dict[str, Any]:
+        """The first block of the next epoch of a part. What was left of a resumed epoch may have been nothing."""
+        for _ in range(2):
+            live[i] = iter(self.parts[i])
+            if block := next(live[i], None):
+                return block
+        stream, streams = self.parts[i].stream()
+        raise ValueError(
+            f"part {i} has no block for stream {stream} of {streams} (ranks times DataLoader workers), so it cannot be "
+            "repeated; use fewer workers or ranks, or smaller blocks"
+        )
 
     def _draw(self, live: list[int]) -> int:
         """Which of the parts gives the next block."""
@@ -101,11 +127,17 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
         return live[int(rng.choice(len(live), p=weights / weights.sum()))]
 
 
-def _refuse_shared_codes(parts: Sequence[Packed]) -> None:
-    ranges = sorted({(part.codes.start, part.codes.stop, part.dataset.layout.tokenizer_id) for part in parts})
-    for (start, stop, tokenizer), (other_start, other_stop, other) in itertools.pairwise(ranges):
-        if other_start < stop and tokenizer != other:
-            raise ValueError(
-                f"tokenizers {tokenizer} and {other} share token numbers: {start}..{stop - 1} and {other_start}.."
-                f"{other_stop - 1}; pack the second one with offset={stop}"
-            )
+def _refuse_shared_tokens(parts: Sequence[Packed]) -> None:
+    """Raises ValueError if the codes of a part are something else in another part."""
+    free = max(part.vocabulary.size for part in parts)
+    for (i, one), (j, other) in itertools.permutations(enumerate(parts), 2):
+        codes, taken = one.vocabulary.codes, other.vocabulary
+        same = (one.dataset.layout.tokenizer_id, codes) == (other.dataset.layout.tokenizer_id, taken.codes)
+        named = {f"{name} {token}": range(token, token + 1) for name, token in taken.specials.items()}
+        kinds = {f"the codes {ids(taken.codes)}": range(0) if same else taken.codes, **named}
+        for kind, those in {**kinds, f"the conditions {ids(taken.conditions)}": taken.conditions}.items():
+            if overlap(codes, those):
+                raise ValueError(
+                    f"token numbers have two meanings: the codes {ids(codes)} of part {i} and {kind} of part {j}; pack "
+                    f"part {max(i, j)} with offset={free}, or choose other special tokens"
+                )

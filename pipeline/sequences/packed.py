@@ -12,6 +12,7 @@ from pipeline.errors import OutputMismatch
 from pipeline.sequences.fit import FITS, Piece, best_fit, concatenated
 from pipeline.sequences.orders import check_order, flatten, num_codebooks, sequence_length
 from pipeline.sequences.shares import Span, Spans, advanced, left_by_epoch, share
+from pipeline.sequences.vocabulary import Vocabulary
 from pipeline.tokens.dataset import TokenDataset
 from pipeline.tokens.processes import IterableDataset, SharedCalls, states_in, worker_of
 from pipeline.tokens.rows import Rows
@@ -36,10 +37,12 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
 
     A document is: the condition, `bos` if given, the row's codes in `order` (see `orders`) plus `offset`, and `eos` if
     given. condition: the name of an integer column of the dataset, whose value plus condition_offset becomes one token,
-    or a function from a row to any number of token ids.
+    or a function from a row to any number of token ids. condition_size: the number of ids of conditions, from
+    condition_offset on; vocab_size needs it.
 
-    fit: "best" cuts only documents that are longer than a block (best-fit packing); "concat" puts one after another and
-    cuts at the end of each block, so there is almost no padding. Both within windows of rows: those that the dataset
+    fit: "best" cuts only documents that are longer than a block (best-fit packing); with split=False it refuses them.
+    "concat" puts one after another and cuts at the end of each block, so there is almost no padding. The positions of
+    what was cut off continue those before the cut. Both work within windows of rows: those that the dataset
     shuffles, or `rows` rows without shuffling. With shuffling, the blocks of a window are shuffled too.
 
     Windows are split among ranks and DataLoader workers (those of the dataset). If there are few, several streams read
@@ -63,14 +66,19 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
         pad: int | None = None,
         condition: str | Condition | None = None,
         condition_offset: int = 0,
+        condition_size: int = 0,
         fit: str = "best",
+        split: bool = True,
         rows: int = 8192,
     ):
         check_order(order)
         if fit not in FITS:
             raise ValueError(f"fit is {fit!r}; choose one of: {', '.join(FITS)}")
-        if block < 1 or rows < 1 or offset < 0:
-            raise ValueError(f"block is {block}, rows {rows}, offset {offset}; they must be at least 1, 1 and 0")
+        if fit == "concat" and not split:
+            raise ValueError("split is False, and fit is 'concat', which splits documents; choose fit='best'")
+        if block < 1 or rows < 1 or condition_size < 0:
+            sizes = f"block is {block}, rows {rows}, condition_size {condition_size}"
+            raise ValueError(f"{sizes}; they must be at least 1, 1 and 0")
         if dataset.layout.holds_latents:
             raise ValueError(f"{dataset.output.url} holds latents, not tokens")
         if isinstance(condition, str) and condition not in dataset.columns:
@@ -81,12 +89,15 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
             raise ValueError("equal_length is for rows; ranks get different numbers of blocks, so train by steps")
         self.dataset, self.block, self.bos, self.eos, self.offset = dataset, block, bos, eos, offset
         self.order, self.pad, self.condition, self.condition_offset = order, pad, condition, condition_offset
-        self.fit, self.rows = fit, dataset.window or rows
+        self.condition_size, self.fit, self.split = condition_size, fit, split
+        self.rows = dataset.window or rows
         self.codebooks = self._count_codebooks()
-        self.codes = range(offset, offset + self.codebooks * dataset.layout.codebook_size)
-        for name, token in (("bos", bos), ("eos", eos), ("pad", pad if order == "delayed" else None)):
-            if token is not None:
-                self._refuse_code(name, token)
+        self.vocabulary = Vocabulary(
+            range(offset, offset + self.codebooks * dataset.layout.codebook_size),
+            range(condition_offset, condition_offset + condition_size),
+            *(bos, eos, pad),
+            pad_in_documents=order == "delayed",
+        )
         self.epoch = 0
         self._yielded = self._padding = 0  # tokens
         self._plan: Spans | None = None  # what the pass that has begun reads
@@ -102,8 +113,16 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens of the codes, bos, eos and pad together with all below them. Conditions may be above."""
-        return max(self.codes.stop, *(1 + token for token in (self.bos, self.eos, self.pad) if token is not None))
+        """The size of an embedding for all tokens: one more than the largest id.
+
+        Raises ValueError if there is a condition without condition_size.
+        """
+        if self.condition is not None and not self.condition_size:
+            raise ValueError(
+                "condition_size is not given, so the largest id is not known; give the number of classes, or of the "
+                "ids that the function can return from condition_offset on"
+            )
+        return self.vocabulary.size
 
     @property
     def waste(self) -> float:
@@ -198,6 +217,8 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
             "fit": self.fit,
             "condition": condition,
             "condition_offset": self.condition_offset,
+            "condition_size": self.condition_size,
+            "split": self.split,
         }
 
     # -- iteration ------------------------------------------------------------------------------------------------
@@ -266,7 +287,8 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
     def _blocks(self, window: int, epoch: int) -> list[dict[str, np.ndarray]]:
         """All blocks of a window: a pure function of the dataset, the settings and the epoch."""
         documents = [self._document(rows, i) for rows in [self._rows(window, epoch)] for i in range(len(rows))]
-        blocks = [self._block(pieces, documents) for pieces in self._packed([len(one) for one in documents])]
+        packed = self._packed([len(one) for one in documents])
+        blocks = [self._block(pieces, documents) for pieces in packed]
         if not self.dataset.window:
             return blocks
         order = np.random.default_rng([self.dataset.seed, epoch, window, 1]).permutation(len(blocks))
@@ -292,6 +314,15 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
 
     def _document(self, rows: Rows, i: int) -> np.ndarray:
         row = rows.row(i)
+        tokens = self._tokens(row)
+        if len(tokens) > self.block and not self.split:
+            raise ValueError(
+                f"row {row['key']} has {len(tokens)} tokens, and block is {self.block}; choose a block of at least "
+                f"{len(tokens)}, or split=True"
+            )
+        return tokens
+
+    def _tokens(self, row: dict[str, Any]) -> np.ndarray:
         codes = flatten(row["tokens"], self.codebooks, self.dataset.layout.codebook_size, self.order)
         codes = np.where(codes < 0, self.pad or 0, codes + self.offset)
         before = [*self._condition(row), *([] if self.bos is None else [self.bos])]
@@ -309,7 +340,7 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
         else:
             tokens = [int(token) for token in self.condition(row)]
         for token in tokens:
-            self._refuse_code("condition", token)
+            self.vocabulary.check_condition(token, row["key"], is_class=isinstance(self.condition, str))
         return tokens
 
     def _lengths(self, window: int) -> list[int]:
@@ -325,13 +356,6 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
         if not self.dataset.num_rows:
             return 1
         return num_codebooks(self.dataset[0]["tokens"].shape, self.dataset.layout.modality)
-
-    def _refuse_code(self, name: str, token: int) -> None:
-        if token < 0 or token in self.codes:
-            raise ValueError(
-                f"{name} is {token}; it must be 0 or more and not one of the codes, {self.codes.start}.."
-                f"{self.codes.stop - 1}; choose {self.codes.stop} or more, or raise offset"
-            )
 
 
 def _spans(spans: list[list[int]]) -> Spans:

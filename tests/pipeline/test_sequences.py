@@ -180,7 +180,9 @@ def test_special_tokens_offset_and_condition(tmp_path: Path):
     [block] = packed
     assert block["tokens"].tolist() == [2003, 0, 17, 19, 1, 0]
     assert block["documents"].tolist() == [0, 0, 0, 0, 0, -1]
-    assert packed.vocab_size == 1034
+    packed = pack(dataset, 6, bos=0, eos=1, offset=10, condition="cls", condition_offset=2000, condition_size=4)
+    assert packed.vocab_size == 2004
+    assert [one["tokens"].tolist() for one in packed] == [block["tokens"].tolist()]
     [block] = pack(dataset, 6, bos=0, offset=10, condition=lambda row: [5, 6])
     assert block["tokens"].tolist() == [5, 6, 0, 17, 19, 0]
 
@@ -207,7 +209,13 @@ def test_residual_codes_have_numbers_of_their_own(tmp_path: Path):
         ({"fit": "worst"}, "fit is 'worst'; choose one of: best, concat"),
         ({"condition": "cls"}, r"condition is 'cls'; open the dataset with columns=\('cls',\)"),
         ({"block": 0}, "block is 0"),
-        ({"offset": -1}, "offset -1"),
+        ({"offset": -1}, "offset is -1"),
+        ({"pad": -1}, "pad is -1; it must be 0 or more"),
+        ({"order": "delayed", "pad": 1023}, r"pad is 1023; .* not one of the codes, 0\.\.1023"),
+        ({"order": "delayed", "pad": 1024, "eos": 1024}, "pad is 1024, like bos or eos"),
+        ({"fit": "concat", "split": False}, "split is False, and fit is 'concat'"),
+        ({"condition_offset": 1000, "condition_size": 9}, r"1000\.\.1008, and the codes 0\.\.1023; choose .* 1024 or"),
+        ({"condition_offset": 1024, "condition_size": 9, "eos": 1030}, r"eos is 1030; .* 1024\.\.1032; choose 1033 or"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(output: Output, settings: dict[str, Any], message: str):
@@ -219,8 +227,38 @@ def test_a_condition_that_is_no_integer_or_a_code_is_named(output: Output):
     dataset = TokenDataset(output.url, columns=("modality",))
     with pytest.raises(ValueError, match="modality of row 0000 is 'image'; a condition is an integer"):
         next(iter(pack(dataset, 24, condition="modality")))
-    with pytest.raises(ValueError, match="condition is 7; it must be"):
+    with pytest.raises(ValueError, match="condition of row 0000 is 7; it must be 0 or more and not one of the codes"):
         next(iter(pack(dataset, 24, condition=lambda row: [7])))
+    settings = {"condition_offset": 2000, "condition_size": 10}
+    with pytest.raises(ValueError, match=r"condition of row 0000 is 2010; it must be in 2000\.\.2009"):
+        next(iter(pack(dataset, 24, condition=lambda row: [2000, 2010], **settings)))
+
+
+def test_a_class_may_not_be_the_end_token_but_text_may_contain_it(output: Output):
+    dataset = TokenDataset(output.url, columns=("source_index",))
+    with pytest.raises(ValueError, match=r"condition of row 0000 is 1024; .* a special token, {'eos': 1024}"):
+        next(iter(pack(dataset, 24, eos=EOS, condition="source_index", condition_offset=1024)))
+    [block, *_] = pack(dataset, 24, eos=EOS, condition=lambda row: [EOS, 2000])
+    assert block["tokens"][:2].tolist() == [EOS, 2000]
+
+
+def test_the_vocabulary_holds_the_conditions(output: Output):
+    dataset = TokenDataset(output.url, columns=("source_index",))
+    settings = {"eos": EOS, "condition": "source_index", "condition_offset": 1025}
+    assert pack(dataset, 24, **settings, condition_size=10).vocab_size == 1035
+    with pytest.raises(ValueError, match="condition_size is not given"):
+        _ = pack(dataset, 24, **settings).vocab_size
+
+
+def test_a_document_longer_than_a_block_is_cut_or_refused(output: Output):
+    dataset = TokenDataset(output.url)  # the first row has 6 tokens
+    with pytest.raises(
+        ValueError, match="row 0000 has 7 tokens, and block is 6; choose a block of at least 7, or split=True"
+    ):
+        next(iter(pack(dataset, 6, eos=EOS, split=False)))
+    positions = [block["positions"][block["documents"] >= 0].tolist() for block in pack(dataset, 6, eos=EOS)]
+    assert positions[0] == [0, 1, 2, 3, 4, 5]
+    assert sum(places.count(6) for places in positions) == 29  # the place after the cut, once for each row
 
 
 # -- mixing -------------------------------------------------------------------------------------------------------
@@ -255,9 +293,52 @@ def test_blocks_are_drawn_by_weight(output: Output, other: Output):
 
 
 def test_parts_that_share_token_numbers_are_refused(output: Output, other: Output):
-    parts = [pack(TokenDataset(one.url), 24) for one in (output, other)]
-    with pytest.raises(ValueError, match=r"share token numbers: 0\.\.1023 and 0\.\.1023; .* offset=1024"):
-        mix(parts, [1, 1])
+    first, second = TokenDataset(output.url), TokenDataset(other.url)
+    with pytest.raises(
+        ValueError, match=r"codes 0\.\.1023 of part 0 and the codes 0\.\.1023 of part 1; .* offset=1024"
+    ):
+        mix([pack(first, 24), pack(second, 24)], [1, 1])
+    with pytest.raises(
+        ValueError, match=r"codes 1024\.\.2047 of part 1 and eos 1024 of part 0; .* part 1 with offset="
+    ):
+        mix([pack(first, 24, eos=EOS), pack(second, 24, offset=1024)], [1, 1])
+    with pytest.raises(ValueError, match=r"codes 0\.\.1023 of part 0 and the codes 5\.\.1028 of part 1"):
+        mix([pack(first, 24), pack(first, 24, offset=5)], [1, 1])
+    mix([pack(first, 24, eos=2048), pack(second, 24, offset=1024, eos=2048), pack(first, 24)], [1, 1, 1])
+
+
+def test_a_part_named_twice_or_of_another_rank_is_refused(output: Output):
+    packed = pack(TokenDataset(output.url), 24)
+    with pytest.raises(ValueError, match="a part is named twice"):
+        mix([packed, packed], [1, 1])
+    with pytest.raises(ValueError, match=r"\[\(0, 1\), \(1, 2\)\]; open all datasets with the same"):
+        mix([packed, pack(TokenDataset(output.url, rank=1, world_size=2), 24)], [1, 1])
+
+
+def test_a_small_part_is_repeated_by_weight_and_its_epochs_are_counted(output: Output, other: Output):
+    """29 and 90 rows, drawn equally: the first part is read about three times while the second is read once."""
+    parts = [pack(TokenDataset(output.url), 24, eos=EOS), pack(TokenDataset(other.url), 24, eos=EOS, offset=1025)]
+    sizes = [len(list(part)) for part in parts]
+    for part in parts:
+        part.set_epoch(0)
+    mixed = mix(parts, [1, 1], repeat=True)
+    blocks = list(itertools.islice(mixed, 2 * sizes[1]))
+    drawn = [sum(block["part"] == i for block in blocks) for i in (0, 1)]
+    assert abs(drawn[0] - sizes[1]) < 3 * (2 * sizes[1] / 4) ** 0.5
+    assert mixed.epochs == [(count - 1) // size for count, size in zip(drawn, sizes, strict=True)]
+    first = [block for block in blocks if block["part"] == 0]
+    for epoch in range(mixed.epochs[0]):
+        of_epoch = documents(first[epoch * sizes[0] : (epoch + 1) * sizes[0]])
+        assert sorted(of_epoch) == sorted(rows_as_documents(output))
+
+
+def test_a_part_without_blocks_for_a_stream_cannot_be_repeated(output: Output):
+    part = pack(TokenDataset(output.url, rank=99, world_size=100), 400, eos=EOS)
+    with (
+        pytest.warns(UserWarning, match="has no block in epoch"),
+        pytest.raises(ValueError, match="part 0 has no block for stream 99 of 100"),
+    ):
+        next(iter(mix([part], [1], repeat=True)))
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1]])
@@ -398,6 +479,33 @@ def test_streams_of_different_epochs_continue(output: Output):
     found += resumed.read(None)
     assert resumed.packed.epoch == 2
     assert collections.Counter(documents(found)) == collections.Counter(rows_as_documents(output) * 2)
+
+
+@pytest.mark.parametrize("shapes", [((2, 0), (3, 0)), ((1, 4), (1, 0))])
+def test_a_repeating_mix_continues_on_other_streams(output: Output, other: Output, shapes: tuple[Streams, Streams]):
+    """Killed twice; the streams are in different epochs of the small part. Every epoch has each row once."""
+
+    def make(**where) -> Mixed:
+        parts = [
+            pack(TokenDataset(one.url, shuffle_window=4, **where), 24, eos=EOS, offset=offset)
+            for one, offset in ((output, 0), (other, 1025))
+        ]
+        return mix(parts, [3, 1], repeat=True)
+
+    blocks, states = [], None
+    for streams, counts in ((shapes[0], (9, 4)), (shapes[1], (5, 17, 2))):
+        running = [Stream(make, place, states) for place in places(streams)]
+        for stream, count in zip(running, itertools.cycle(counts), strict=False):
+            blocks += stream.read(count)
+        states = [stream.state() for stream in running]
+    rest = pack(TokenDataset(output.url, shuffle_window=4), 24, eos=EOS)
+    rest.load_state_dict([state["mixed"][0] for state in states])
+    last = max(state["mixed"][0]["epoch"] for state in states)
+    found = documents(block for block in blocks if block["part"] == 0)
+    while rest.epoch <= last:
+        found += documents(rest)
+    assert last > 0
+    assert collections.Counter(found) == collections.Counter(rows_as_documents(output) * (last + 1))
 
 
 @pytest.mark.parametrize("kind", ["packed", "mixed"])
