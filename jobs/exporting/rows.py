@@ -36,6 +36,11 @@ class Rows:
     def keys(self) -> list[str]:
         return self.table["key"].to_pylist()
 
+    @property
+    def views(self) -> list[int | None]:
+        """The number of each row's view; None if the output has no views."""
+        return self.table["view"].to_pylist() if "view" in self.table.column_names else [None] * len(self)
+
     def grids(self) -> Iterator[np.ndarray]:
         """The tokens of each row in the shape of its grid."""
         for i, shape in enumerate(self.shapes):
