@@ -21,7 +21,7 @@ from pipeline.errors import ShardError
 from pipeline.tokens import Commit, Output, TokenRow
 from pipeline.tokens.commit import shard_name
 from pipeline.tokens.output import REPAIR_AND_RERUN
-from pipeline.tokens.schema import read_parquet, tokens_as_lists
+from pipeline.tokens.schema import read_parquet, tokens_as_lists, views_of
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -123,8 +123,7 @@ class AuditWorker(EncodeWorker[Tokenizer]):
             table = self._table(name).take(self.drawn[name])
             lists = tokens_as_lists(table["tokens"].combine_chunks(), self.output.layout.token_dtype)
             columns = (table[column].to_pylist() for column in ("key", "source_index", "shape"))
-            views = table["view"].to_pylist() if self.output.layout.views else [None] * len(table)
-            for tokens, view, key, index, shape in zip(lists, views, *columns, strict=True):
+            for tokens, view, key, index, shape in zip(lists, views_of(table), *columns, strict=True):
                 row = TokenRow(key, index, np.array(tokens.values).reshape(shape), {}, view=view)
                 stored[row.place] = row
         return stored

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.errors import BrokenOutput, OutputMismatch
 from pipeline.tokens import Commit, Output, ShardLayout
 from pipeline.tokens.output import REPAIR_AND_RERUN
-from pipeline.tokens.schema import read_parquet, tokens_as_lists
+from pipeline.tokens.schema import read_parquet, tokens_as_lists, views_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Rows:
     @property
     def views(self) -> list[int | None]:
         """The number of each row's view; None if the output has no views."""
-        return self.table["view"].to_pylist() if "view" in self.table.column_names else [None] * len(self)
+        return views_of(self.table)
 
     def grids(self) -> Iterator[np.ndarray]:
         """The tokens of each row in the shape of its grid."""

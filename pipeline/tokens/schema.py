@@ -25,7 +25,7 @@ ENCODINGS = ("list", "packed")
 SIZE_COLUMNS = ("height", "width", "sample_rate", "num_samples")
 NUM_SAMPLES_DTYPES = ("int32", "int64")
 UNSTATED_NUM_SAMPLES = "int32"  # of outputs whose dataset.json does not state it
-RESERVED = ("key", "source_shard", "source_index", "view", "modality", "tokens", "shape", *SIZE_COLUMNS)
+RESERVED = ("key", "source_shard", "source_index", "modality", "tokens", "shape", *SIZE_COLUMNS)
 LATENT_DTYPE = np.dtype(np.float32)
 TEXT_EXTENSIONS = ("txt", "json", "cls", "text", "caption")
 ROWS_PER_GROUP = 4096  # with 128 rows per group the footer alone takes 379 kB; with 8192 rows it takes 6 kB
@@ -111,8 +111,9 @@ class ShardLayout:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
         if self.num_samples_dtype not in NUM_SAMPLES_DTYPES:
             raise ValueError(f"num_samples_dtype is {self.num_samples_dtype!r}, not {' or '.join(NUM_SAMPLES_DTYPES)}")
+        reserved = (*RESERVED, "view") if self.views else RESERVED
         for name in self.passthrough:
-            if name in RESERVED or self.passthrough.count(name) > 1:
+            if name in reserved or self.passthrough.count(name) > 1:
                 raise ValueError(f"tokens.passthrough: a column {name!r} already exists; remove it from the list")
 
     @property
@@ -284,6 +285,12 @@ def tokens_as_lists(column: pa.Array, dtype: np.dtype) -> pa.ListArray:
     positions = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1] // dtype.itemsize
     values = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(data or b"") // dtype.itemsize, [None, data])
     return pa.ListArray.from_arrays(pa.array(positions), values)
+
+
+def views_of(table: pa.Table) -> list[int | None]:
+    """The number of each row's view; None if the output has no views. A passthrough column may have the same name."""
+    has_views = "view" in table.column_names and table.schema.field("view").type == pa.int16()
+    return table["view"].to_pylist() if has_views else [None] * len(table)
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.errors import ShardError
 from pipeline.tokens.commit import REFUSE, Commit, CommittedShard, hash_samples, retry_name
 from pipeline.tokens.output import Output, to_json
 from pipeline.tokens.quarantine import Quarantined, quarantine_table
-from pipeline.tokens.schema import ShardLayout, TokenRow, read_parquet, to_parquet
+from pipeline.tokens.schema import ShardLayout, TokenRow, read_parquet, to_parquet, views_of
 
 RETRY_S = 3600  # a token file of a retry that is older than this, and not committed, belongs to a retry that died
 
@@ -317,9 +317,7 @@ def _contradicts(existing: pa.Table, table: pa.Table) -> bool:
 
 def _units_of(table: pa.Table) -> list[tuple[int, int]]:
     """(source_index, view) of each row; view is 0 without views."""
-    indices = table["source_index"].to_pylist()
-    views = table["view"].to_pylist() if "view" in table.column_names else [0] * len(indices)
-    return list(zip(indices, views, strict=True))
+    return [(index, view or 0) for index, view in zip(table["source_index"].to_pylist(), views_of(table), strict=True)]
 
 
 def _same_origin(existing: pa.Table, table: pa.Table) -> bool:

@@ -20,6 +20,7 @@ from jobs.config import Config, TokensConfig
 from jobs.config.schema import ViewsConfig
 from jobs.retry import Recovered, RetryWorker
 from jobs.shards import DecodedSample, _whole_samples, crop_views, decode_sample, encode_shard
+from jobs.status import summarise
 from pipeline.corpus.samples import Sample
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output, Quarantined, TokenDataset, TokenRow
@@ -217,6 +218,12 @@ def test_a_view_that_is_no_multiple_of_the_factor_is_decoded_without_padding(
     output = tokenize_without_ray(shards, tokenizer, tmp_path / "odd", options)
     assert main(["decode", f"output={output.url}", f"tokenizer={tokenizer}", f"decode.output={tmp_path}/png"]) == 0
     assert {PIL.open(file).size for file in (tmp_path / "png").iterdir()} == {(13, 13)}
+
+
+def test_status_counts_samples(output: Output):
+    summary = summarise(output)
+    assert (summary["samples"], summary["quarantined"]) == (4, 1)
+    assert summary["tokens"] == 8 * 2 * 2
 
 
 def damage(output: Output, missing: int) -> None:

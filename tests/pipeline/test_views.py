@@ -108,6 +108,22 @@ def test_rows_have_an_int16_view_and_an_output_without_views_has_no_such_column(
     assert "views" not in layout().to_dict()
 
 
+def test_a_member_named_view_stays_a_passthrough_column_of_outputs_without_views(tmp_path: Path):
+    inputs = write_corpus(tmp_path / "in", (2,))
+    output = Output.create(str(tmp_path / "out"), layout(passthrough=("view",)), ShardList(inputs), config={})
+    rows = [replace(token_row(f"{i:04d}", i), passthrough={"view": b"front"}) for i in range(2)]
+    commit_shard(output, inputs[0], rows[:1], [quarantined(inputs[0], 1)], {}, now=1.0)
+    history = output.committed_shard(inputs[0].name)
+    assert history is not None
+    for _ in range(2):  # the second finds the token file of the first
+        entry = commit_retry(output, inputs[0], history, rows[1:], [], {}, now=2.0)
+        assert entry is not None
+        Path(output.entry_url(entry.name)).unlink()
+    assert verify(output, deep=True).problems == []
+    with pytest.raises(ValueError, match="a column 'view' already exists"):
+        layout(passthrough=("view",), views=VIEWS)
+
+
 def test_counts_are_rows_and_samples(output: Output):
     history = output.committed_shard(first(output).name)
     assert history is not None
