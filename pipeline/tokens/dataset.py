@@ -322,14 +322,18 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         parts = map_in_threads(self._read_lengths, [name for name, _ in self.files], READERS)
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
-    def find(self, key: str) -> int:
+    def find(self, key: str, view: int = 0) -> int:
         """The number of the row with this key. Reads the keys of the files until it is found.
 
-        Keys may repeat in other shards: it is the first one. Raises KeyError.
+        Keys may repeat in other shards: it is the first one. If the output has views, the rows of a key follow each
+        other: find(key), find(key) + 1 and so on are its views 0, 1 and so on. Raises KeyError, and ValueError for a
+        view that the output does not have.
         """
+        if not 0 <= view < self.layout.rows_per_sample:
+            raise ValueError(f"view is {view}; each sample has {self.layout.rows_per_sample} rows, numbered from 0")
         for (name, num_rows), end in zip(self.files, self._ends, strict=True):
             if (place := pc.index(self._read_file(name)["key"], key).as_py()) >= 0:
-                return end - num_rows + place
+                return end - num_rows + place + view
         raise KeyError(key)
 
     def _share(self, total: int) -> tuple[int, int]:

@@ -115,6 +115,28 @@ class Modality:
         """A random crop of fixed size, for training."""
         raise AssertionError
 
+    def check_views(self, crop: float, flip: bool) -> None:
+        """Raises ValueError if this modality has no views of that size, or none that are mirrored."""
+        raise AssertionError
+
+    def view_length(self, crop: float) -> int:
+        """The side or length of a view in array elements. crop: in pixels or seconds."""
+        raise AssertionError
+
+    def enlarged(self, array: np.ndarray, length: int) -> tuple[np.ndarray, str]:
+        """The array, made large enough for views of this length, and a note on how; an empty one if it was already.
+
+        Raises BadSample if it would exceed the limits on the size of a sample.
+        """
+        raise AssertionError
+
+    def crop(self, array: np.ndarray, length: int, place: tuple[float, float, bool]) -> np.ndarray:
+        """A view of this length. place: top and left as shares in [0, 1) of the free space, and whether it is mirrored.
+
+        The same place in an array of another size is the same relative crop.
+        """
+        raise AssertionError
+
     def elements(self, budget: float) -> int:
         """Converts a budget in the user's unit (megapixels, seconds) to array elements."""
         raise AssertionError
