@@ -439,6 +439,9 @@ def _check_rows(table: pa.Table, layout: ShardLayout, num_rows: int) -> None:
         found = table.schema.field(name).type if name in table.column_names else None
         if found != expected.field(name).type:
             raise ValueError(f"column {name} is {found}, not {expected.field(name).type}")
+    for column in table.columns:
+        if pa.types.is_string(column.type):
+            column.validate(full=True)  # bytes that are not UTF-8, which only files without page checksums can hold
     for tokens, shapes in zip(table["tokens"].chunks, table["shape"].chunks, strict=True):
         _check_grids(tokens_as_lists(tokens, layout.token_dtype), shapes, layout)
 

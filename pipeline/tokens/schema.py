@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import UnsupportedSchema
+from pipeline.errors import UnsupportedSchema, one_line
 from pipeline.tokens.fields import wrong_field
 from pipeline.tokens.views import Views
 
@@ -273,8 +273,10 @@ def read_parquet(source: Any, columns: Sequence[str] | None = None, *, memory_ma
     names = None if columns is None else list(columns)
     try:
         return pq.read_table(source, columns=names, memory_map=memory_map, page_checksum_verification=True)
-    except pa.ArrowException as error:  # of several classes, some of which are neither OSError nor ValueError
-        raise ValueError(str(error).splitlines()[0]) from error  # further lines are Arrow's schema
+    except (pa.ArrowException, OSError) as error:  # some classes of Arrow are neither OSError nor ValueError
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # of the storage, not of the content
+        raise ValueError(one_line(error)) from error
 
 
 def tokens_as_lists(column: pa.Array, dtype: np.dtype) -> pa.ListArray:

@@ -74,7 +74,8 @@ class Modality:
                 f"not enough memory to decode it: {' '.join(str(error).split()) or 'MemoryError'}"
             ) from error
         except Exception as error:  # decoders raise many kinds of exceptions for damaged files
-            raise BadSample(f"{type(error).__name__}: {error}") from error
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BadSample(f"the file is damaged, or of a kind that cannot be read ({what})") from error
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         """Like `read`, but raises any exception."""

@@ -20,7 +20,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
 from tokenizer.modalities.image.arrays import check_preprocessed, picture_file
-from tokenizer.modalities.image.files import EXTENSIONS, open_picture
+from tokenizer.modalities.image.files import EXTENSIONS, open_picture, silence_decoders
 from tokenizer.modalities.image.frechet import FrechetFeatures
 from tokenizer.modalities.image.perceptual import load_perceptual
 from tokenizer.modalities.image.rgb import NEWEST_RULES, to_rgb
@@ -63,6 +63,7 @@ class Image(Modality):
 
     def __init__(self, config: ImageConfig):
         self.config = config
+        silence_decoders()
         if config.max_pixels > PILLOWS_LIMIT:  # then Pillow's decoders must accept more too, in the whole process
             PIL.MAX_IMAGE_PIXELS = max(config.max_pixels, PIL.MAX_IMAGE_PIXELS or 0)
 
