@@ -123,17 +123,21 @@ def check_member(member: str, modality: Modality) -> None:
 
 def token_layout(tokenizer: Tokenizer, options: TokensConfig, member: str = "") -> ShardLayout:
     """The layout of every token shard that this tokenizer writes. Raises ConfigError if the options do not fit it."""
+    views, modality = options.views.chosen(), tokenizer.modality
     try:
+        if views:
+            modality.with_limits(options.limits()).check_views(views.crop, views.flip)
         return ShardLayout.for_tokens(
             tokenizer_id=tokenizer.id,
             codebook_id=tokenizer.codebook_id,
             codebook_size=tokenizer.codebook_size,
-            modality=tokenizer.modality.name,
+            modality=modality.name,
             index_order=INDEX_ORDER,
             preprocessing=tokenizer.preprocessing,
             encoding=options.encoding,
             passthrough=options.passthrough,
             member=member,
+            views=views,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -21,7 +21,7 @@ from pipeline.errors import ShardError
 from pipeline.tokens import Commit, Output, TokenRow
 from pipeline.tokens.commit import shard_name
 from pipeline.tokens.output import REPAIR_AND_RERUN
-from pipeline.tokens.schema import read_parquet, tokens_as_lists
+from pipeline.tokens.schema import read_parquet, tokens_as_lists, views_of
 from tokenizer.tokenizer import Tokenizer
 
 
@@ -95,32 +95,43 @@ class AuditWorker(EncodeWorker[Tokenizer]):
         stored = self._stored(shard)
         tick = partial(self.tick, shard)
         encoded = encode_shard(
-            shard, self.encoder, self.options, self.device_lock, tick, only=stored, member=self.member
+            shard,
+            self.encoder,
+            self.options,
+            self.device_lock,
+            tick,
+            only={index for index, _ in stored},
+            member=self.member,
+            views=self.output.layout.views,
         )
-        again = {row.source_index: row for row in encoded.rows}
+        again = {row.place: row for row in encoded.rows}
         reasons = {sample.source_index: f"{sample.stage}: {sample.message}" for sample in encoded.quarantined}
         compared = Compared(shard, num_rows=len(stored))
-        for index, row in stored.items():
+        for place, row in stored.items():
             compared.num_tokens += row.tokens.size
-            compared.num_tokens_differing += _num_differing(row.tokens, again.get(index))
-            if difference := _difference(row, again.get(index), reasons.get(index, "the shard ends before it")):
-                compared.differing.append(f"{row.key} (sample {index} of {shard.url}): {difference}")
+            compared.num_tokens_differing += _num_differing(row.tokens, again.get(place))
+            reason = reasons.get(row.source_index, "the shard ends before it")
+            if difference := _difference(row, again.get(place), reason):
+                view = "" if row.view is None else f", view {row.view}"
+                compared.differing.append(f"{row.key} (sample {row.source_index}{view} of {shard.url}): {difference}")
         return compared
 
-    def _stored(self, shard: Shard) -> dict[int, TokenRow]:
-        """The drawn rows of a shard as committed, by source_index."""
-        stored: dict[int, TokenRow] = {}
+    def _stored(self, shard: Shard) -> dict[tuple[int, int], TokenRow]:
+        """The drawn rows of a shard as committed, by their place."""
+        stored: dict[tuple[int, int], TokenRow] = {}
         for name in (name for name in self.drawn if shard_name(name) == shard.name):
             table = self._table(name).take(self.drawn[name])
             lists = tokens_as_lists(table["tokens"].combine_chunks(), self.output.layout.token_dtype)
             columns = (table[column].to_pylist() for column in ("key", "source_index", "shape"))
-            for tokens, key, index, shape in zip(lists, *columns, strict=True):
-                stored[index] = TokenRow(key, index, np.array(tokens.values).reshape(shape), {})
+            for tokens, view, key, index, shape in zip(lists, views_of(table), *columns, strict=True):
+                row = TokenRow(key, index, np.array(tokens.values).reshape(shape), {}, view=view)
+                stored[row.place] = row
         return stored
 
     def _table(self, name: str) -> pa.Table:
         try:
-            return read_parquet(self.output.read_tokens(name), ["key", "source_index", "tokens", "shape"])
+            views = ["view"] if self.output.layout.views else []
+            return read_parquet(self.output.read_tokens(name), ["key", "source_index", *views, "tokens", "shape"])
         except FileNotFoundError as error:
             raise ShardError(f"{self.output.tokens_url(name)} is missing; {REPAIR_AND_RERUN}") from error
         except ValueError as error:

@@ -1,9 +1,14 @@
-"""Decodes token rows to images or audio files: `output`, `decode.output`, and `decode.keys` or `decode.limit`."""
+"""Decodes token rows to images or audio files: `output`, `decode.output`, and `decode.keys` or `decode.limit`.
+
+If the output has views, each view of a sample becomes a file.
+"""
 
 import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from jobs.artifacts import load_tokenizer, writer_url
 from jobs.config import Config, ConfigError
@@ -12,6 +17,7 @@ from jobs.reports.progress import counted
 from pipeline import storage
 from pipeline.tokens import Output, TokenDataset
 from pipeline.tokens.schema import SIZE_COLUMNS
+from pipeline.tokens.views import Views
 from tokenizer.tokenizer import Tokenizer
 
 MAX_NAME = 200  # bytes; file systems allow 255, for the extension and the suffix of an unfinished file too
@@ -22,8 +28,10 @@ def run(config: Config) -> int:
     folder = storage.normalise(config.decode.output)
     output = open_output(config.output)
     tokenizer = load_tokenizer(writer_url(output, config))
-    files = (_write(row, tokenizer, folder) for row in _chosen(config))
-    written = list(counted("decode", files, "files", len(config.decode.keys) or config.decode.limit))
+    views = output.layout.views
+    files = (_write(row, tokenizer, folder, views) for row in _chosen(config, views))
+    wanted = len(config.decode.keys) * output.layout.rows_per_sample or config.decode.limit
+    written = list(counted("decode", files, "files", wanted))
     if missing := set(config.decode.keys) - {key for key, _ in written}:
         raise ConfigError(f"decode.keys: {output.url} has no rows with keys {', '.join(_why_missing(output, missing))}")
     print(f"decode: {len(written)} files in {folder}")
@@ -42,8 +50,8 @@ def _why_missing(output: Output, keys: set[str]) -> list[str]:
     return [why.get(key, key) for key in sorted(keys)]
 
 
-def _chosen(config: Config) -> Iterator[dict[str, Any]]:
-    columns = ("source_shard", "source_index", *SIZE_COLUMNS)
+def _chosen(config: Config, views: Views | None) -> Iterator[dict[str, Any]]:
+    columns = ("source_shard", "source_index", *SIZE_COLUMNS, *(("view",) if views else ()))
     rows = iter(TokenDataset(config.output, columns=columns, rank=0, world_size=1))
     if config.decode.keys:
         wanted = set(config.decode.keys)
@@ -53,14 +61,24 @@ def _chosen(config: Config) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _write(row: dict[str, Any], tokenizer: Tokenizer, folder: str) -> tuple[str, str]:
-    size = {name: row[name] for name in tokenizer.modality.size_columns}
-    [array] = tokenizer.decode([row["tokens"]], [size])
+def _write(row: dict[str, Any], tokenizer: Tokenizer, folder: str, views: Views | None) -> tuple[str, str]:
+    array = _decoded(row, tokenizer, views)
     shard = row["source_shard"].rsplit("/", 1)[1].split(".")[0]
-    name = _file_name(f"{shard}-{row['source_index']:06d}-{row['key']}")
+    view = f"-view{row['view']}" if views else ""
+    name = _file_name(f"{shard}-{row['source_index']:06d}-{row['key']}{view}")
     url = storage.join(folder, f"{name}.{tokenizer.modality.written_as}")
     storage.replace(url, tokenizer.modality.to_bytes(array))
     return row["key"], url
+
+
+def _decoded(row: dict[str, Any], tokenizer: Tokenizer, views: Views | None) -> np.ndarray:
+    """The sample or view without the padding of the encoder. The size in a row is that of the whole sample."""
+    modality = tokenizer.modality
+    if views is None:
+        [array] = tokenizer.decode([row["tokens"]], [{name: row[name] for name in modality.size_columns}])
+        return array
+    [padded] = tokenizer.decode([row["tokens"]])
+    return modality.crop(padded, modality.view_length(views.crop), (0.0, 0.0, False))
 
 
 def _file_name(text: str) -> str:

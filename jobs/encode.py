@@ -54,18 +54,18 @@ def _known_samples(output: Output, todo: list[Shard]) -> dict[str, str]:
 
 @dataclass
 class Committed(ShardResult):
-    """What the commit of a shard counts."""
+    """What the commit of a shard counts, in samples but for the tokens."""
 
-    num_rows: int = 0
+    num_tokenized: int = 0
     num_quarantined: int = 0
     num_tokens: int = 0
 
     @classmethod
     def of(cls, shard: Shard, commit: Commit) -> "Committed":
-        return cls(shard, None, commit.num_rows, commit.num_quarantined, commit.num_tokens)
+        return cls(shard, None, commit.num_samples - commit.num_quarantined, commit.num_quarantined, commit.num_tokens)
 
     def counts(self) -> dict[str, float]:
-        return {"samples": self.num_rows, "tokens": self.num_tokens, "quarantined": self.num_quarantined}
+        return {"samples": self.num_tokenized, "tokens": self.num_tokens, "quarantined": self.num_quarantined}
 
 
 class TokenizeWorker(EncodeWorker[LatentEncoder]):
@@ -116,7 +116,8 @@ class TokenizeWorker(EncodeWorker[LatentEncoder]):
 
     def encode(self, shard: Shard) -> EncodedShard:
         tick = partial(self.tick, shard)
-        return encode_shard(shard, self.encoder, self.options, self.device_lock, tick, member=self.member)
+        views = self.output.layout.views
+        return encode_shard(shard, self.encoder, self.options, self.device_lock, tick, member=self.member, views=views)
 
     def _noted(self, result: ShardResult) -> ShardResult:
         """Notes a failure in the output, for `status`. If that fails too, the driver still prints it."""

@@ -24,7 +24,7 @@ def exit_code(
 ) -> int:
     """Prints the last line of a command in which no shard failed, and returns its exit code: 0, 3 or 4.
 
-    counts: rows and quarantined samples that tokens.max_bad_fraction applies to. then: what to do after a repair.
+    counts: tokenized and quarantined samples that tokens.max_bad_fraction applies to. then: what to do after a repair.
     """
     if damaged := damaged_files(output, committed):
         print(
@@ -32,9 +32,9 @@ def exit_code(
             f"{damaged[0]}; run `tokenmill verify verify.repair=true output={output.url}`{then}"
         )
         return 3
-    rows, quarantined = counts
+    tokenized, quarantined = counts
     allowed = config.tokens.max_bad_fraction
-    if quarantined > allowed * max(1, rows + quarantined):
+    if quarantined > allowed * max(1, tokenized + quarantined):
         print(f"{command}: done, but {quarantined} quarantined samples exceed tokens.max_bad_fraction={allowed}")
         return 4
     print(f"{command}: done")

@@ -62,7 +62,7 @@ def _retry_samples(urls: list[str], load: Callable[[str], Tokenizer], output: Ou
     results = list(run_shards("retry", shards, RetryWorker, settings, config.workers))
     if lost := sum(not result.won for result in results):
         print(f"retry: another retry committed {lost} shards first; its result is kept")
-    print(f"retry: recovered {sum(result.num_rows for result in results)} samples")
+    print(f"retry: recovered {sum(result.num_recovered for result in results)} samples")
     return [result.failure for result in results if result.failure]
 
 
@@ -70,27 +70,28 @@ def _outcome(output: Output, failures: list[str], config: Config) -> int:
     print_failures("retry", failures)
     write_index(output)
     shards = output.committed_shards()
-    rows, quarantined = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
-    print(f"retry: {rows} samples in {len(shards)} shards, {quarantined} quarantined, at {output.url}")
+    tokenized = sum(shard.num_rows for shard in shards) // output.layout.rows_per_sample
+    quarantined = sum(shard.num_quarantined for shard in shards)
+    print(f"retry: {tokenized} samples in {len(shards)} shards, {quarantined} quarantined, at {output.url}")
     if failures:
         print(f"retry: incomplete: {len(failures)} shards failed; {FIX_AND_RERUN}")
         return 3
     if untried := {shard.name for shard in output.inputs()} - {shard.first.name for shard in shards}:
         print(f"retry: incomplete: {len(untried)} shards are not tokenized yet; rerun the same `tokenmill tokenize`")
         return 3
-    return exit_code("retry", output, shards, (rows, quarantined), config)
+    return exit_code("retry", output, shards, (tokenized, quarantined), config)
 
 
 @dataclass
 class Recovered(ShardResult):
-    """won: False if another retry committed its result for this shard first."""
+    """Counts samples. won: False if another retry committed its result for this shard first."""
 
-    num_rows: int = 0
+    num_recovered: int = 0
     num_quarantined: int = 0
     won: bool = True
 
     def counts(self) -> dict[str, float]:
-        return {"recovered": self.num_rows, "still quarantined": self.num_quarantined}
+        return {"recovered": self.num_recovered, "still quarantined": self.num_quarantined}
 
 
 class RetryWorker(EncodeWorker[Tokenizer]):
@@ -108,7 +109,14 @@ class RetryWorker(EncodeWorker[Tokenizer]):
         before = {sample.source_index: sample.key for sample in self.output.quarantined(history.last)}
         tick = partial(self.tick, shard)
         encoded = encode_shard(
-            shard, self.encoder, self.options, self.device_lock, tick, only=before, member=self.member
+            shard,
+            self.encoder,
+            self.options,
+            self.device_lock,
+            tick,
+            only=before,
+            member=self.member,
+            views=self.output.layout.views,
         )
         self._refuse_replaced(shard, history, before, encoded)
         with self.ticking(shard):
@@ -124,7 +132,7 @@ class RetryWorker(EncodeWorker[Tokenizer]):
             )
         if commit is None:
             return Recovered(shard, num_quarantined=len(encoded.quarantined), won=not encoded.rows)
-        return Recovered(shard, None, commit.num_rows, commit.num_quarantined)
+        return Recovered(shard, None, commit.num_samples - commit.num_quarantined, commit.num_quarantined)
 
     def _refuse_replaced(
         self, shard: Shard, history: CommittedShard, before: dict[int, str], encoded: EncodedShard

@@ -16,6 +16,7 @@ from pipeline.corpus.samples import Sample, read_samples
 from pipeline.corpus.shards import Shard
 from pipeline.tokens import Quarantined, TokenRow
 from pipeline.tokens.schema import passthrough_notes
+from pipeline.tokens.views import Views
 from tokenizer.encoder import LatentEncoder
 from tokenizer.errors import BadSample
 from tokenizer.memory import is_out_of_memory, release_memory
@@ -49,17 +50,19 @@ def encode_shard(
     *,
     only: Collection[int] | None = None,
     member: str = "",
+    views: Views | None = None,
 ) -> EncodedShard:
     """Reads, decodes and encodes a shard: to tokens if encoder is a tokenizer, else to latents.
 
     device_lock: held while a batch is encoded. tick: called for each sample read, for each batch encoded, and while
     another shard has the device. only: indices of the samples to encode; the others are counted and skipped.
-    member: the member of each sample to encode; empty for its only one.
+    member: the member of each sample to encode; empty for its only one. views: the crops of each sample; None for the
+    whole sample. A sample with a view that cannot be encoded is quarantined as a whole.
 
     Raises ShardError if the shard cannot be read to its end.
     """
     device_lock = device_lock or threading.Lock()
-    reader = ShardReader(shard, encoder.modality, options, only=only, tick=tick, member=member)
+    reader = ShardReader(shard, encoder.modality, options, only=only, tick=tick, member=member, views=views)
     rows: list[TokenRow] = []
     watch = Stopwatch()
     for batch in reader.batches():
@@ -74,22 +77,32 @@ def encode_shard(
             device_lock.release()
         tick()
     watch.lap("wait")
+    rows, quarantined = (rows, reader.quarantined) if views is None else _whole_samples(rows, reader.quarantined)
     seconds = {"read": reader.read_s, "decode": reader.decode_s, **watch.seconds, "total": sum(watch.seconds.values())}
     return EncodedShard(
-        sorted(rows, key=lambda row: row.source_index),
-        reader.quarantined,
+        sorted(rows, key=lambda row: row.place),
+        quarantined,
         reader.num_samples,
         {stage: round(spent, 4) for stage, spent in seconds.items()},
         reader.notes | passthrough_notes(rows, options.passthrough),
     )
 
 
+def _whole_samples(rows: list[TokenRow], quarantined: list[Quarantined]) -> tuple[list[TokenRow], list[Quarantined]]:
+    """Quarantines a sample once if any of its views is in quarantine, and drops its other views."""
+    first: dict[int, Quarantined] = {}
+    for one in quarantined:
+        first.setdefault(one.source_index, one)
+    return [row for row in rows if row.source_index not in first], list(first.values())
+
+
 @dataclass
 class DecodedSample:
-    """A sample and the array that its bytes decode to."""
+    """A sample and the array that its bytes decode to. view: the number of the crop; None for the whole sample."""
 
     sample: Sample
     decoded: Decoded
+    view: int | None = None
 
 
 class ShardReader:
@@ -100,6 +113,7 @@ class ShardReader:
     quarantined: samples that could not be decoded. num_samples: all that were read, skipped and quarantined ones too.
     read_s, decode_s: seconds; decode_s is summed over all threads. only: indices of the samples to decode; the others
     are counted, but neither decoded nor quarantined. tick: called for each sample read. member: see decode_sample.
+    views: the crops to make of each sample; None for the whole sample.
     """
 
     def __init__(
@@ -111,8 +125,9 @@ class ShardReader:
         only: Collection[int] | None = None,
         tick: Callable[[], None] = lambda: None,
         member: str = "",
+        views: Views | None = None,
     ):
-        self.member = member
+        self.member, self.views = member, views
         self.shard, self.options, self.only, self.tick = shard, options, only, tick
         self.modality = modality.with_limits(options.limits())
         self.quarantined: list[Quarantined] = []
@@ -142,9 +157,10 @@ class ShardReader:
             self.decode_s += seconds
             if isinstance(outcome, Quarantined):
                 self.quarantined.append(outcome)
-            else:
-                self.decode_notes.update(outcome.decoded.notes)
-                yield outcome
+                continue
+            for one in outcome:
+                self.decode_notes.update(one.decoded.notes)
+                yield one
 
     def _samples(self) -> Iterator[Sample]:
         passed_over = self.passed_over if self.only is None else None  # else the first pass has counted them
@@ -159,9 +175,10 @@ class ShardReader:
             self.tick()
             yield sample
 
-    def _decode(self, sample: Sample) -> tuple[DecodedSample | Quarantined, float]:
+    def _decode(self, sample: Sample) -> tuple[list[DecodedSample] | Quarantined, float]:
         start = time.monotonic()
-        outcome = decode_sample(sample, self.modality, self.member, self.options.max_sample_bytes)
+        whole = decode_sample(sample, self.modality, self.member, self.options.max_sample_bytes)
+        outcome = whole if isinstance(whole, Quarantined) else crop_views(whole, self.modality, self.views)
         return outcome, time.monotonic() - start
 
 
@@ -189,7 +206,26 @@ def decode_sample(
             raise BadSample(f"has no member {name} (data.member); it has {_members(sample)}")
         return DecodedSample(sample, modality.read(sample.members[name], name.rsplit(".", 1)[-1]))
     except BadSample as error:
-        return Quarantined(sample.key, sample.index, "decode", type(error.__cause__ or error).__name__, str(error))
+        return _undecoded(sample, error)
+
+
+def crop_views(whole: DecodedSample, modality: Modality, views: Views | None) -> list[DecodedSample] | Quarantined:
+    """The views of a decoded sample, in their order; without views the sample itself."""
+    if views is None:
+        return [whole]
+    sample, decoded, length = whole.sample, whole.decoded, modality.view_length(views.crop)
+    try:
+        array, note = modality.enlarged(decoded.array, length)
+    except BadSample as error:
+        return _undecoded(sample, error)
+    places = [views.place(sample.key, view) for view in range(views.count)]
+    crops = [Decoded(modality.crop(array, length, place), decoded.size) for place in places]
+    crops[0].notes = [*decoded.notes, *([note] if note else [])]  # once per sample
+    return [DecodedSample(sample, crop, view) for view, crop in enumerate(crops)]
+
+
+def _undecoded(sample: Sample, error: BadSample) -> Quarantined:
+    return Quarantined(sample.key, sample.index, "decode", type(error.__cause__ or error).__name__, str(error))
 
 
 def _only_medium(sample: Sample, modality: Modality) -> str:
@@ -220,7 +256,7 @@ def encode_batch(
     for one, grid in apply_or_quarantine(encode, batch, quarantined):
         sample = one.sample
         kept = {name: sample.members[name] for name in passthrough if name in sample.members}
-        rows.append(TokenRow(sample.key, sample.index, grid, one.decoded.size, kept))
+        rows.append(TokenRow(sample.key, sample.index, grid, one.decoded.size, kept, one.view))
     return rows
 
 
@@ -248,6 +284,7 @@ def apply_or_quarantine(
     if len(batch) > 1:
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         return [pair for part in parts for pair in apply_or_quarantine(function, part, quarantined)]
-    sample = batch[0].sample
+    sample, view = batch[0].sample, batch[0].view
+    message = message if view is None else f"view {view}: {message}"
     quarantined.append(Quarantined(sample.key, sample.index, "encode", reason, message))
     return []

@@ -48,12 +48,12 @@ def summarise(output: Output) -> dict[str, Any]:
         "codebook_size": output.layout.codebook_size,
         "shards": {"done": len(done), "left": len(left), "retries": len(entries) - len(shards)},
         "failed": [note["message"].splitlines()[0] for note in output.failures() if note["name"] not in done],
-        "samples": sum(shard.num_rows for shard in shards),
+        "samples": sum(shard.num_rows for shard in shards) // output.layout.rows_per_sample,
         "tokens": sum(shard.num_tokens for shard in shards),
         "quarantined": sum(shard.num_quarantined for shard in shards),
         "notes": dict(sum((shard.notes for shard in shards), collections.Counter())),
         "reasons": dict(reasons.most_common(TOP_REASONS)),
-        "rate": _rate([shard.first for shard in shards], len(left)),
+        "rate": _rate([shard.first for shard in shards], len(left), output.layout.rows_per_sample),
         "damaged": damaged_files(output, shards),
         "unfinished_files": len(output.temporary_files()),
         "stray_files": len(output.strays()),
@@ -102,14 +102,14 @@ def _rate_in_words(rate: dict[str, float]) -> str:
     )
 
 
-def _rate(entries: list[Commit], left: int) -> dict[str, float] | None:
+def _rate(entries: list[Commit], left: int, rows_per_sample: int) -> dict[str, float] | None:
     recent = sorted(entries, key=lambda entry: entry.committed_at)[-RATE_OVER:]
     passed = recent[-1].committed_at - recent[0].committed_at if recent else 0.0
     if passed <= 0:
         return None
-    samples, tokens = (sum(getattr(e, name) for e in recent[1:]) / passed for name in ("num_rows", "num_tokens"))
+    rows, tokens = (sum(getattr(e, name) for e in recent[1:]) / passed for name in ("num_rows", "num_tokens"))
     left_s = left * passed / (len(recent) - 1)
-    return {"samples_per_s": samples, "tokens_per_s": tokens, "left_s": left_s, "commits": len(recent)}
+    return {"samples_per_s": rows / rows_per_sample, "tokens_per_s": tokens, "left_s": left_s, "commits": len(recent)}
 
 
 def _seconds(entries: list[Commit]) -> dict[str, float]:

@@ -85,9 +85,9 @@ def _outcome(output: Output, shards: list[Shard], failures: list[str], config: C
     histories = {history.first.name: history for history in committed}
     done = [histories[shard.name] for shard in shards if shard.name in histories]
     rows, quarantined = sum(one.num_rows for one in done), sum(one.num_quarantined for one in done)
-    print(
-        f"tokenize: {rows} samples in {len(done)} of {len(shards)} shards, {quarantined} quarantined, at {output.url}"
-    )
+    samples, views = rows // output.layout.rows_per_sample, output.layout.views
+    made = f"{samples} samples" + (f" ({rows} rows, {views.count} views each)" if views else "")
+    print(f"tokenize: {made} in {len(done)} of {len(shards)} shards, {quarantined} quarantined, at {output.url}")
     print_notes("tokenize", sum((one.notes for one in done), collections.Counter()), rows)
     if elsewhere := {shard.url for shard in output.inputs() if shard.name not in histories} - {s.url for s in shards}:
         print(
@@ -98,4 +98,4 @@ def _outcome(output: Output, shards: list[Shard], failures: list[str], config: C
         print(f"tokenize: incomplete: {len(shards) - len(done)} shards failed; {FIX_AND_RERUN}")
         return 3
     then = ", then rerun the same command"
-    return exit_code("tokenize", output, committed, (rows, quarantined), config, then=then)
+    return exit_code("tokenize", output, committed, (samples, quarantined), config, then=then)

@@ -19,7 +19,7 @@ from jobs.config.schema import all_keys
 from jobs.outputs import open_output
 from jobs.reports.progress import Progress
 from pipeline.errors import BrokenDataset
-from pipeline.tokens import Output
+from pipeline.tokens import Output, ShardLayout
 from pipeline.tokens.commit import group_by_shard
 from pipeline.tokens.repair import Removal, dataset_removal, plan_repair, plan_withdrawal
 from pipeline.tokens.verify import DEEP, FILES, FOOTERS, LEFT_TO_DEEP, Proof, verify
@@ -42,7 +42,7 @@ def run(config: Config) -> int:
         return 0
     repairs = config.verify.repair or config.verify.dry_run
     proof = _verified(output, DEEP if config.verify.deep else FILES if repairs else FOOTERS)
-    _print_proof(proof, output.layout.tokenizer_id)
+    _print_proof(proof, output.layout)
     if repairs and (removals := plan_repair(output, proof)):
         _remove(removals, config, then=_rerun(output, config) if proof.problems else "")
         return 3 if proof.problems else 0
@@ -51,7 +51,8 @@ def run(config: Config) -> int:
         print(_advice(proof, repairs))
         return 3
     if config.verify.deep:
-        print("verify: deep: every input sample is in exactly one row or one quarantine row")
+        rows = "one row for each view" if output.layout.views else "exactly one row"
+        print(f"verify: deep: every input sample is in {rows} or one quarantine row")
     elif repairs:
         print("verify: nothing to repair: every file is the one that was committed")
     else:
@@ -79,14 +80,15 @@ def _advice(proof: Proof, repairs: bool) -> str:
     return "verify: a repair cannot solve these; each line above says what to do"
 
 
-def _print_proof(proof: Proof, tokenizer_id: str) -> None:
+def _print_proof(proof: Proof, layout: ShardLayout) -> None:
     for problem in proof.problems[:SHOWN_PROBLEMS]:
         print(f"verify: {problem}")
     if len(proof.problems) > SHOWN_PROBLEMS:
         print(f"verify: and {len(proof.problems) - SHOWN_PROBLEMS} more")
     shards = group_by_shard(proof.entries)
     rows, bad = sum(shard.num_rows for shard in shards), sum(shard.num_quarantined for shard in shards)
-    print(f"verify: {len(shards)} shards, {rows} rows, {bad} quarantined, tokenizer {tokenizer_id}")
+    views = f" ({layout.views.count} views of each sample)" if layout.views else ""
+    print(f"verify: {len(shards)} shards, {rows} rows{views}, {bad} quarantined, tokenizer {layout.tokenizer_id}")
     if retries := len(proof.entries) - len(shards):
         print(f"verify: {retries} of the manifest entries come from retries")
     for note in proof.notes:

@@ -39,3 +39,9 @@ class BrokenDataset(BrokenOutput):
 
 class NoShards(ValueError):
     """data.shards matches no shards: a mistake in the configuration."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without the line breaks and control characters that Arrow copies from damaged files."""
+    text = " ".join(str(error).split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -50,14 +50,21 @@ def by_av(folder: Path, x: np.ndarray, sample_rate: int, codec: str, kind: str, 
     """FFmpeg writes to a real file, because m4a is completed at its start."""
     path = folder / "made"
     with av.open(str(path), "w", format=kind, options=options) as container:
-        stream = container.add_stream(codec, rate=sample_rate, layout={1: "mono", 2: "stereo"}[x.shape[1]])
-        pcm = codec == "g722"
-        samples = np.round(x.T * 32767).astype(np.int16) if pcm else np.ascontiguousarray(x.T)
-        frame = av.AudioFrame.from_ndarray(samples, format="s16" if pcm else "fltp", layout=stream.layout.name)
+        stream = container.add_stream(codec, rate=sample_rate, layout={1: "mono", 2: "stereo", 8: "7.1"}[x.shape[1]])
+        frame = _frame(x, codec, stream.layout.name)
         frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
     return path.read_bytes()
+
+
+def _frame(x: np.ndarray, codec: str, layout: str) -> av.AudioFrame:
+    """Planar, but for g722, and for 8 channels, of which PyAV 18.1 cannot make planar frames."""
+    if codec == "g722":
+        return av.AudioFrame.from_ndarray(np.round(x.T * 32767).astype(np.int16), format="s16", layout=layout)
+    if x.shape[1] == 8:
+        return av.AudioFrame.from_ndarray(np.ascontiguousarray(x.reshape(1, -1)), format="flt", layout=layout)
+    return av.AudioFrame.from_ndarray(np.ascontiguousarray(x.T), format="fltp", layout=layout)
 
 
 def snr(expected: np.ndarray, found: np.ndarray) -> float:

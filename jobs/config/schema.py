@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.config.written import with_written
 from pipeline.tokens.commit import NEW, REFUSE
 from pipeline.tokens.schema import ENCODINGS
+from pipeline.tokens.views import MAX_VIEWS, Views
 
 if TYPE_CHECKING:
     from tokenizer.training.recipe import Recipe  # imports torch, and --help should not wait for that
@@ -224,6 +225,30 @@ class CompareConfig:
 
 
 @dataclass
+class ViewsConfig:
+    """Random crops of each sample, with one row for each. Without a count there are none."""
+
+    count: int = key(0, "views of each sample; 0 makes one row of the whole sample")
+    crop: float = key(0.0, "side of the square crops in pixels, or seconds of audio")
+    flip: bool = key(False, "mirror half of the views, for pictures")
+    seed: int = key(0, "seed of the crops, which depend on it, on the key of the sample and on the view alone")
+
+    def __post_init__(self) -> None:
+        _check_minimum("tokens.views", self, 0, "count", "crop", "seed")
+        if self.count > MAX_VIEWS:
+            raise ValueError(f"tokens.views.count is {self.count}; it must be {MAX_VIEWS} or less")
+        if self.count and not self.crop:
+            raise ValueError("tokens.views.crop is not set; give the size of the views, such as tokens.views.crop=256")
+        if not self.count and (self.crop or self.flip or self.seed):
+            raise ValueError("tokens.views.count is not set; give the number of views, such as tokens.views.count=10")
+
+    def chosen(self) -> Views | None:
+        """None without a count. A whole crop is an integer, so that it is written as one."""
+        crop = int(self.crop) if self.crop == int(self.crop) else self.crop
+        return Views(self.count, crop, self.flip, self.seed) if self.count else None
+
+
+@dataclass
 class TokensConfig:
     encoding: str = key("list", "column type of the tokens: list or packed", ("tokenize",))
     passthrough: list[str] = key([], "members of the samples to copy into columns, such as txt", ("tokenize",))
@@ -242,6 +267,7 @@ class TokensConfig:
     )
     max_sample_bytes: int = key(0, "quarantine samples whose files are larger together; 0 is no limit")
     latents: str = key("", "a latent cache (RUN/latents) to make tokens from, instead of the samples", ("tokenize",))
+    views: ViewsConfig = key(ViewsConfig, "several crops of each sample", ("tokenize",))
     max_bad_fraction: float = key(
         0.01, "share of quarantined samples, 0 to 1, above which the command exits with code 4", ("tokenize", "retry")
     )
@@ -253,6 +279,11 @@ class TokensConfig:
             raise ValueError(f"tokens.same_names is {self.same_names!r}; choose one of: {REFUSE}, {NEW}")
         _check_minimum("tokens", self, 0, "max_pixels", "max_seconds", "max_sample_bytes", "batch_budget")
         _check_minimum("tokens", self, 1, "decode_threads")
+        if self.views.count and self.latents:
+            raise ValueError(
+                "tokens.latents holds latents of whole samples, so it has no views; leave out tokens.latents or "
+                "tokens.views"
+            )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"tokens.max_bad_fraction is {self.max_bad_fraction}; it must be from 0 to 1")
 
@@ -402,6 +433,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """For artifacts: without `storage`, which may hold secrets, and without values of environment variables."""
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "storage"}
+        if not self.tokens.views.count:
+            del settings["tokens"]["views"]  # so that artifacts without views stay as they were
         return with_written(settings, self.written)
 
     def require(self, *keys: str) -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.errors import BrokenOutput, OutputMismatch
 from pipeline.tokens import Commit, Output, ShardLayout
 from pipeline.tokens.output import REPAIR_AND_RERUN
-from pipeline.tokens.schema import read_parquet, tokens_as_lists
+from pipeline.tokens.schema import read_parquet, tokens_as_lists, views_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Rows:
     @property
     def keys(self) -> list[str]:
         return self.table["key"].to_pylist()
+
+    @property
+    def views(self) -> list[int | None]:
+        """The number of each row's view; None if the output has no views."""
+        return views_of(self.table)
 
     def grids(self) -> Iterator[np.ndarray]:
         """The tokens of each row in the shape of its grid."""

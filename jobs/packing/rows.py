@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from jobs.config import ConfigError
 from pipeline import storage
-from pipeline.errors import ReplacedObject, StorageError
+from pipeline.errors import ReplacedObject, StorageError, one_line
 
 Row = dict[str, Any]  # by column
 ROWS_AT_ONCE = 64
@@ -44,7 +44,7 @@ def _parquet_rows(url: str) -> Iterator[Any]:
     except (StorageError, ReplacedObject, PermissionError):
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # pyarrow raises OSError for damaged pages
-        raise ConfigError(f"{url} cannot be read as Parquet: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{url} cannot be read as Parquet: {one_line(error)}") from error
 
 
 def _csv_rows(url: str) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from typing import IO
 import pyarrow as pa
 
 from pipeline.corpus.tars import Member, TarReader, open_plain
-from pipeline.errors import ShardError
+from pipeline.errors import ShardError, one_line
 
 NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]+)$")
 MAX_MEMBER_BYTES = 2**30
@@ -66,8 +66,13 @@ def read_samples(
         ) from error
     except ShardError as error:
         raise ShardError(f"{url}: {error}; write the shard again and rerun the command") from error
+    except MemoryError as error:
+        raise ShardError(
+            f"{url}: not enough memory to read it; a compressed shard may claim to need any amount, so write it again "
+            "without compression, or give the worker more memory"
+        ) from error
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        raise ShardError(f"{url}: cannot be read to its end ({type(error).__name__}: {error})") from error
+        raise ShardError(f"{url}: cannot be read to its end ({type(error).__name__}: {one_line(error)})") from error
 
 
 class LinkTargets:

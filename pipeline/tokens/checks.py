@@ -22,6 +22,7 @@ FOOTER_IDS = (
     "index_order",
     "modality",
     "preprocessing",
+    "views",
 )
 MISSING = "the file is missing"
 WRONG_COLUMNS = "its columns are not those of the dataset"
@@ -100,7 +101,7 @@ def _check_entries(output: Output, shard: CommittedShard) -> Iterator[str]:
     if len(set(settled)) != len(settled):
         yield f"{shard.first.name}: two retries recovered the same sample; lost or doubled"
     for number, entry in enumerate(shard.entries):
-        for what in (*_check_ids(output, entry), *_check_name(entry), *_check_counts(entry)):
+        for what in (*_check_ids(output, entry), *_check_name(entry), *_check_counts(output, entry)):
             yield f"manifest/{entry.name}.json: {what}"
         if entry.retry != number:
             yield f"manifest/{entry.name}.json: the entry before this retry is missing"
@@ -123,14 +124,17 @@ def _check_name(entry: Commit) -> Iterator[str]:
         yield f"its name does not belong to its shard {entry.source_shard}"
 
 
-def _check_counts(entry: Commit) -> Iterator[str]:
-    if entry.num_rows + entry.num_quarantined != entry.num_samples:
-        yield f"{entry.num_rows} rows and {entry.num_quarantined} quarantined are not {entry.num_samples} samples"
+def _check_counts(output: Output, entry: Commit) -> Iterator[str]:
+    per_sample = output.layout.rows_per_sample
+    if entry.num_rows + per_sample * entry.num_quarantined != per_sample * entry.num_samples:
+        views = f" in {per_sample} views each" if output.layout.views else ""
+        samples = f"{entry.num_samples} samples{views}"
+        yield f"{entry.num_rows} rows and {entry.num_quarantined} quarantined are not {samples}"
     if bool(entry.quarantine_sha256) != bool(entry.num_quarantined):
         yield f"{entry.num_quarantined} quarantined, but the checksum of their file is {entry.quarantine_sha256}"
     if entry.reasons and sum(entry.reasons.values()) != entry.num_quarantined:
         yield f"reasons for {sum(entry.reasons.values())} samples, but {entry.num_quarantined} quarantined"
-    if entry.retry and not len(set(entry.settled)) == len(entry.settled) == entry.num_rows:
+    if entry.retry and not per_sample * len(set(entry.settled)) == per_sample * len(entry.settled) == entry.num_rows:
         yield f"{entry.num_rows} rows, but it settled {len(set(entry.settled))} samples"
 
 
@@ -159,7 +163,8 @@ def _check_file(
     if ranges is None:
         result.num_without_ranges += 1
         return
-    yield from _check_ranges(ranges, shard.first.num_samples)
+    per_sample = output.layout.rows_per_sample if folder == "tokens" else 1
+    yield from _check_ranges(ranges, shard.first.num_samples, per_sample)
     ends = [ranges[0][1], ranges[-1][2]] if ranges else []
     if folder == "tokens" and entry.retry and ends != [*entry.settled[:1], *entry.settled[-1:]]:
         yield f"rows of samples {ends[:1]} to {ends[1:]}, which are not those in the manifest"
@@ -167,9 +172,9 @@ def _check_file(
 
 def check_footer(output: Output, entry: Commit, metadata: pq.FileMetaData, result: CheckResult) -> Iterator[str]:
     """Checks the footer of a token file against dataset.json and the manifest entry."""
-    layout, found = output.layout.to_dict(), footer_fields(metadata)
-    foreign = [name for name in FOOTER_IDS if found.get(name) != str(layout[name])]
-    yield from (f"footer says {name} {found.get(name)}, the dataset {layout[name]}" for name in foreign)
+    layout, found = output.layout.footer(), footer_fields(metadata)
+    foreign = [name for name in FOOTER_IDS if found.get(name) != layout.get(name)]
+    yield from (f"footer says {name} {found.get(name)}, the dataset {layout.get(name)}" for name in foreign)
     expected = {"source_shard": entry.source_shard, "num_tokens": entry.num_tokens}
     expected |= {"source_num_bytes": entry.source_num_bytes, "source_version": entry.source_version}
     for name, value in expected.items():
@@ -190,10 +195,14 @@ def check_quarantine_footer(entry: Commit, metadata: pq.FileMetaData) -> Iterato
         yield "its columns are not those of a quarantine file"
 
 
-def _check_ranges(ranges: list[tuple[int, int, int]], num_samples: int) -> Iterator[str]:
-    """Row groups as (rows, min, max source_index): each range must fit its rows, and ranges must not overlap."""
+def _check_ranges(ranges: list[tuple[int, int, int]], num_samples: int, per_sample: int = 1) -> Iterator[str]:
+    """Row groups as (rows, min, max source_index): each range must fit its rows, and ranges must not overlap.
+
+    per_sample: rows of a sample. If there are several, two row groups may share one sample.
+    """
     end = -1
     for rows, low, high in ranges:
-        if low <= end or high >= num_samples or high - low + 1 < rows:
+        overlaps = low < end if per_sample > 1 else low <= end
+        if overlaps or high >= num_samples or (high - low + 1) * per_sample < rows:
             yield f"{rows} rows of samples {low}..{high}, after {end}, of {num_samples} samples; lost or doubled"
         end = max(end, high)

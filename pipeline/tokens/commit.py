@@ -49,6 +49,7 @@ class Commit:
 
 
 COUNTS = tuple(known.name for known in fields(Commit) if known.type is int)
+MAX_COUNT = 2**48  # of samples or tokens in one shard; larger numbers would overflow in sums
 KNOWN_FIELDS = frozenset(known.name for known in fields(Commit))
 
 
@@ -119,7 +120,7 @@ def parse_commit(name: str, text: bytes) -> Commit:
         raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {error}") from error
     for count in COUNTS:
         value = getattr(entry, count)
-        if type(value) is not int or value < 0:
+        if type(value) is not int or not 0 <= value <= MAX_COUNT:
             raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {count} is {value!r}, not a count")
     if wrong := wrong_field(entry):
         raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {wrong}")

@@ -322,14 +322,18 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         parts = map_in_threads(self._read_lengths, [name for name, _ in self.files], READERS)
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
-    def find(self, key: str) -> int:
+    def find(self, key: str, view: int = 0) -> int:
         """The number of the row with this key. Reads the keys of the files until it is found.
 
-        Keys may repeat in other shards: it is the first one. Raises KeyError.
+        Keys may repeat in other shards: it is the first one. If the output has views, the rows of a key follow each
+        other: find(key), find(key) + 1 and so on are its views 0, 1 and so on. Raises KeyError, and ValueError for a
+        view that the output does not have.
         """
+        if not 0 <= view < self.layout.rows_per_sample:
+            raise ValueError(f"view is {view}; each sample has {self.layout.rows_per_sample} rows, numbered from 0")
         for (name, num_rows), end in zip(self.files, self._ends, strict=True):
             if (place := pc.index(self._read_file(name)["key"], key).as_py()) >= 0:
-                return end - num_rows + place
+                return end - num_rows + place + view
         raise KeyError(key)
 
     def _share(self, total: int) -> tuple[int, int]:
@@ -435,6 +439,9 @@ def _check_rows(table: pa.Table, layout: ShardLayout, num_rows: int) -> None:
         found = table.schema.field(name).type if name in table.column_names else None
         if found != expected.field(name).type:
             raise ValueError(f"column {name} is {found}, not {expected.field(name).type}")
+    for column in table.columns:
+        if pa.types.is_string(column.type):
+            column.validate(full=True)  # bytes that are not UTF-8, which only files without page checksums can hold
     for tokens, shapes in zip(table["tokens"].chunks, table["shape"].chunks, strict=True):
         _check_grids(tokens_as_lists(tokens, layout.token_dtype), shapes, layout)
 

@@ -1,9 +1,10 @@
 """The deep check of one shard: every byte of its files, every sample, and the keys of the input shard."""
 
+import collections
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -44,18 +45,27 @@ def check_deep(output: Output, shard: CommittedShard, *, read_input: bool = True
     return result
 
 
-def _read_tokens(output: Output, entry: Commit, result: CheckResult) -> dict[int, bytes] | None:
-    """Checks a whole token file. Returns the tokens of each source_index as bytes; None if it cannot be read."""
+def _read_tokens(output: Output, entry: Commit, result: CheckResult) -> dict[int, list[bytes]] | None:
+    """Checks a whole token file. Returns the tokens of the rows of each source_index as bytes; None if it cannot be
+    read.
+    """
+    views = output.layout.views
     try:
         data = _with_checksum(output.read_tokens(entry.name), entry.tokens_sha256)
         problems = list(check_footer(output, entry, parse_footer(data), result))
         if WRONG_COLUMNS in problems:
             raise ValueError("; ".join(problems))
-        table = read_parquet(data, ["key", "source_shard", "source_index", "tokens", "shape"])
+        table = read_parquet(
+            data, ["key", "source_shard", "source_index", "tokens", "shape", *(["view"] if views else [])]
+        )
         problems += _check_tokens(output, entry, table)
+        if views:
+            problems += _check_views(table, views.count)
         indices = table["source_index"].to_pylist()
         rows = list(zip(indices, table["key"].to_pylist(), strict=True))
-        tokens = dict(zip(indices, _as_bytes(table["tokens"], output.layout.token_dtype), strict=True))
+        tokens = collections.defaultdict(list)
+        for index, of_row in zip(indices, _as_bytes(table["tokens"], output.layout.token_dtype), strict=True):
+            tokens[index].append(of_row)
     except (StorageError, PermissionError):
         raise  # they say nothing about the output
     except FileNotFoundError:
@@ -65,8 +75,8 @@ def _read_tokens(output: Output, entry: Commit, result: CheckResult) -> dict[int
         result.add(f"tokens/{entry.name}.parquet", [str(error)])
         return None
     result.add(f"tokens/{entry.name}.parquet", problems)
-    result.rows += rows
-    return tokens
+    result.rows += dict.fromkeys(rows) if views else rows
+    return dict(tokens)
 
 
 def _as_bytes(column: pa.ChunkedArray, dtype: np.dtype) -> Iterator[bytes]:
@@ -78,10 +88,10 @@ def _as_bytes(column: pa.ChunkedArray, dtype: np.dtype) -> Iterator[bytes]:
             yield values[start:stop].tobytes()
 
 
-def _hash(tokens: dict[int, bytes], result: CheckResult) -> str | None:
+def _hash(tokens: dict[int, list[bytes]], result: CheckResult) -> str | None:
     """See `hash_samples`; of a first commit, whose rows and quarantine result holds."""
     samples = sorted(result.rows + result.quarantined)
-    return hash_samples((key, tokens.get(index)) for index, key in samples)
+    return hash_samples((key, of_row) for index, key in samples for of_row in tokens.get(index, [None]))
 
 
 def _read_quarantine(output: Output, entry: Commit, result: CheckResult) -> bool:
@@ -119,7 +129,8 @@ def _with_checksum(data: bytes, sha256: str) -> bytes:
 def _check_tokens(output: Output, entry: Commit, table: pa.Table) -> Iterator[str]:
     if set(table["source_shard"].to_pylist()) - {entry.source_shard}:
         yield f"rows of another shard than {entry.source_shard}"
-    if entry.retry and table["source_index"].to_pylist() != entry.settled:
+    samples: Sequence[int] = table["source_index"].to_pylist()
+    if entry.retry and (list(dict.fromkeys(samples)) if output.layout.views else samples) != entry.settled:
         yield "its rows are not the samples that the manifest lists"
     column = tokens_as_lists(table["tokens"].combine_chunks(), output.layout.token_dtype)
     values = column.flatten().to_numpy(zero_copy_only=False)
@@ -132,6 +143,18 @@ def _check_tokens(output: Output, entry: Commit, table: pa.Table) -> Iterator[st
         yield "a row has a shape with a negative side"
     elif [math.prod(shape) for shape in shapes] != column.value_lengths().to_pylist():
         yield "a row has a different number of tokens than its shape says"
+
+
+def _check_views(table: pa.Table, count: int) -> Iterator[str]:
+    found: dict[int, list[int]] = {}
+    for index, view in zip(table["source_index"].to_pylist(), table["view"].to_pylist(), strict=True):
+        found.setdefault(index, []).append(view)
+    wrong = {index: views for index, views in found.items() if views != list(range(count))}
+    for index, views in itertools.islice(wrong.items(), 1):
+        yield (
+            f"{len(wrong)} samples do not have the views 0 to {count - 1} once each, in this order; sample {index} has "
+            f"{', '.join(map(str, views))}; lost or doubled"
+        )
 
 
 def _check_samples(shard: CommittedShard, result: CheckResult) -> Iterator[str]:

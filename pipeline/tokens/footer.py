@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.errors import one_line
 
 MAGIC = b"PAR1"
 TAIL = 32 * 1024  # bytes; enough for most footers, and a longer footer costs a second request
@@ -27,8 +28,8 @@ def parse_footer(data: bytes) -> pq.FileMetaData:
     try:
         metadata = pq.read_metadata(io.BytesIO(data))
         metadata.schema.to_arrow_schema()  # callers need it, and it may be damaged too
-    except pa.ArrowException as error:
-        raise ValueError(str(error)) from error
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(one_line(error)) from error
     return metadata
 
 

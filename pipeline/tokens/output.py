@@ -332,6 +332,7 @@ def _refuse_other(url: str, existing: dict[str, Any], wanted: dict[str, Any]) ->
     if existing == wanted:
         return
     absent = "not set"  # a member that is not chosen
+    existing, wanted = _flat(existing), _flat(wanted)
     there_and_here = {
         name: (existing.get(name, absent), wanted.get(name, absent)) for name in dict.fromkeys([*wanted, *existing])
     }
@@ -339,6 +340,12 @@ def _refuse_other(url: str, existing: dict[str, Any], wanted: dict[str, Any]) ->
         f"{name} is {there} there and {here} here" for name, (there, here) in there_and_here.items() if there != here
     )
     raise OutputMismatch(f"{url} holds another dataset: {what}. Choose another output")
+
+
+def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of views one by one: views.count and so on."""
+    views = {f"views.{name}": value for name, value in fields.get("views", {}).items()}
+    return {name: value for name, value in fields.items() if name != "views"} | views
 
 
 def _read_all(urls: list[str]) -> Iterator[tuple[str, bytes]]:

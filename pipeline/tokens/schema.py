@@ -1,4 +1,5 @@
-"""Schema 1 of a token shard: one row per sample, in the order of the input shard. See docs/token-shards.md.
+"""Schema 1 of a token shard: one row per sample (or view of it), in the order of the input shard. See
+docs/token-shards.md.
 
 The tokens column is a list, which every Parquet tool can read. With encoding "packed" it holds the same integers as
 little-endian bytes, which Parquet reads 5 to 6 times faster. Our reader returns Arrow list arrays for both.
@@ -15,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import UnsupportedSchema
+from pipeline.errors import UnsupportedSchema, one_line
 from pipeline.tokens.fields import wrong_field
+from pipeline.tokens.views import Views
 
 SCHEMA_VERSION = 1
 ENCODINGS = ("list", "packed")
@@ -31,13 +33,21 @@ ROWS_PER_GROUP = 4096  # with 128 rows per group the footer alone takes 379 kB; 
 
 @dataclass
 class TokenRow:
-    """One tokenized sample. tokens: integers in the shape of the token grid; or float32 latents [..., channels]."""
+    """One tokenized sample, or one view of it. tokens: integers in the shape of the token grid; or float32 latents
+    [..., channels].
+    """
 
     key: str
     source_index: int
     tokens: np.ndarray
     size: dict[str, int]
     passthrough: dict[str, bytes] = field(default_factory=dict)
+    view: int | None = None  # its number, if the layout has views
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts the rows of a shard."""
+        return self.source_index, self.view or 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class ShardLayout:
     schema_version: int = SCHEMA_VERSION
     member: str = ""  # of the samples, which was encoded; empty: their only image or sound
     num_samples_dtype: str = "int64"
+    views: Views | None = None  # None: one row per sample, which is the whole of it
 
     @classmethod
     def for_tokens(
@@ -73,12 +84,13 @@ class ShardLayout:
         encoding: str = "list",
         passthrough: Sequence[str] = (),
         member: str = "",
+        views: Views | None = None,
     ) -> "ShardLayout":
         """Raises ValueError for an unknown encoding and for passthrough columns that clash."""
         fixed = json.dumps(preprocessing, sort_keys=True)
         columns = tuple(passthrough)
         ids = (tokenizer_id, codebook_id, codebook_size)
-        return cls(*ids, modality, index_order, fixed, encoding, columns, member=member)
+        return cls(*ids, modality, index_order, fixed, encoding, columns, member=member, views=views)
 
     @classmethod
     def for_latents(
@@ -99,8 +111,9 @@ class ShardLayout:
             raise ValueError(f"tokens.encoding is {self.encoding!r}; choose one of: {', '.join(ENCODINGS)}")
         if self.num_samples_dtype not in NUM_SAMPLES_DTYPES:
             raise ValueError(f"num_samples_dtype is {self.num_samples_dtype!r}, not {' or '.join(NUM_SAMPLES_DTYPES)}")
+        reserved = (*RESERVED, "view") if self.views else RESERVED
         for name in self.passthrough:
-            if name in RESERVED or self.passthrough.count(name) > 1:
+            if name in reserved or self.passthrough.count(name) > 1:
                 raise ValueError(f"tokens.passthrough: a column {name!r} already exists; remove it from the list")
 
     @property
@@ -108,12 +121,25 @@ class ShardLayout:
         return self.codebook_id is None
 
     @property
+    def view_numbers(self) -> Sequence[int | None]:
+        """The numbers of the rows of each sample: (None,) without views."""
+        return range(self.views.count) if self.views else (None,)
+
+    @property
+    def rows_per_sample(self) -> int:
+        return len(self.view_numbers)
+
+    @property
     def token_dtype(self) -> np.dtype:
         return LATENT_DTYPE if self.holds_latents else token_dtype(self.codebook_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """As dataset.json stores it: an absent codebook is written as empty strings, an empty member is left out."""
+        """As dataset.json stores it: an absent codebook is written as empty strings, an empty member and absent views
+        are left out.
+        """
         fields = {name: "" if value is None else value for name, value in asdict(self).items()}
+        if not self.views:
+            del fields["views"]
         if not self.member:
             del fields["member"]
         if self.num_samples_dtype == UNSTATED_NUM_SAMPLES:
@@ -127,8 +153,9 @@ class ShardLayout:
         Raises KeyError, TypeError or ValueError if fields are missing or have values that no layout has.
         """
         check_schema_version(fields["schema_version"])
-        stated = {"member": "", "num_samples_dtype": UNSTATED_NUM_SAMPLES, **fields}
+        stated = {"member": "", "num_samples_dtype": UNSTATED_NUM_SAMPLES, "views": None, **fields}
         known = {name: stated[name] for name in cls.__dataclass_fields__}
+        known["views"] = Views.from_dict(fields["views"]) if "views" in fields else None
         if fields["token_dtype"] == LATENT_DTYPE.name:
             known |= {"codebook_id": None, "index_order": None}
         layout = cls(**{**known, "passthrough": tuple(known["passthrough"])})
@@ -144,6 +171,7 @@ class ShardLayout:
             pa.field("key", pa.string(), nullable=False),
             pa.field("source_shard", pa.string(), nullable=False),
             pa.field("source_index", pa.int32(), nullable=False),
+            *([pa.field("view", pa.int16(), nullable=False)] if self.views else []),
             pa.field("modality", pa.string(), nullable=False),
             pa.field("tokens", tokens, nullable=False),
             pa.field("shape", pa.list_(pa.int32()), nullable=False),
@@ -151,8 +179,12 @@ class ShardLayout:
             pa.field("num_samples", pa.type_for_alias(self.num_samples_dtype)),
             *[pa.field(name, _passthrough_type(name)) for name in self.passthrough],
         ]
-        footer = {name: str(value) for name, value in self.to_dict().items() if name != "passthrough"}
-        return pa.schema(columns, metadata={**footer, "source_shard": source_shard})
+        return pa.schema(columns, metadata={**self.footer(), "source_shard": source_shard})
+
+    def footer(self) -> dict[str, str]:
+        """The fields that every token file of the output has in its footer."""
+        fields = {name: value for name, value in self.to_dict().items() if name != "passthrough"}
+        return {name: json.dumps(v, sort_keys=True) if name == "views" else str(v) for name, v in fields.items()}
 
     def to_table(self, rows: list[TokenRow], source_shard: str) -> pa.Table:
         """Arrow table of the rows. Raises ValueError if a token is not an index into the codebook, and if num_samples
@@ -165,6 +197,7 @@ class ShardLayout:
             "key": [row.key for row in rows],
             "source_shard": [source_shard] * len(rows),
             "source_index": [row.source_index for row in rows],
+            "view": [row.view for row in rows],
             "modality": [self.modality] * len(rows),
             "tokens": [t.tobytes() for t in flat] if self.encoding == "packed" else _list_array(flat, schema),
             "shape": [list(row.tokens.shape) for row in rows],
@@ -240,8 +273,10 @@ def read_parquet(source: Any, columns: Sequence[str] | None = None, *, memory_ma
     names = None if columns is None else list(columns)
     try:
         return pq.read_table(source, columns=names, memory_map=memory_map, page_checksum_verification=True)
-    except pa.ArrowException as error:  # of several classes, some of which are neither OSError nor ValueError
-        raise ValueError(str(error).splitlines()[0]) from error  # further lines are Arrow's schema
+    except (pa.ArrowException, OSError) as error:  # some classes of Arrow are neither OSError nor ValueError
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # of the storage, not of the content
+        raise ValueError(one_line(error)) from error
 
 
 def tokens_as_lists(column: pa.Array, dtype: np.dtype) -> pa.ListArray:
@@ -252,6 +287,12 @@ def tokens_as_lists(column: pa.Array, dtype: np.dtype) -> pa.ListArray:
     positions = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1] // dtype.itemsize
     values = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(data or b"") // dtype.itemsize, [None, data])
     return pa.ListArray.from_arrays(pa.array(positions), values)
+
+
+def views_of(table: pa.Table) -> list[int | None]:
+    """The number of each row's view; None if the output has no views. A passthrough column may have the same name."""
+    has_views = "view" in table.column_names and table.schema.field("view").type == pa.int16()
+    return table["view"].to_pylist() if has_views else [None] * len(table)
 
 
 def _leaves(schema: pa.Schema) -> list[str]:

@@ -23,7 +23,7 @@ from pipeline.errors import ShardError
 from pipeline.tokens.commit import REFUSE, Commit, CommittedShard, hash_samples, retry_name
 from pipeline.tokens.output import Output, to_json
 from pipeline.tokens.quarantine import Quarantined, quarantine_table
-from pipeline.tokens.schema import ShardLayout, TokenRow, read_parquet, to_parquet
+from pipeline.tokens.schema import ShardLayout, TokenRow, read_parquet, to_parquet, views_of
 
 RETRY_S = 3600  # a token file of a retry that is older than this, and not committed, belongs to a retry that died
 
@@ -45,12 +45,14 @@ def commit_shard(
     num_samples: the number of samples that the reader of the shard counted; None if unknown. seconds: by stage, and
     "total" so far; the time of writing is added. same_names: tokens.same_names of the run. notes: see Commit. Returns
     the entry in storage: another worker's if it was first.
-    Raises ValueError, and writes nothing, unless each of the samples 0..num_samples - 1 is given exactly once.
+    Raises ValueError, and writes nothing, unless each of the samples 0..num_samples - 1 is given exactly once: as a row
+    (or one row for each view of the layout), or as a quarantined sample.
     """
     if (existing := output.read_entry(shard.name)) is not None:
         return existing
-    expected = range(len(rows) + len(quarantined) if num_samples is None else num_samples)
-    _check_samples(shard, rows, quarantined, expected)
+    per_sample = output.layout.rows_per_sample
+    expected = range(len(rows) // per_sample + len(quarantined) if num_samples is None else num_samples)
+    _check_samples(output.layout, shard, rows, quarantined, expected)
     start, table = time.monotonic(), _tokens_table(output, shard, rows)
     tokens = _create_file(output, shard.name, output.tokens_url(shard.name), to_parquet(table))
     entry, quarantine = _write_quarantine(output, shard, 0, tokens.data, quarantined, now)
@@ -82,7 +84,7 @@ def commit_retry(
     """
     before = output.quarantined(committed.last)
     retried = [sample.source_index for sample in before]
-    _check_samples(shard, rows, quarantined, retried)
+    _check_samples(output.layout, shard, rows, quarantined, retried)
     if not rows:
         return None
     start, retry, table = time.monotonic(), committed.last.retry + 1, _tokens_table(output, shard, rows)
@@ -100,26 +102,42 @@ def commit_retry(
     return entry if _write_entry(output, entry, tokens, quarantine) is entry else None
 
 
+Unit = tuple[int, int | None]  # source_index, and the number of the view
+
+
 def _check_samples(
-    shard: Shard, rows: list[TokenRow], quarantined: list[Quarantined], expected: Collection[int]
+    layout: ShardLayout,
+    shard: Shard,
+    rows: list[TokenRow],
+    quarantined: list[Quarantined],
+    samples: Collection[int],
 ) -> None:
-    """Checks before anything is written that each sample is there once. Afterwards it could only be reported."""
-    samples: list[TokenRow | Quarantined] = [*rows, *quarantined]
-    found = collections.Counter(sample.source_index for sample in samples)
-    lost = [index for index in expected if index not in found]
-    doubled = [index for index, times in found.items() if times > 1]
-    unknown = sorted(found.keys() - set(expected))
+    """Checks before anything is written that each sample, or each view of it, is there once. Afterwards it could only
+    be reported.
+    """
+    expected = _units(samples, layout)
+    found = collections.Counter[Unit]((row.source_index, row.view) for row in rows)
+    found.update(_units([sample.source_index for sample in quarantined], layout))
+    lost = [unit for unit in expected if unit not in found]
+    doubled = [unit for unit, times in found.items() if times > 1]
+    unknown = sorted(found.keys() - set(expected), key=str)
     if lost or doubled or unknown:
+        wanted = f"{len(samples)} samples" + (f" in {layout.views.count} views each" if layout.views else "")
         raise ValueError(
-            f"{shard.url}: {len(rows)} rows and {len(quarantined)} quarantined are not its {len(expected)} samples "
+            f"{shard.url}: {len(rows)} rows and {len(quarantined)} quarantined are not its {wanted} "
             f"(source_index lost: {_few(lost)}; twice: {_few(doubled)}; unknown: {_few(unknown)}). Nothing was "
             "committed. Either the shard changed while it was read, or this is a bug in tokenmill"
         )
 
 
-def _few(indices: list[int]) -> str:
-    shown = ", ".join(map(str, indices[:5])) or "none"
-    return f"{shown} and {len(indices) - 5} more" if len(indices) > 5 else shown
+def _units(samples: Collection[int], layout: ShardLayout) -> list[Unit]:
+    return [(index, view) for index in samples for view in layout.view_numbers]
+
+
+def _few(units: list[Unit]) -> str:
+    names = [str(index) if view is None else f"{index} view {view}" for index, view in units[:5]]
+    shown = ", ".join(names) or "none"
+    return f"{shown} and {len(units) - 5} more" if len(units) > 5 else shown
 
 
 # -- the three steps of a commit ----------------------------------------------------------------------------------
@@ -148,12 +166,13 @@ def _write_quarantine(
         data = to_parquet(quarantine_table(shard.url, quarantined))
         written = _create_file(output, name, output.quarantine_url(name), data)
     indices = _source_indices(tokens)
+    samples = list(dict.fromkeys(indices))
     entry = Commit(
         name=name,
         source_shard=shard.url,
         source_num_bytes=shard.num_bytes,
         source_version=shard.version,
-        num_samples=len(indices) + len(quarantined),
+        num_samples=len(samples) + len(quarantined),
         num_rows=len(indices),
         num_quarantined=len(quarantined),
         num_tokens=int(pq.read_schema(io.BytesIO(tokens)).metadata[b"num_tokens"]),
@@ -167,7 +186,7 @@ def _write_quarantine(
         worker={"host": socket.gethostname(), "pid": os.getpid()},
         reasons=dict(collections.Counter(f"{sample.stage} {sample.error}" for sample in quarantined)),
         retry=retry,
-        settled=indices if retry else [],
+        settled=samples if retry else [],
     )
     return entry, written
 
@@ -205,12 +224,16 @@ def _sha256(data: bytes) -> str:
 
 def hash_of_shard(layout: ShardLayout, rows: list[TokenRow], quarantined: list[Quarantined]) -> str | None:
     """See `hash_samples`."""
-    samples: list[TokenRow | Quarantined] = sorted([*rows, *quarantined], key=lambda sample: sample.source_index)
+    samples: list[TokenRow | Quarantined] = sorted([*rows, *quarantined], key=_place)
     dtype = layout.token_dtype.newbyteorder("<")
     return hash_samples(
         (sample.key, sample.tokens.astype(dtype).tobytes() if isinstance(sample, TokenRow) else None)
         for sample in samples
     )
+
+
+def _place(sample: TokenRow | Quarantined) -> tuple[int, int]:
+    return sample.place if isinstance(sample, TokenRow) else (sample.source_index, 0)
 
 
 # -- files of other writers ---------------------------------------------------------------------------------------
@@ -273,9 +296,10 @@ def _is_proven(existing: bytes, url: str, table: pa.Table) -> bool:
     parsed = _parse(existing)
     if parsed is None or not len(parsed) or not _same_origin(parsed, table) or _contradicts(parsed, table):
         return False
-    indices = parsed["source_index"].to_pylist()
-    if set(indices) <= set(table["source_index"].to_pylist()):
-        return len(set(indices)) == len(indices)
+    found, ours = _units_of(parsed), _units_of(table)
+    if set(found) <= set(ours):
+        samples = {index for index, _ in found}  # each with all of its views
+        return sorted(found) == sorted(unit for unit in ours if unit[0] in samples)
     with contextlib.suppress(FileNotFoundError):
         if storage.age_s(url) < RETRY_S:
             raise _OtherRetry
@@ -285,9 +309,15 @@ def _is_proven(existing: bytes, url: str, table: pa.Table) -> bool:
 def _contradicts(existing: pa.Table, table: pa.Table) -> bool:
     """Whether they have different rows for the same sample."""
     ours, theirs = (
-        {row["source_index"]: row for row in one.replace_schema_metadata(None).to_pylist()} for one in (table, existing)
+        dict(zip(_units_of(one), one.replace_schema_metadata(None).to_pylist(), strict=True))
+        for one in (table, existing)
     )
-    return any(ours[index] != theirs[index] for index in ours.keys() & theirs.keys())
+    return any(ours[unit] != theirs[unit] for unit in ours.keys() & theirs.keys())
+
+
+def _units_of(table: pa.Table) -> list[tuple[int, int]]:
+    """(source_index, view) of each row; view is 0 without views."""
+    return [(index, view or 0) for index, view in zip(table["source_index"].to_pylist(), views_of(table), strict=True)]
 
 
 def _same_origin(existing: pa.Table, table: pa.Table) -> bool:

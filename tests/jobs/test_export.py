@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from jobs.exporting.plan import Plan
 from pipeline import storage
 from pipeline.corpus.shards import ShardList
 from pipeline.tokens import Output, TokenRow, commit_shard
+from pipeline.tokens.views import Views
 from tests.corpus import layout, quarantined, write_corpus, write_tokens
 from tests.jobs.packs import logged
 from tests.s3 import S3Server
@@ -262,6 +264,64 @@ def test_other_columns_come_along_in_arrow_and_webdataset(output: Output, tmp_pa
     shards = [str(file) for file in sorted((tmp_path / "tars").glob("*.tar"))]
     assert next(iter(webdataset.WebDataset(shards, shardshuffle=False).decode()))["json"] == columns
     assert set(columns) == set(output.layout.schema("").names) - {"tokens"}
+
+
+@pytest.fixture(scope="module")
+def with_views(tmp_path_factory: pytest.TempPathFactory) -> Output:
+    """2 samples of 3 views."""
+    folder = tmp_path_factory.mktemp("views")
+    [shard] = write_corpus(folder / "in", (2,))
+    made = layout(views=Views(count=3, crop=8, flip=False, seed=0))
+    output = Output.create(str(folder / "out"), made, ShardList([shard]), config={})
+    rows = [replace(_random(f"{i:04d}", i, (2, 2 + view), 1024), view=view) for i in range(2) for view in range(3)]
+    commit_shard(output, shard, rows, [], seconds={}, now=0.0)
+    return output
+
+
+VIEWS = [("0000", 0), ("0000", 1), ("0000", 2), ("0001", 0), ("0001", 1), ("0001", 2)]
+
+
+def test_views_come_along_in_arrow_and_webdataset(with_views: Output, tmp_path: Path):
+    export(with_views, "arrow", tmp_path / "arrow")
+    export(with_views, "webdataset", tmp_path / "tars")
+    table = pa.ipc.open_stream(next((tmp_path / "arrow").glob("*.arrow")).read_bytes()).read_all()
+    assert list(zip(table["key"].to_pylist(), table["view"].to_pylist(), strict=True)) == VIEWS
+    shards = [str(file) for file in (tmp_path / "tars").glob("*.tar")]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+    assert [(sample["json"]["key"], sample["json"]["view"]) for sample in samples] == VIEWS
+    assert [sample["__key__"] for sample in samples] == [f"{key}-view{view}" for key, view in VIEWS]
+
+
+def test_views_come_along_in_litdata_and_mds(with_views: Output, tmp_path: Path):
+    """By their layouts: litdata has a size for each field, MDS for each without a fixed one."""
+    for kind, num_sizes, dtype in (("litdata", 3, "<i8"), ("mds", 2, "<i2")):
+        export(with_views, kind, tmp_path / kind)
+        [file] = [file for file in (tmp_path / kind).iterdir() if file.suffix in (".bin", ".mds")]
+        found = []
+        for item in items(file.read_bytes()):
+            sizes = np.frombuffer(item, "<u4", num_sizes).tolist()
+            key, end = item[4 * num_sizes :][: sizes[0]].decode(), 4 * num_sizes + sizes[0] + sizes[1]
+            [view] = np.frombuffer(item[end:], dtype).tolist()
+            found.append((key, view))
+        assert found == VIEWS
+    config = json.loads((tmp_path / "litdata/index.json").read_text())["config"]
+    assert config["data_format"] == ["str", "numpy", "int"]
+    assert json.loads(json.loads(config["data_spec"])[1]["context"]) == ["key", "tokens", "view"]
+    [shard] = json.loads((tmp_path / "mds/index.json").read_text())["shards"]
+    assert (shard["column_names"], shard["column_sizes"]) == (["key", "tokens", "view"], [None, None, 2])
+    assert shard["column_encodings"] == ["str", "ndarray:uint16", "int16"]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("litdata", "litdata"), ("mds", "streaming")])
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+def test_a_library_reads_views(with_views: Output, tmp_path: Path, kind: str, name: str):
+    library = pytest.importorskip(name)
+    export(with_views, kind, tmp_path / "to")
+    where = (
+        {"input_dir": str(tmp_path / "to")} if name == "litdata" else {"local": str(tmp_path / "to"), "batch_size": 1}
+    )
+    dataset = library.StreamingDataset(**where, shuffle=False)
+    assert [(dataset[i]["key"], int(dataset[i]["view"])) for i in range(len(dataset))] == VIEWS
 
 
 def test_several_processes_write_the_same_bytes(output: Output, tmp_path: Path):

@@ -64,7 +64,7 @@ def test_recovered_samples_have_the_rows_of_a_first_success(
     low_limit.undo()
     low_limit.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     before = files(output)
-    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=2)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_recovered=2)
     assert files(output).items() >= before.items()
     assert rows_of(output.url).equals(rows_without_ray(f"{tmp_path}/*.tar", tokenizer))
     assert verify(output, deep=True).problems == []
@@ -72,10 +72,10 @@ def test_recovered_samples_have_the_rows_of_a_first_success(
 
 def test_each_retry_processes_what_the_last_one_left(output: Output, tokenizer: str, low_limit: pytest.MonkeyPatch):
     low_limit.undo()
-    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1, num_quarantined=1)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_recovered=1, num_quarantined=1)
     assert in_quarantine(output) == [4]
     low_limit.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    assert retry(output, tokenizer) == Recovered(shard(output), num_rows=1)
+    assert retry(output, tokenizer) == Recovered(shard(output), num_recovered=1)
     assert in_quarantine(output) == []
     assert {Path(name).stem for name in files(output) if name.startswith("tokens/a-")} == {
         *(f"{shard(output).name}{ending}" for ending in ("", "+1", "+2"))

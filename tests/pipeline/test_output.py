@@ -506,6 +506,15 @@ def test_an_entry_that_is_not_json_is_an_error_with_its_name(output: Output):
         output.commits()
 
 
+def test_an_entry_with_a_count_that_no_shard_can_have_is_an_error(output: Output, inputs: list[Shard]):
+    """Sums of such counts would overflow in readers."""
+    commit(output, inputs[0], token_rows(inputs[0], 4))
+    path = Path(output.entry_url(inputs[0].name))
+    path.write_text(path.read_text().replace('"num_rows": 4', f'"num_rows": {10**19}'))
+    with pytest.raises(BrokenOutput, match="num_rows is 10000000000000000000, not a count"):
+        output.commits()
+
+
 def test_everything_works_on_another_file_system(tmp_path: Path):
     inputs = write_corpus(tmp_path / "in", (2,))
     output = Output.create("memory://an-output", layout(), ShardList(inputs), config={})

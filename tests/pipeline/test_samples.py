@@ -10,9 +10,11 @@ import lzma
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -200,6 +202,23 @@ def test_every_truncation_of_a_compressed_tar_within_its_data_is_detected(tmp_pa
 def test_a_gzip_truncated_within_its_header_is_a_shard_error(tmp_path: Path):
     with pytest.raises(ShardError):
         read(tar_bytes(TWO, "w:gz")[:3], tmp_path)
+
+
+def test_an_xz_tar_that_claims_to_need_4_gib_is_a_shard_error_where_there_are_less(tmp_path: Path):
+    data = bytearray(lzma.compress(tar_bytes([("a.txt", b"a")])))
+    header = slice(12, 12 + 4 * (data[12] + 1))  # of the block (xz file format 1.2.1, section 3.1)
+    assert data[13:16] == b"\0\x21\1"  # one filter, LZMA2, with one byte of settings
+    data[16] = 40
+    data[header] = data[header][:-4] + zlib.crc32(data[header][:-4]).to_bytes(4, "little")
+    (tmp_path / "x.tar.xz").write_bytes(data)
+    code = (
+        "import resource, sys; from pipeline.corpus.samples import read_samples, ShardError\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))\n"
+        "try: list(read_samples(sys.argv[1]))\n"
+        "except ShardError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.tar.xz")], capture_output=True, text=True)
+    assert "x.tar.xz: not enough memory to read it; a compressed shard may claim" in done.stdout, done.stderr
 
 
 def test_a_flipped_bit_in_a_gzip_tar_is_detected(tmp_path: Path):

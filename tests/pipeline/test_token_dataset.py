@@ -402,6 +402,27 @@ def test_a_file_without_page_checksums_is_read(fresh: Output):
     assert repr(read(fresh)) == rows
 
 
+def test_the_error_of_a_damaged_file_is_one_line(fresh: Output):
+    path = the_file(fresh)
+    good = path.read_bytes()
+    for at in (4, len(good) - 40):  # the header of a page, the footer
+        path.write_bytes(good[:at] + b"\xff\x0f\n\0" * 5 + good[at + 20 :])
+        with pytest.raises(BrokenOutput, match=path.name) as found:
+            read(fresh)
+        assert str(found.value).isprintable()
+
+
+def test_a_key_that_is_not_utf8_is_damage(fresh: Output):
+    """In a file of an earlier version, without page checksums."""
+    path = the_file(fresh)
+    table = pq.read_table(path)
+    keys = pa.array([b"\xff\xfe"] * len(table), pa.binary()).view(pa.string())
+    field = table.schema.field("key")
+    pq.write_table(table.set_column(table.schema.get_field_index("key"), field, keys), path)
+    with pytest.raises(BrokenOutput, match=rf"{path.name}: .*UTF"):
+        read(fresh)
+
+
 @pytest.mark.parametrize("version", ["2", "x"])
 def test_a_single_shard_with_a_newer_schema_is_refused(fresh: Output, version: str):
     path = the_file(fresh)

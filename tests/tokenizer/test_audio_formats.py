@@ -519,3 +519,35 @@ def test_an_unknown_downmix_is_named():
 def test_a_surround_file_of_floats_keeps_its_check_of_the_peak():
     with pytest.raises(BadSample, match="the floats may be in 16-bit units"):
         read(by_soundfile(20_000 * sweep(channels=6), 16000, "WAVEX", "FLOAT"))
+
+
+@pytest.mark.parametrize("kind", ["webm", "ipod"])
+def test_eight_channels_of_ffmpeg_are_read(tmp_path: Path, kind: str):
+    """PyAV counts more of them than there are, and reading those would end the process."""
+    x = sine(48000, 24000, channels=8)
+    found = read(by_av(tmp_path, x, 48000, "libopus" if kind == "webm" else "aac", kind), 48000, downmix="mean")
+    assert abs(len(found) - len(x)) <= 1024
+    assert snr(x[2000:20000, :1], found[2000:20000]) > 12
+
+
+# -- values and positions that no decoder should give ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [2, 6])
+def test_infinite_floats_of_several_channels_are_refused_by_name(channels: int):
+    x = np.full((100, channels), np.inf, np.float32)
+    x[:, 1] = -np.inf
+    with pytest.raises(BadSample, match="sample 0 is NaN or infinite"):
+        read(wav(x, subtype="FLOAT"))
+
+
+def test_an_opus_file_with_a_gap_in_its_page_numbers_is_refused_in_words(tmp_path: Path):
+    """libsndfile then reports positions beyond the length that it stated."""
+    data = bytearray(by_av(tmp_path, sine(48000, 14400), 48000, "libopus", "ogg"))
+    first = next(pages(bytes(data)))
+    data[first.start + 21] = 0xFF
+    data[first.start + 22 : first.start + 26] = bytes(4)
+    checksum = reference_checksum(bytes(data[first.start : first.end]))
+    data[first.start + 22 : first.start + 26] = checksum.to_bytes(4, "little")
+    with pytest.raises(BadSample, match="its positions are beyond the length that it states"):
+        read(bytes(data), 48000)

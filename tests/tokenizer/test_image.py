@@ -182,9 +182,11 @@ def test_the_transparent_value_of_16_bit_grey_is_white(rules: int, seen: list[in
     assert read(data, color_rules=rules)[0, :, 0].tolist() == seen
 
 
-def test_not_a_number_is_no_picture():
+@pytest.mark.parametrize("rules", [1, 2])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FA00000], ids=["quiet", "signalling"])
+def test_not_a_number_is_no_picture(bits: int, rules: int):
     with pytest.raises(BadSample, match="NaN or infinite"):
-        read(encoded(PIL.fromarray(np.full((4, 5), np.nan, np.float32)), "tiff"))
+        read(encoded(PIL.fromarray(np.full((4, 5), bits, np.uint32).view(np.float32)), "tiff"), color_rules=rules)
 
 
 def test_1_bit_is_black_and_white():

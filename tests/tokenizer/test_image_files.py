@@ -1,6 +1,7 @@
 """Formats of pictures, what limits them, and the reasons for refusing one."""
 
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -128,6 +129,41 @@ def jpeg_of_12_bits() -> bytes:
     data = bytearray(encoded(picture(), "jpeg"))
     data[data.index(b"\xff\xc0") + 4] = 12
     return bytes(data)
+
+
+def test_a_flipped_bit_in_the_pixels_of_a_png_is_noticed():
+    """Pillow checks neither the checksum of the chunk nor, once all rows are there, that of the pixels."""
+    good = encoded(picture(24, 32), "png")
+    for at in range(good.index(b"IDAT") + 4, good.index(b"IEND") - 8, 7):
+        data = bytearray(good)
+        data[at] ^= 64
+        with pytest.raises(BadSample, match=r"the pixels are damaged \(wrong checksum of an IDAT chunk\)"):
+            read(bytes(data))
+
+
+def test_a_reason_of_the_decoder_follows_what_is_wrong_in_words():
+    with pytest.raises(
+        BadSample, match=r"^the file is damaged, or of a kind that cannot be read \(OSError: image file is"
+    ):
+        read(encoded(picture(), "bmp")[:-100])
+
+
+def test_decoders_print_nothing_about_damaged_files(capfd: pytest.CaptureFixture[str]):
+    tiff = bytearray(encoded(picture(24, 32), "tiff", compression="tiff_adobe_deflate"))
+    tiff[40:60] = bytes(20)
+    with pytest.raises(BadSample, match="decoder error"):
+        read(bytes(tiff))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_metadata_gives_the_picture_and_no_warning():
+    exif = PIL.Exif()
+    exif[0x010E] = "a description of more than four bytes"
+    original = picture()
+    with warnings.catch_warnings(record=True) as caught:
+        found = read(encoded(original, "png", exif=exif.tobytes()[:-20]))
+    assert np.array_equal(found, original)
+    assert caught == []
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ class Modality:
                 f"not enough memory to decode it: {' '.join(str(error).split()) or 'MemoryError'}"
             ) from error
         except Exception as error:  # decoders raise many kinds of exceptions for damaged files
-            raise BadSample(f"{type(error).__name__}: {error}") from error
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BadSample(f"the file is damaged, or of a kind that cannot be read ({what})") from error
 
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         """Like `read`, but raises any exception."""
@@ -113,6 +114,28 @@ class Modality:
 
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """A random crop of fixed size, for training."""
+        raise AssertionError
+
+    def check_views(self, crop: float, flip: bool) -> None:
+        """Raises ValueError if this modality has no views of that size, or none that are mirrored."""
+        raise AssertionError
+
+    def view_length(self, crop: float) -> int:
+        """The side or length of a view in array elements. crop: in pixels or seconds."""
+        raise AssertionError
+
+    def enlarged(self, array: np.ndarray, length: int) -> tuple[np.ndarray, str]:
+        """The array, made large enough for views of this length, and a note on how; an empty one if it was already.
+
+        Raises BadSample if it would exceed the limits on the size of a sample.
+        """
+        raise AssertionError
+
+    def crop(self, array: np.ndarray, length: int, place: tuple[float, float, bool]) -> np.ndarray:
+        """A view of this length. place: top and left as shares in [0, 1) of the free space, and whether it is mirrored.
+
+        The same place in an array of another size is the same relative crop.
+        """
         raise AssertionError
 
     def elements(self, budget: float) -> int:

@@ -1,5 +1,6 @@
 """litdata: chunks and index.json for its StreamingDataset; an item is {"key": str, "tokens": array}.
 
+If the output has views, an item also has "view": int.
 A chunk is the number of items and their offsets as uint32, then the items. An item is the sizes of its key and tokens
 as uint32, then both. Tokens start with their dtype's number, number of dimensions and shape as uint32.
 """
@@ -14,13 +15,12 @@ from jobs.exporting.rows import Rows
 
 DTYPES = {"uint8": 4, "uint16": 5, "uint32": 6}
 LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
-SPEC = [1, {"type": "builtins.dict", "context": '["key", "tokens"]', "children_spec": [LEAF, LEAF]}]  # torch's pytree
 
 
 @FORMATS.register("litdata")
 class LitData(Format):
     def files(self, rows: Rows, number: int) -> dict[str, bytes]:
-        items = [self._item(key, grid) for key, grid in zip(rows.keys, rows.grids(), strict=True)]
+        items = [self._item(*row) for row in zip(rows.keys, rows.grids(), rows.views, strict=True)]
         head = 4 * (len(items) + 2)
         name = f"chunk-0-{number}.bin"
         refuse_large(name, head + sum(map(len, items)))
@@ -33,19 +33,22 @@ class LitData(Format):
             for part in parts
             for name, file in part.files.items()
         ]
+        names = ["key", "tokens", *(["view"] if self.layout.views else [])]
+        spec = {"type": "builtins.dict", "context": json.dumps(names), "children_spec": [LEAF] * len(names)}
         config = {
             "compression": None,
             "chunk_size": None,
             "chunk_bytes": max(chunk["chunk_bytes"] for chunk in chunks),
-            "data_format": ["str", "numpy"],
-            "data_spec": json.dumps(SPEC),
+            "data_format": ["str", "numpy", "int"][: len(names)],
+            "data_spec": json.dumps([1, spec]),  # torch's pytree
             "encryption": None,
             "item_loader": "PyTreeLoader",
         }
         text = json.dumps({"chunks": chunks, "config": config}).encode()
         return {"index.json": lambda: [text]}
 
-    def _item(self, key: str, grid: np.ndarray) -> bytes:
+    def _item(self, key: str, grid: np.ndarray, view: int | None) -> bytes:
         head = np.array([DTYPES[self.dtype.name], grid.ndim, *grid.shape], "<u4").tobytes()
-        name, tokens = key.encode(), head + grid.astype(self.dtype).tobytes()
-        return np.array([len(name), len(tokens)], "<u4").tobytes() + name + tokens
+        fields = [key.encode(), head + grid.astype(self.dtype).tobytes()]
+        fields += [] if view is None else [np.array(view, "<i8").tobytes()]
+        return np.array(list(map(len, fields)), "<u4").tobytes() + b"".join(fields)

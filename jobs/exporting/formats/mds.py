@@ -1,7 +1,9 @@
-"""MosaicML MDS: shards and index.json for streaming.StreamingDataset; columns key (str) and tokens (ndarray).
+"""MosaicML MDS: shards and index.json for streaming.StreamingDataset; columns key (str) and tokens (ndarray),
+and view (int16) if the output has views.
 
 A shard is the number of samples and their offsets as uint32, its settings as JSON, then the samples. A sample is the
 sizes of its key and tokens as uint32, then both. Tokens start with their shape.
+A view has a fixed size, so it comes last without one.
 """
 
 import json
@@ -19,7 +21,7 @@ SIDES = ("<u1", "<u2", "<u4")  # dtypes of a shape, by the number in its first b
 @FORMATS.register("mds")
 class MDS(Format):
     def files(self, rows: Rows, number: int) -> dict[str, bytes]:
-        samples = [self._sample(key, grid) for key, grid in zip(rows.keys, rows.grids(), strict=True)]
+        samples = [self._sample(*row) for row in zip(rows.keys, rows.grids(), rows.views, strict=True)]
         settings = json.dumps(self._settings(), sort_keys=True).encode()
         head, name = 4 * (len(samples) + 2) + len(settings), _name(number)
         refuse_large(name, head + sum(map(len, samples)))
@@ -41,24 +43,26 @@ class MDS(Format):
         return {"index.json": lambda: [text]}
 
     def _settings(self) -> dict[str, Any]:
+        views = self.layout.views is not None
         return {
             "version": 2,
             "format": "mds",
             "compression": None,
             "hashes": [],
             "size_limit": None,
-            "column_names": ["key", "tokens"],
-            "column_encodings": ["str", f"ndarray:{self.dtype.name}"],
-            "column_sizes": [None, None],
+            "column_names": ["key", "tokens", *(["view"] if views else [])],
+            "column_encodings": ["str", f"ndarray:{self.dtype.name}", *(["int16"] if views else [])],
+            "column_sizes": [None, None, *([2] if views else [])],
         }
 
-    def _sample(self, key: str, grid: np.ndarray) -> bytes:
+    def _sample(self, key: str, grid: np.ndarray, view: int | None) -> bytes:
         if not grid.size or not grid.ndim:
             raise ConfigError(
                 f"key {key!r} has tokens of shape {grid.shape}; MDS cannot hold it; choose another format"
             )
         name, tokens = key.encode(), _shape(grid.shape) + grid.astype(self.dtype).tobytes()
-        return np.array([len(name), len(tokens)], "<u4").tobytes() + name + tokens
+        last = b"" if view is None else np.array(view, "<i2").tobytes()
+        return np.array([len(name), len(tokens)], "<u4").tobytes() + name + tokens + last
 
 
 def _shape(shape: tuple[int, ...]) -> bytes:

@@ -1,4 +1,7 @@
-"""WebDataset: tars with KEY.tokens.npy and KEY.json, which holds the other columns; columns of bytes are members."""
+"""WebDataset: tars with KEY.tokens.npy and KEY.json, which holds the other columns; columns of bytes are members.
+
+If the output has views, KEY is that of the sample with -view0, -view1 and so on.
+"""
 
 import io
 import json
@@ -22,8 +25,9 @@ class WebDataset(Format):
         others = rows.table.drop_columns(["tokens"]).to_pylist()
         with tarfile.open(fileobj=out, mode="w|") as archive:
             for columns, grid in zip(others, rows.grids(), strict=True):
-                _check_key(columns["key"], last)
-                last = columns["key"]
+                key = columns["key"] + (f"-view{columns['view']}" if self.layout.views else "")
+                _check_key(key, last)
+                last = key
                 for member, data in _members(columns, _npy(grid.astype(self.dtype))).items():
                     archive.addfile(tar_header(f"{last}.{member}", len(data)), io.BytesIO(data))
         return {f"tokens-{number:06d}.tar": out.getvalue()}

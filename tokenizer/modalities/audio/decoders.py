@@ -28,6 +28,7 @@ BLOCK, FLAC_BLOCK = 2**16, 2**8
 SOUNDFILE = ("wav", "w64", "aiff", "au", "caf", "nistsphere", "flac", "ogg", "mp3")
 # allowed missing samples: some encoders count their mp3 header as a frame, and m4a can round to ms
 MP3_SLACK, MP4_SLACK = 1152, 2048
+PLANAR = {"u8p": "u1", "s16p": "i2", "s32p": "i4", "fltp": "f4", "dblp": "f8"}  # FFmpeg's names -> numpy's
 # Vorbis I, section 4.3.9, and RFC 7845, section 5.1.1.2. FFmpeg gives the names in an order of its own
 VORBIS_ORDER = {
     3: ("FL", "FC", "FR"),
@@ -136,6 +137,8 @@ def _soundfile_blocks(file: Any, size: int, failure: type[Exception]) -> Iterato
                 yield block
         except failure as error:
             raise DecodingStopped(error.error_string) from error  # type: ignore[attr-defined]
+        except ValueError as error:  # soundfile asks for a negative number of samples
+            raise DecodingStopped("its positions are beyond the length that it states") from error
 
 
 def _channel_names(kind: str, data: bytes) -> tuple[str, ...]:
@@ -210,12 +213,17 @@ def _frame_array(frame: Any, rate: int, channels: int) -> np.ndarray:
         raise BadSample(
             f"the format changes within the file, from {rate} Hz and {channels} channels to {now[0]} Hz and {now[1]}"
         )
-    values = frame.to_ndarray()
-    values = values.T if frame.format.is_planar else values.reshape(-1, channels)
+    values = _planes(frame, channels) if frame.format.is_planar else frame.to_ndarray().reshape(-1, channels)
     if values.dtype.kind == "f":
         return values.astype(np.float32)
     offset = 128 if values.dtype.kind == "u" else 0
     return ((values.astype(np.float64) - offset) / 2 ** (8 * values.dtype.itemsize - 1)).astype(np.float32)
+
+
+def _planes(frame: Any, channels: int) -> np.ndarray:
+    """[T, C] of a planar frame. With 8 channels or more, frame.to_ndarray reads beyond them and crashes (PyAV 18.1)."""
+    kind = np.dtype(PLANAR[frame.format.name])
+    return np.stack([np.frombuffer(plane, kind, frame.samples) for plane in frame.planes[:channels]]).T
 
 
 def _cut(blocks: Iterator[np.ndarray], length: int | None) -> Iterator[np.ndarray]:

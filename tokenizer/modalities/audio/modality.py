@@ -72,6 +72,29 @@ class Audio(Modality):
         start = int(rng.integers(len(array) - size + 1))
         return array[start : start + size]
 
+    def check_views(self, crop: float, flip: bool) -> None:
+        if flip:
+            raise ValueError("tokens.views.flip is for pictures; leave it out")
+        if self.view_length(crop) < 1 or crop > self.config.max_seconds:
+            raise ValueError(
+                f"tokens.views.crop is {crop} seconds; it must be at least one sample of audio, and at most "
+                f"max_seconds, {self.config.max_seconds}"
+            )
+
+    def view_length(self, crop: float) -> int:
+        """crop: in seconds."""
+        return round(crop * self.config.sample_rate)
+
+    def enlarged(self, array: np.ndarray, length: int) -> tuple[np.ndarray, str]:
+        if len(array) >= length:
+            return array, ""
+        return np.pad(array, ((0, length - len(array)), (0, 0))), "shorter than tokens.views.crop, followed by silence"
+
+    def crop(self, array: np.ndarray, length: int, place: tuple[float, float, bool]) -> np.ndarray:
+        """The first share of the place is that of time."""
+        start = int(place[0] * (len(array) - length + 1))
+        return array[start : start + length]
+
     def elements(self, budget: float) -> int:
         """budget: in seconds."""
         return math.ceil(budget * self.config.sample_rate)

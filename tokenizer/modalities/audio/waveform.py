@@ -84,11 +84,12 @@ def _decode(audio: OpenFile, resampler: "Resampler", config: AudioConfig) -> str
     weights = mono_weights(audio.channel_names) if surround else None
     max_peak = MAX_PEAK_PCM if audio.float_pcm else MAX_PEAK_LOSSY
     try:
-        for block in audio.blocks:
-            mono = _to_mono(block, weights)
-            _check_values(mono, resampler.num_samples, max_peak)
-            resampler.add(mono)
-            _check_length(resampler.num_samples, audio.sample_rate, config.max_seconds)
+        with np.errstate(invalid="ignore", over="ignore"):  # such values are refused by name; numpy would also warn
+            for block in audio.blocks:
+                mono = _to_mono(block, weights)
+                _check_values(mono, resampler.num_samples, max_peak)
+                resampler.add(mono)
+                _check_length(resampler.num_samples, audio.sample_rate, config.max_seconds)
     except DecodingStopped as error:
         return str(error)
     if audio.claimed is not None and resampler.num_samples < audio.claimed - audio.slack:

@@ -1,7 +1,9 @@
 """Opens picture files: the format from the first bytes, the size and the colour profile before any pixel is decoded."""
 
+import ctypes
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 
@@ -31,6 +33,7 @@ def open_picture(data: bytes, extension: str = "") -> PIL.Image:
     """
     if not data:
         raise BadSample("the file is empty")
+    check_png_pixels(data)
     data, profile = without_large_text(data)
     unsigned = UNSIGNED.get(extension.lower())
     picture = _opened(data, (*FORMATS, unsigned) if unsigned else FORMATS)
@@ -40,6 +43,19 @@ def open_picture(data: bytes, extension: str = "") -> PIL.Image:
     if picture.format == "TGA":
         picture.info[TGA_ALPHA_BITS] = data[17] & 0x0F
     return picture
+
+
+def silence_decoders() -> None:
+    """Pillow and libtiff would print about damaged files without their names, for the whole process.
+
+    What matters of it is in the message of BadSample.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.\w+ImagePlugin")
+    warnings.filterwarnings("ignore", category=PIL.DecompressionBombWarning)  # we have our own limits
+    library = ctypes.CDLL(PIL.core.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(library, name):  # not where libtiff is a hidden part of Pillow
+            getattr(library, name)(None)
 
 
 def _opened(data: bytes, formats: tuple[str, ...]) -> PIL.Image:
@@ -76,6 +92,16 @@ def without_large_text(data: bytes) -> tuple[bytes, bytes | None]:
                 continue
         kept.append(chunk)
     return b"".join(kept) if sum(map(len, kept)) < len(data) else data, profile
+
+
+def check_png_pixels(data: bytes) -> None:
+    """Raises BadSample if the checksum of compressed pixels is wrong, which Pillow does not check."""
+    if not data.startswith(PNG_SIGNATURE):
+        return
+    for kind, chunk in _png_chunks(data):
+        is_whole = len(chunk) == 12 + int.from_bytes(chunk[:4], "big")  # Pillow says that the file is cut
+        if kind == b"IDAT" and is_whole and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            raise BadSample("PNG: the pixels are damaged (wrong checksum of an IDAT chunk)")
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:

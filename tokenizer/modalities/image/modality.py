@@ -20,7 +20,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
 from tokenizer.modalities.image.arrays import check_preprocessed, picture_file
-from tokenizer.modalities.image.files import EXTENSIONS, open_picture
+from tokenizer.modalities.image.files import EXTENSIONS, open_picture, silence_decoders
 from tokenizer.modalities.image.frechet import FrechetFeatures
 from tokenizer.modalities.image.perceptual import load_perceptual
 from tokenizer.modalities.image.rgb import NEWEST_RULES, to_rgb
@@ -63,6 +63,7 @@ class Image(Modality):
 
     def __init__(self, config: ImageConfig):
         self.config = config
+        silence_decoders()
         if config.max_pixels > PILLOWS_LIMIT:  # then Pillow's decoders must accept more too, in the whole process
             PIL.MAX_IMAGE_PIXELS = max(config.max_pixels, PIL.MAX_IMAGE_PIXELS or 0)
 
@@ -142,14 +143,34 @@ class Image(Modality):
 
     def segment(self, array: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
         """A random size x size crop, mirrored with probability 1/2. Smaller pictures are enlarged first."""
+        array = _resized_to(array, _at_least(size, *array.shape[:2]))
         height, width = array.shape[:2]
-        if min(height, width) < size:
-            scale = size / min(height, width)
-            height, width = max(size, round(height * scale)), max(size, round(width * scale))
-            array = np.asarray(PIL.fromarray(array).resize((width, height), PIL.Resampling.BICUBIC))
         top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
         crop = array[top : top + size, left : left + size]
         return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+    def check_views(self, crop: float, flip: bool) -> None:
+        limit = min(self.config.max_side, math.isqrt(self.config.max_pixels))
+        if int(crop) != crop or not 1 <= crop <= limit:
+            raise ValueError(f"tokens.views.crop is {crop}; it must be a whole number of pixels from 1 to {limit}")
+
+    def view_length(self, crop: float) -> int:
+        """crop: side of the square, in pixels."""
+        return int(crop)
+
+    def enlarged(self, array: np.ndarray, length: int) -> tuple[np.ndarray, str]:
+        height, width = array.shape[:2]
+        if min(height, width) >= length:
+            return array, ""
+        height, width = _at_least(length, height, width)
+        self._check_limits(height, width, f"{width}x{height}, enlarged for tokens.views.crop={length}")
+        return _resized_to(array, (height, width)), "smaller than tokens.views.crop, enlarged first"
+
+    def crop(self, array: np.ndarray, length: int, place: tuple[float, float, bool]) -> np.ndarray:
+        height, width = array.shape[:2]
+        top, left = (int(share * (side - length + 1)) for share, side in zip(place[:2], (height, width), strict=True))
+        crop = array[top : top + length, left : left + length]
+        return crop[:, ::-1] if place[2] else crop
 
     def elements(self, budget: float) -> int:
         """budget: in megapixels."""
@@ -183,6 +204,20 @@ class Image(Modality):
 
     def rate(self, num_bits: float, sizes: list[dict[str, int]]) -> dict[str, float]:
         return {"bits_per_pixel": num_bits / max(1, sum(size["height"] * size["width"] for size in sizes))}
+
+
+def _at_least(size: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of a picture whose smaller side is enlarged to size; unchanged if it is not smaller."""
+    if min(height, width) >= size:
+        return height, width
+    scale = size / min(height, width)
+    return max(size, round(height * scale)), max(size, round(width * scale))
+
+
+def _resized_to(array: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    if array.shape[:2] == shape:
+        return array
+    return np.asarray(PIL.fromarray(array).resize(shape[::-1], PIL.Resampling.BICUBIC))
 
 
 class ImageLosses(nn.Module):

@@ -36,7 +36,8 @@ def to_rgb(picture: PIL.Image, file: PIL.Image | None = None, rules: int = NEWES
     if picture.info.get(TGA_ALPHA_BITS) == 0 and picture.mode == "RGBA":
         picture = picture.convert("RGB")  # its header says that the fourth byte is no alpha
     if picture.mode.startswith("I") or picture.mode == "F":
-        picture = _by_range(picture) if rules == 1 else _by_depth(picture, file or picture)
+        with np.errstate(invalid="ignore"):  # NaN is refused by name; numpy would also warn
+            picture = _by_range(picture) if rules == 1 else _by_depth(picture, file or picture)
     converted, note = (None, "") if rules == 1 else _through_profile(picture)
     if _has_alpha(picture):
         shown = picture.convert("RGBA")
