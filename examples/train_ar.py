@@ -217,7 +217,7 @@ def generate(model: GPT, blocks: Blocks, count: int, args: argparse.Namespace) -
     shapes = Counter(row["tokens"].shape for row in itertools.islice(dataset, 2000))
     shape = max(shapes, key=lambda one: (shapes[one], one))
     if args.sound:
-        shape = (min(shape[0], max(1, args.length // blocks.packed.codebooks)), *shape[1:])
+        shape = (*shape[:-1], min(shape[-1], max(1, args.length // blocks.packed.codebooks)))  # [T] or [Q, T]
     size, codebooks = dataset.layout.codebook_size, blocks.packed.codebooks
     ranges = [range(q * size, (q + 1) * size) for _ in range(math.prod(shape) // codebooks) for q in range(codebooks)]
     grids: list[np.ndarray] = []
