@@ -515,7 +515,7 @@ def test_one_state_continues_exactly(output: Output, other: Output, kind: str):
         return pack(TokenDataset(output.url, **settings), 24) if kind == "packed" else two(output, other, **settings)
 
     undisturbed = [block["tokens"].tolist() for block in make()]
-    for cut in range(len(undisturbed)):
+    for cut in range(0, len(undisturbed), 3):
         first = Stream(make, (0, 1, 0, 0))
         found = first.read(cut)
         found += Stream(make, (0, 1, 0, 0), first.state()).read(None)
