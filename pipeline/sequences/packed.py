@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.corpus.batches import prefetch
 from pipeline.errors import OutputMismatch
 from pipeline.sequences.fit import FITS, Piece, best_fit, concatenated
-from pipeline.sequences.orders import check_order, flatten, num_codebooks, sequence_length
+from pipeline.sequences.orders import check_order, flatten, num_codebooks, sequence_length, unflatten
 from pipeline.sequences.shares import Span, Spans, advanced, left_by_epoch, share
 from pipeline.sequences.vocabulary import Vocabulary
 from pipeline.tokens.dataset import TokenDataset
@@ -137,6 +137,18 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
             blocks += len(packed)
             padding += sum(self.block - sum(p.stop - p.start for p in pieces) for pieces in packed)
         return padding / max(1, blocks * self.block)
+
+    def grid(self, document: np.ndarray | Sequence[int], shape: Sequence[int]) -> np.ndarray:
+        """The tokens of one document, such as a model samples, as `Tokenizer.decode` takes them: int64 of this shape.
+
+        What is before the first code and after the last one is left out: conditions, begin, end and pad tokens. Raises
+        ValueError if the codes do not fill the shape, or if one is not of the codebook of its place.
+        """
+        tokens = np.asarray(document, np.int64)
+        places = np.flatnonzero((tokens >= self.offset) & (tokens < self.vocabulary.codes.stop))
+        codes = tokens[places[0] : places[-1] + 1] if len(places) else tokens[:0]
+        size = self.dataset.layout.codebook_size
+        return unflatten(codes - self.offset, shape, self.codebooks, size, self.order)
 
     def set_epoch(self, epoch: int) -> None:
         """Starts the given epoch at its first block; also in persistent workers of a DataLoader."""

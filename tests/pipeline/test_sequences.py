@@ -199,6 +199,37 @@ def test_residual_codes_have_numbers_of_their_own(tmp_path: Path):
     assert packed.vocab_size == 18
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_documents_become_grids_again(tmp_path: Path, order: str):
+    [shard] = write_corpus(tmp_path / "in", (1,))
+    about = layout(modality="audio", codebook_size=8, preprocessing={"sample_rate": 16000})
+    output = Output.create(str(tmp_path / "out"), about, ShardList([shard]), {})
+    sounds = [np.random.default_rng(i).integers(8, size=(3, 4 + i)) for i in range(5)]
+    size = {"sample_rate": 16000, "num_samples": 960}
+    commit_shard(output, shard, [TokenRow(f"{i}", i, s, size) for i, s in enumerate(sounds)], [], seconds={}, now=0.0)
+    ids = {"offset": 100, "bos": 0, "eos": 1, "pad": 2, "condition_offset": 3, "condition_size": 97}
+    packed = pack(TokenDataset(output.url), 64, order=order, condition=lambda row: [50, 51, 3 + int(row["key"])], **ids)
+    found = []
+    for block in packed:
+        for number in range(block["documents"].max() + 1):
+            document = block["tokens"][block["documents"] == number]
+            found.append((document[2] - 3, document))
+    for i, document in found:
+        assert np.array_equal(packed.grid(document, sounds[i].shape), sounds[i])
+    assert sorted(i for i, _ in found) == [0, 1, 2, 3, 4]
+
+
+def test_a_sample_that_does_not_fill_its_grid_is_refused(output: Output):
+    packed = pack(TokenDataset(output.url), 24, eos=EOS, offset=2000)
+    assert packed.grid([2001, 2002, EOS, 7], (1, 2)).tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match=r"3 tokens; a grid of \(1, 2\) in the order raster has 2"):
+        packed.grid([2001, EOS, 2002], (1, 2))
+    with pytest.raises(ValueError, match="0 tokens"):
+        packed.grid([EOS], (1, 2))
+    with pytest.raises(ValueError, match="is not one of the codebook of its place"):
+        packed.grid([2001, EOS, 2002], (1, 3))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
