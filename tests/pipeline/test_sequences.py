@@ -4,13 +4,13 @@ import collections
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.corpus.shards import ShardList, find_shards
 from pipeline.errors import OutputMismatch
@@ -583,7 +583,33 @@ def test_dataloader_workers_read_each_row_once_and_other_epochs(output: Output, 
         packed.state_dict()
 
 
-def _arrays(loader: DataLoader) -> Iterator[dict[str, np.ndarray]]:
+class WithStates(IterableDataset):
+    """Blocks with the state of their worker after them, which is what StatefulDataLoader keeps."""
+
+    def __init__(self, packed: Packed | Mixed):
+        self.packed = packed
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        return ((block, self.packed.state_dict()) for block in self.packed)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on machines with fewer cores
+@pytest.mark.parametrize("kind", ["packed", "mixed"])
+def test_one_process_continues_after_four_real_workers(output: Output, other: Output, kind: str):
+    def make() -> Packed | Mixed:
+        settings = {"shuffle_window": 6}
+        return pack(TokenDataset(output.url, **settings), 24, eos=EOS) if kind == "packed" else two(output, other)
+
+    loader = DataLoader(WithStates(make()), batch_size=None, num_workers=4)
+    items = list(itertools.islice(loader, 6))
+    states = {worker: state for worker, (_, state) in zip([0, 1, 2, 3, 0, 1], items, strict=True)}
+    resumed = make()
+    resumed.load_state_dict({"workers": list(states.values())})
+    found = [*_arrays(block for block, _ in items), *resumed]
+    assert collections.Counter(documents(found)) == collections.Counter(documents(make()))
+
+
+def _arrays(loader: Iterable[dict[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
     return ({name: np.asarray(value) for name, value in block.items()} for block in loader)
 
 
