@@ -5,11 +5,12 @@ SAMPLES := samples/train
 # torch first, and pinned: an unpinned torch, or a package that needs a newer one, downloads gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-audio test check bench faults damage docs wheel clean install
+.PHONY: demo demo-audio demo-generate test check bench faults damage docs wheel clean install
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train, codebook, tokenize, verify, evaluate, decode on the photos in samples/ (minutes, CPU)"
+	@echo "make demo-generate   after make demo: a small GPT on its tokens, and pictures that it samples (2 minutes)"
 	@echo "make demo-audio   the same on the speech in samples/speech"
 	@echo "make test    all tests          make check   format, lint, types"
 	@echo "make bench   against the peers  make clean   remove .venv, runs, caches"
@@ -33,6 +34,10 @@ install: .venv/installed
 
 demo: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+
+demo-generate: .venv/installed
+	@$(BIN)/python examples/train_ar.py runs/demo/tokens runs/demo/tokenizers/vp_vae-K1024 --out runs/demo/generate \
+	  --minutes 2 --steps 400 --block 1025 --batch-size 4
 
 demo-audio: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo_audio.sh

@@ -45,6 +45,9 @@ class Segment(NamedTuple):
 class TokenDataset(IterableDataset):  # type: ignore[misc]
     """Yields rows as dicts: `tokens` (integers in the shape of the token grid), `key`, and the requested `columns`.
 
+    url: an output of `tokenize`, or a latent cache (RUN/latents). There `tokens` are float32 latents [..., channels],
+    what the quantizer gets, and layout.tokenizer_id is the id of the encoder.
+
     tokenizer_id: if given, shards of another tokenizer raise OutputMismatch. equal_length: gives every rank the same
     number of rows by skipping up to world_size - 1 rows. Raises UnsupportedSchema if a newer version wrote the output.
     Reading raises BrokenOutput, with the file's name, for a damaged file and for tokens outside the codebook.
@@ -211,12 +214,13 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         tokens: `dtype` [size, ...], padded with `pad` at the end of each dimension to the largest shape in the batch.
         mask: bool of that shape, False for padding. Each other column: an array of its numbers, or a list of its other
         values. ragged: without padding, so tokens is flat, `offsets` [size + 1] says where each row starts, and
-        `shapes` its grid. dtype: None keeps the stored one. torch: tensors in place of arrays. drop_last: leaves out
-        the last batch of the pass if it has fewer rows.
+        `shapes` its grid. dtype: None keeps the stored one; latents stay float32. torch: tensors in place of arrays.
+        drop_last: leaves out the last batch of the pass if it has fewer rows.
         """
         if size < 1:
             raise ValueError(f"size is {size}; a batch needs at least 1 row")
-        dtype = self.layout.token_dtype if dtype is None else dtype
+        if dtype is None or self.layout.holds_latents:
+            dtype = self.layout.token_dtype
         epoch, plan = self.epoch, self._begin()
         for rows in _in_batches(prefetch(self._spans(plan, epoch), 1), size):
             self._count(len(rows))

@@ -107,8 +107,9 @@ def ragged(rows: Rows, dtype: Any = np.int64) -> dict[str, Any]:
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`DataLoader(dataset, batch_size=8, collate_fn=collate)`: rows as a batch of torch tensors.
 
-    tokens: int64 [B, ...], padded with 0 at the end of each dimension to the largest shape in the batch. mask: bool of
-    that shape, False for padding. Each other column: a tensor of its numbers, or a list of its other values.
+    tokens: int64 [B, ...], or float32 for latents, padded with 0 at the end of each dimension to the largest shape in
+    the batch. mask: bool of that shape, False for padding. Each other column: a tensor of its numbers, or a list of
+    its other values.
     """
     names = [name for name in rows[0] if name != "tokens"]
     grids = [row["tokens"] for row in rows]
@@ -118,7 +119,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         _as_array([np.array(grid.shape) for grid in grids]),
         {name: [row[name] for row in rows] for name in names},
     )
-    return as_tensors(padded(made))
+    return as_tensors(padded(made, dtype=np.int64 if made.values.dtype.kind in "iu" else made.values.dtype))
 
 
 def as_tensors(batch: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jobs.__main__ import main
 from jobs.codebook import _exists
 from jobs.config import ConfigError, WorkersConfig
 from jobs.latents.sharded import CachedLatents
-from pipeline.tokens import Output
+from pipeline.tokens import Output, TokenDataset
 from tests.corpus import write_tar
 from tests.jobs.helpers import TINY_NET, children_named, jpegs, rows_of
 from tokenizer.autoencoder import Autoencoder
@@ -136,6 +136,10 @@ def test_more_sizes_come_from_a_cache_whose_shards_are_gone_and_tokens_too(place
         assert one.tokens_sha256 == other.tokens_sha256  # including text, sizes and footer
         assert one.quarantine_sha256 == other.quarantine_sha256
     assert sum(entry.num_quarantined for entry in cached.commits()) == 2
+    quantizer = Tokenizer.from_pretrained(place / "again/tokenizers/vp_vae-K8").autoencoder.quantizer
+    for latents, row in zip(TokenDataset(f"{place}/again/latents"), TokenDataset(direct.url), strict=True):
+        assert latents["key"] == row["key"]
+        assert np.array_equal(quantizer.encode(torch.from_numpy(latents["tokens"])).numpy(), row["tokens"])
     assert main(["verify", file, chosen, f"output={place}/from-cache", "verify.deep=true"]) == 0
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.corpus.shards import ShardList
 from pipeline.errors import BrokenOutput, OutputMismatch
-from pipeline.tokens import Output, TokenDataset
+from pipeline.tokens import Output, ShardLayout, TokenDataset, TokenRow, commit_shard
 from pipeline.tokens.rows import collate
-from tests.corpus import write_tokens
+from tests.corpus import write_corpus, write_tokens
 
 SIZES = (5, 0, 7, 3, 8)  # 23 rows
 
@@ -89,6 +90,22 @@ def test_batches_can_be_tensors(output: Output):
             "mask": torch.bool,
             "source_index": torch.int64,
         }
+
+
+def test_latents_stay_floats(tmp_path: Path):
+    [shard] = write_corpus(tmp_path / "in", (3,))
+    about = ShardLayout.for_latents(encoder_id="enc", modality="image", preprocessing={})
+    output = Output.create(str(tmp_path / "latents"), about, ShardList([shard]), {})
+    grids = [np.random.default_rng(i).normal(size=(2, 3 + i % 2, 4)).astype(np.float32) for i in range(3)]
+    size = {"height": 16, "width": 24}
+    commit_shard(output, shard, [TokenRow(f"000{i}", i, z, size) for i, z in enumerate(grids)], [], {}, now=0.0)
+    dataset = TokenDataset(output.url, tokenizer_id="enc")
+    assert all(np.array_equal(row["tokens"], z) for row, z in zip(dataset, grids, strict=True))
+    [batch] = dataset.batches(3)
+    assert batch["tokens"].dtype == np.float32
+    assert batch["tokens"].shape == (3, 2, 4, 4)
+    assert np.array_equal(batch["tokens"][batch["mask"]], np.concatenate([z.reshape(-1) for z in grids]))
+    assert torch.equal(collate(list(dataset))["tokens"], torch.from_numpy(batch["tokens"]))
 
 
 def test_a_batch_without_rows_is_refused(output: Output):
