@@ -78,8 +78,8 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
             raise OutputMismatch("the list of states is empty")
         for one in states:
             for name, value in self._identity().items():
-                if one[name] != value:
-                    raise OutputMismatch(f"the state was saved with {name}={one[name]}; this one has {name}={value}")
+                if (saved := one.get(name)) != value:
+                    raise OutputMismatch(f"the state was saved with {name}={saved}; this one has {name}={value}")
         for i, part in enumerate(self.parts):
             part.load_state_dict(states[0]["mixed"][i] if one_stream else [one["mixed"][i] for one in states])
         self.epoch = min(one["epoch"] for one in states)

@@ -208,8 +208,8 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
 
     def _check_identity(self, state: dict[str, Any]) -> None:
         for name, value in self._identity().items():
-            if state[name] != value:
-                raise OutputMismatch(f"the state was saved with {name}={state[name]}; this one has {name}={value}")
+            if state.get(name) != value:
+                raise OutputMismatch(f"the state was saved with {name}={state.get(name)}; this one has {name}={value}")
 
     def _identity(self) -> dict[str, Any]:
         dataset = self.dataset

@@ -72,14 +72,15 @@ def test_pictures_and_a_run_that_continues(tokenizer: str, tmp_path: Path):
 def test_speech(tmp_path: Path):
     torch.manual_seed(0)
     about = {"sample_rate": 16000}
-    autoencoder = Autoencoder({"modality": "audio", "net": SEANET, "quantizer": {"name": "fsq", "codebook_size": 64}})
+    quantizer = {"name": "residual", "num_quantizers": 2, "base": {"name": "fsq", "codebook_size": 64}}
+    autoencoder = Autoencoder({"modality": "audio", "net": SEANET, "quantizer": quantizer})
     Tokenizer(autoencoder, about).save_pretrained(tmp_path / "tokenizer")
     shards = find_shards(f"{ROOT}/samples/speech/heldout/*.tar").shards[:1]
     output = tokenize_without_ray(shards[0].url, str(tmp_path / "tokenizer"), tmp_path / "tokens")
     args = (output.url, str(tmp_path / "tokenizer"), "--out", str(tmp_path / "gpt"))
     train(*args, "--steps", "2", "--block", "128", "--length", "40")
     sound, rate = soundfile.read(tmp_path / "gpt/sample-0.wav")
-    assert (len(sound), rate) == (40 * 96, 16000)
+    assert (len(sound), rate) == (20 * 96, 16000)  # 40 tokens, two for each frame of 96 samples
 
 
 def test_another_tokenizer_is_refused(tokenizer: str, tmp_path: Path):
