@@ -5,7 +5,7 @@ SAMPLES := samples/train
 # torch first, and pinned: an unpinned torch, or a package that needs a newer one, downloads gigabytes of CUDA
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-audio demo-generate test check bench faults damage docs wheel clean install
+.PHONY: demo demo-audio demo-generate test check bench faults damage fuzz docs wheel clean install
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make docs    the documentation as a site in build/site"
 	@echo "make wheel   the wheel, in dist/"
 	@echo "make damage  damages an output 1,000 times and repairs it (minutes)"
+	@echo "make fuzz    reads 57,000 hostile files of every kind (minutes)"
 	@echo "make faults  kills and breaks tokenize 114 times (an hour); rerun it to continue after a stop"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -59,6 +60,9 @@ faults: .venv/installed
 
 damage: .venv/installed
 	$(BIN)/python -m tests.faults.damage 1000
+
+fuzz: .venv/installed-readers
+	$(BIN)/python -m tests.faults.fuzz
 
 wheel: .venv/installed
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --quiet --wheel-dir dist

@@ -131,6 +131,11 @@ def jpeg_of_12_bits() -> bytes:
     return bytes(data)
 
 
+def tiff_without_its_palette() -> bytes:
+    """Tag 320, ColorMap, becomes another."""
+    return encoded(PIL.fromarray(picture()).convert("P"), "tiff").replace(b"\x40\x01\x03\0", b"\x41\x01\x03\0")
+
+
 def test_a_flipped_bit_in_the_pixels_of_a_png_is_noticed():
     """Pillow checks neither the checksum of the chunk nor, once all rows are there, that of the pixels."""
     good = encoded(picture(24, 32), "png")
@@ -171,9 +176,10 @@ def test_damaged_metadata_gives_the_picture_and_no_warning():
     [
         (jpeg_of_12_bits(), "JPEG: cannot handle 12-bit layers"),
         (b"II*\0\x08\0\0\0" + bytes(20), "TIFF: "),
+        (tiff_without_its_palette(), r"TIFF: the header is damaged \(KeyError: 320\)"),
         (HEIC, r"\(JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM, AVIF, JPEG2000\); it starts with .*ftypheic"),
     ],
-    ids=["jpeg", "tiff", "heic"],
+    ids=["jpeg", "tiff", "palette", "heic"],
 )
 def test_a_refused_picture_says_why(data: bytes, said: str):
     with pytest.raises(BadSample, match=said) as found:

@@ -70,10 +70,16 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> PIL.Image:
             try:
                 return factory(io.BytesIO(data), "")
             except (SyntaxError, IndexError, TypeError, KeyError, struct.error) as error:
-                reasons.append(f"{name}: {error}")
+                reasons.append(f"{name}: {_reason(error)}")
     if reasons:
         raise BadSample(f"not a picture that we can read: {'; '.join(reasons)}")
     raise BadSample(f"not a picture that we can read ({', '.join(formats)}); it starts with {data[:12]!r}")
+
+
+def _reason(error: BaseException) -> str:
+    """Pillow's own words, if it has any: it also raises SyntaxError from others, whose text may be a mere number."""
+    cause = error.__cause__ or error
+    return str(error) if isinstance(cause, SyntaxError) else f"the header is damaged ({type(cause).__name__}: {cause})"
 
 
 # -- PNG --------------------------------------------------------------------------------------------------------------
