@@ -43,7 +43,12 @@ demo-generate: .venv/installed
 demo-audio: .venv/installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo_audio.sh
 
-test: .venv/installed-readers
+# Azure's server for tests. Without npm, its tests are skipped, and say so
+.venv/npm/node_modules/.bin/azurite-blob: .venv/installed
+	@npm install --silent --no-audit --no-fund --prefix .venv/npm azurite@3.37.0 \
+	  || echo "npm cannot install azurite: the tests of Azure are skipped"
+
+test: .venv/installed-readers .venv/npm/node_modules/.bin/azurite-blob
 	$(BIN)/python -m pytest
 
 check: .venv/installed

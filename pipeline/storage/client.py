@@ -17,13 +17,18 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import StorageError, UnknownStorage
 from pipeline.storage import s3
 from pipeline.storage.retries import http_status, with_retries
-from pipeline.storage.urls import with_secrets
+from pipeline.storage.urls import redacted, with_secrets
 
 R = TypeVar("R")
 Options = dict[str, dict[str, Any]]  # protocol -> arguments of its fsspec file system
 CREATE_ONLY = "TOKENMILL_CREATE_ONLY"  # environment variable: SERVER (the default) or CHECKED
 SERVER, CHECKED = "server", "checked"
 URL_SECRETS = "tokenmill-urls"  # in fsspec's settings, so that they travel to workers with the other options
+EXTRAS = {  # protocol: the extra in pyproject.toml that installs its client
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "azure"),
+}
 TRIES = 3  # requests per call, where the client itself retries
 
 
@@ -134,7 +139,8 @@ def locate_once(url: str, tries: int = 1) -> tuple[Any, str]:
 def _unknown_storage(url: str, error: Exception) -> UnknownStorage:
     protocol = url.partition("://")[0].lower()
     if isinstance(error, ImportError):
-        install = "pip install 'tokenmill[s3]'" if protocol in ("s3", "s3a") else str(error)
+        extra = EXTRAS.get(protocol)
+        install = f"pip install 'tokenmill[{extra}]'" if extra else str(error)
         return UnknownStorage(f"{url}: {protocol}:// needs another package. {install}")
     if protocol not in fsspec.available_protocols():
         return UnknownStorage(
@@ -172,5 +178,6 @@ def request(what: str, url: str, call: Callable[[], R], cancelled: threading.Eve
         if status in (401, 403):
             raise PermissionError(f"the server refused to {what} {url} (status {status}); check the URL") from error
         if status is not None and not isinstance(error, OSError):  # the clients of other protocols raise their own
-            raise StorageError(f"{url}: cannot {what} it: {type(error).__name__}: {error}") from error
+            reason = " ".join(redacted(str(error)).split())
+            raise StorageError(f"{url}: cannot {what} it: {type(error).__name__}: {reason}") from error
         raise

@@ -22,7 +22,8 @@ TEMPORARY = ".tmp-"  # unfinished local files and probes; a killed writer leaves
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An existing object. `version` changes with its content: the ETag, or the mtime in ns of a local file."""
+    """An existing object. `version` changes with its content: ETag, Google's generation, or the mtime in
+    ns of a local file."""
 
     url: str
     num_bytes: int | None  # None if the server does not report it
@@ -221,7 +222,8 @@ def _found(fs: AbstractFileSystem, info: dict[str, Any], like: str) -> StoredObj
 def _version(fs: AbstractFileSystem, info: dict[str, Any]) -> str | None:
     if is_local(fs):
         return str(os.stat(info["name"]).st_mtime_ns)  # fsspec returns a float, which rounds
-    return s3.version_of(info)
+    # Google's generation before its etag, which also changes with the metadata; Azure has only the etag
+    return s3.version_of(info) or info.get("generation") or (info.get("etag") or "").strip('"') or None
 
 
 def _as_url(fs: AbstractFileSystem, path: str, like: str) -> str:
