@@ -1,5 +1,6 @@
 """Formats of pictures, what limits them, and the reasons for refusing one."""
 
+import logging
 import struct
 import warnings
 import zlib
@@ -153,11 +154,27 @@ def test_a_reason_of_the_decoder_follows_what_is_wrong_in_words():
         read(encoded(picture(), "bmp")[:-100])
 
 
-def test_decoders_print_nothing_about_damaged_files(capfd: pytest.CaptureFixture[str]):
-    tiff = bytearray(encoded(picture(24, 32), "tiff", compression="tiff_adobe_deflate"))
-    tiff[40:60] = bytes(20)
-    with pytest.raises(BadSample, match="decoder error"):
-        read(bytes(tiff))
+def tiff_with_broken_pixels() -> bytes:
+    tiff = encoded(picture(24, 32), "tiff", compression="tiff_adobe_deflate")
+    return tiff[:40] + bytes(20) + tiff[60:]
+
+
+def tiff_of_260_channels() -> bytes:
+    """Tag 277, SamplesPerPixel."""
+    return encoded(picture(), "tiff").replace(b"\x15\x01\x03\0\1\0\0\0\3\0", b"\x15\x01\x03\0\1\0\0\0\4\1")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(tiff_with_broken_pixels(), "decoder error"), (tiff_of_260_channels(), "samples per pixel")],
+    ids=["libtiff", "a logger of Pillow"],
+)
+def test_decoders_print_nothing_about_damaged_files(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, data: bytes, said: str
+):
+    monkeypatch.setattr(logging.root, "handlers", [])  # those of pytest
+    with pytest.raises(BadSample, match=said):
+        read(data)
     assert capfd.readouterr() == ("", "")
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -22,6 +23,7 @@ PREFIX = 16  # bytes by which Pillow recognises a format
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LARGEST_TEXT = 2**20  # Pillow refuses PNGs with larger texts or profiles, as its PngImagePlugin.MAX_TEXT_CHUNK says
 LARGEST_PROFILE = 2**26
+NO_LOG = logging.NullHandler()  # without any handler, Python prints errors to stderr
 TGA_ALPHA_BITS = "tga_alpha_bits"  # our key in a picture's `info`
 
 
@@ -52,6 +54,7 @@ def silence_decoders() -> None:
     """
     warnings.filterwarnings("ignore", module=r"PIL\.\w+ImagePlugin")
     warnings.filterwarnings("ignore", category=PIL.DecompressionBombWarning)  # we have our own limits
+    logging.getLogger("PIL").addHandler(NO_LOG)
     library = ctypes.CDLL(PIL.core.__file__)
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         if hasattr(library, name):  # not where libtiff is a hidden part of Pillow
