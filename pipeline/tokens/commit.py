@@ -125,7 +125,7 @@ def parse_commit(name: str, text: bytes) -> Commit:
     if wrong := wrong_field(entry):
         raise BrokenOutput(f"manifest/{name}.json is not a manifest entry: {wrong}")
     if entry.name != name:
-        raise BrokenOutput(f"manifest/{name}.json is the entry of {entry.name}: readers would get its rows twice")
+        raise BrokenOutput(f"manifest/{name}.json is the entry of {entry.name!r}: readers would get its rows twice")
     if entry.name != retry_name(shard_name(name), entry.retry):
         raise BrokenOutput(f"manifest/{name}.json says retry {entry.retry}, but its name does not")
     return entry
