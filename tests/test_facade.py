@@ -97,10 +97,16 @@ def test_a_missing_extra_is_named_with_the_line_that_installs_it(package: str, c
     assert done.returncode == (2 if code == "{main}" else 1)
 
 
-def test_object_storage_without_its_extra_names_it():
-    code = """
-from tokenmill.__main__ import main; sys.argv[1:] = ['verify', 'output=s3://bucket/x']; raise SystemExit(main())
+@pytest.mark.parametrize(
+    ("protocol", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gcs"), ("abfs", "adlfs", "azure")]
+)
+def test_object_storage_without_its_extra_names_it(protocol: str, package: str, extra: str):
+    code = f"""
+from tokenmill.__main__ import main; sys.argv[1:] = ['verify', 'output={protocol}://bucket/x']; raise SystemExit(main())
 """
-    done = run(without("s3fs") + code)
-    line = "tokenmill verify: s3://bucket/x/dataset.json: s3:// needs another package. pip install 'tokenmill[s3]'"
+    done = run(without(package) + code)
+    line = (
+        f"tokenmill verify: {protocol}://bucket/x/dataset.json: {protocol}:// needs another package. "
+        f"pip install 'tokenmill[{extra}]'"
+    )
     assert (done.returncode, line in done.stderr) == (2, True), done.stderr

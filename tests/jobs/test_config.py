@@ -440,7 +440,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         # URLs and paths
         ("train run=foo://x data.shards=S", "unknown protocol 'foo'"),
         ("train run=R data.shards=foo://x/y.tar", "unknown protocol 'foo'"),
-        ("train run=R data.shards=gs://x/y.tar", "gs:// needs another package"),
+        ("train run=R data.shards=oss://x/y.tar", "oss:// needs another package"),
         ("tokenize output=O data.shards=S tokenizer=foo://x", "unknown protocol 'foo'"),
         ("train run=/proc/x data.shards=S", "'/proc/x'; check this path"),
         ("train run=/dev/null/x data.shards=S", "'/dev/null/x/config.yaml'; check this path"),

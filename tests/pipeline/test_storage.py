@@ -235,7 +235,7 @@ def test_the_checked_mode_keeps_an_existing_object(monkeypatch: pytest.MonkeyPat
     ("url", "message"),
     [
         ("foo://bucket/a", "unknown protocol 'foo'; use a local path, s3://"),
-        ("gs://bucket/a", "gs:// needs another package. Please install gcsfs"),
+        ("oss://bucket/a", "oss:// needs another package. Install ossfs"),
         ("zip://a.txt::no.zip", r"not a zip file; check the URL and storage.options.zip \(keys given: none\)"),
     ],
 )
