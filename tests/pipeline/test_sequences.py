@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from pipeline.corpus.shards import ShardList, find_shards
 from pipeline.errors import OutputMismatch
@@ -619,3 +620,32 @@ def test_an_empty_output_has_no_blocks(tmp_path: Path):
     assert list(packed) == []
     assert packed.waste == packed.expected_waste() == 0
     assert len(find_shards(str(tmp_path / "in/*.tar")).shards) == 1
+
+
+# -- torchdata ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rows", "packed", "mixed"])
+def test_torchdata_resumes_exactly_and_on_other_numbers_of_workers(output: Output, other: Output, kind: str):
+    """The real StatefulDataLoader with two worker processes, stopped in mid-epoch."""
+
+    def make() -> Any:
+        dataset = TokenDataset(output.url, shuffle_window=6)
+        if kind == "rows":
+            return dataset
+        return pack(dataset, 24, eos=EOS) if kind == "packed" else two(output, other, shuffle_window=6)
+
+    def loader(dataset: Any) -> StatefulDataLoader:
+        return StatefulDataLoader(dataset, batch_size=None, num_workers=2)
+
+    undisturbed = [np.asarray(item["tokens"]).tolist() for item in loader(make())]
+    first = loader(make())
+    begun = [np.asarray(item["tokens"]).tolist() for item in itertools.islice(first, 5)]
+    state = first.state_dict()
+    same = loader(make())
+    same.load_state_dict(state)
+    assert begun + [np.asarray(item["tokens"]).tolist() for item in same] == undisturbed
+    alone = make()
+    alone.load_state_dict([state])
+    rest = [np.asarray(item["tokens"]).tolist() for item in alone]
+    assert sorted(begun + rest) == sorted(undisturbed)
