@@ -219,10 +219,21 @@ def have() -> str:
 
 def waiting_line(job: str, workers: WorkersConfig, waited_s: float) -> str:
     """What a job that has no worker yet waits for, and for how long."""
+    import ray
+
+    if is_local() or has_room(workers, ray.available_resources()):
+        what = "There is room for one: it still starts, which takes longer on a busy machine or a slow disk. The job"
+    else:
+        what = f"A worker needs {described(workers)}; {have()}. The job starts as soon as there is room, and"
     return (
-        f"{job}: no worker has started for {waited_s:.0f} s. A worker needs {described(workers)}; {have()}. "
-        f"The job starts as soon as there is room, and gives up after {workers.wait_s:.0f} s (workers.wait_s)"
+        f"{job}: no worker has started for {waited_s:.0f} s. {what} gives up after {workers.wait_s:.0f} s "
+        "(workers.wait_s)"
     )
+
+
+def has_room(workers: WorkersConfig, free: dict[str, float]) -> bool:
+    """Whether a worker fits into free CPUs and GPUs, as far as their sums over all nodes tell."""
+    return free.get("CPU", 0) >= (workers.cpus or 1) and free.get("GPU", 0) >= workers.gpus
 
 
 def gave_up(workers: WorkersConfig) -> NoRoom:

@@ -50,3 +50,16 @@ def test_an_address_that_answers_is_accepted():
 def test_workers_that_this_machine_will_never_hold_are_a_mistake(workers: WorkersConfig, ranks: int, told: str):
     with pytest.raises(ConfigError, match=told):
         cluster.check_room(workers, ranks)
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"),
+    [
+        ({"CPU": 2.0, "GPU": 1.0}, True),
+        ({"CPU": 1.5, "GPU": 1.0}, False),
+        ({"CPU": 4.0, "GPU": 0.5}, False),
+        ({}, False),
+    ],
+)
+def test_whether_a_worker_has_room_decides_what_the_waiting_line_says(free: dict[str, float], fits: bool):
+    assert cluster.has_room(WorkersConfig(cpus=2, gpus=1), free) is fits
