@@ -13,7 +13,9 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 from jobs.reports.terminal import printing_safely
@@ -48,6 +50,8 @@ SHORT_FLAGS = {"deep": "verify.deep", "repair": "verify.repair", "dry-run": "ver
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. The last line that it prints says in words what a non-zero code
     means."""
+    if arguments is None:
+        sys.excepthook = _print_without_secrets
     try:
         with printing_safely():
             code = _main((sys.argv[1:] if arguments is None else arguments) or ["--help"])
@@ -56,6 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again as it exits
         return 128 + signal.SIGPIPE
+
+
+def _print_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints the traceback of an error that no command expects. Libraries put URLs and options into their errors."""
+    from pipeline import storage
+
+    print(storage.without_values("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def _main(arguments: list[str]) -> int:

@@ -19,6 +19,7 @@ from pipeline.storage.client import (
     set_url_secrets,
     setter,
     url_secrets,
+    without_values,
 )
 from pipeline.storage.create import check_create_only, remove, replace, upload, write_chunks, write_once
 from pipeline.storage.objects import (
@@ -84,6 +85,7 @@ __all__ = [
     "upload",
     "url_secrets",
     "without_secrets",
+    "without_values",
     "write_chunks",
     "write_once",
 ]

@@ -6,8 +6,9 @@ the machine's role), or from `configure`.
 
 import json
 import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import fsspec
@@ -17,13 +18,15 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import StorageError, UnknownStorage
 from pipeline.storage import s3
 from pipeline.storage.retries import http_status, with_retries
-from pipeline.storage.urls import redacted, with_secrets
+from pipeline.storage.urls import HIDDEN, redacted, with_secrets
 
 R = TypeVar("R")
 Options = dict[str, dict[str, Any]]  # protocol -> arguments of its fsspec file system
 CREATE_ONLY = "TOKENMILL_CREATE_ONLY"  # environment variable: SERVER (the default) or CHECKED
 SERVER, CHECKED = "server", "checked"
 URL_SECRETS = "tokenmill-urls"  # in fsspec's settings, so that they travel to workers with the other options
+SECRET_OPTION = re.compile(r"key|secret|token|password|credential|connection_string|://", re.IGNORECASE)
+SHORTEST_SECRET = 6  # shorter values, such as "anon", are also common words
 EXTRAS = {  # protocol: the extra in pyproject.toml that installs its client
     **dict.fromkeys(("s3", "s3a"), "s3"),
     **dict.fromkeys(("gs", "gcs"), "gcs"),
@@ -70,6 +73,24 @@ def set_url_secrets(secrets: dict[str, str]) -> None:
     fsspec.config.conf.pop(URL_SECRETS, None)
     if secrets:
         fsspec.config.conf[URL_SECRETS] = secrets
+
+
+def without_values(text: str) -> str:
+    """Text, such as a traceback, without secrets: those of URLs, and the values of options that this process has."""
+    for options in fsspec.config.conf.values():
+        for name, value in _strings(options):
+            if len(value) >= SHORTEST_SECRET and SECRET_OPTION.search(name):
+                text = text.replace(value, HIDDEN)
+    return redacted(text)
+
+
+def _strings(options: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The strings in nested options, each with the last name on its way."""
+    if isinstance(options, str):
+        yield name, options
+    elif isinstance(options, dict):
+        for inner, value in options.items():
+            yield from _strings(value, str(inner))
 
 
 def setter() -> Callable[[], None] | None:

@@ -1,5 +1,7 @@
 """Values of environment variables, and secrets of URLs, stay out of what is saved."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import yaml
 from jobs.config import Config, ConfigError, StorageConfig, load_config
 from jobs.config.secrets import take_url_secrets
 from jobs.train import _claim
+
+ROOT = Path(__file__).parents[2]
 
 SHARDS = "s3://${oc.env:PLACE}/{0..9}.tar"
 
@@ -91,3 +95,25 @@ def test_two_passwords_for_one_server_are_refused():
     config = Config(run="https://me:one@host/run", output="https://me:two@host/out")
     with pytest.raises(ConfigError, match="https://host is given with two different passwords"):
         take_url_secrets(config)
+
+
+def test_the_traceback_of_an_unexpected_error_has_no_secrets(tmp_path: Path):
+    """Of URLs, and of storage.options, wherever a library puts them."""
+    code = """
+import sys
+from jobs.__main__ import main
+from pipeline import storage
+sys.argv = ["tokenmill", "--help"]
+main()
+url, _ = storage.without_secrets("s3://AKIA1:pass-of-url@bucket/x")
+options = {"key": "key-of-options", "client_kwargs": {"aws_secret_access_key": "nested-secret"}}
+storage.configure({"s3": options}, url_secrets={url: "user:pass-kept"})
+raise RuntimeError(f"{options} s3://AKIA1:pass-of-url@bucket/x https://h/x?sig=sig-of-url user:pass-kept")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "RuntimeError" in done.stderr
+    last = done.stderr[done.stderr.index("RuntimeError:") :]
+    for secret in ("pass-of-url", "key-of-options", "nested-secret", "sig-of-url", "pass-kept"):
+        assert secret not in last
