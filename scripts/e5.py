@@ -6,7 +6,7 @@ r"""E5: which tokens are easiest to model? The same small GPT on the tokens of s
 
 Each tokenizer: the net of E2 (ResNet32, f=4, 64 tokens of about 1,024 codes a picture), the same steps and seed. Each
 GPT: the same steps, seed and pictures (the first --shards shards); examples/train_ar.py. Rerun the same command to
-continue: finished parts are kept. OUT/e5.md, e5.json, e5.png and samples.png are the results.
+continue: finished parts are kept. The results are written after each method: OUT/e5.md, e5.json, e5.png and samples.png.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def draw(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         f"pictures, {rows[0]['samples']} samples"
     )
     figure.savefig(args.out / "e5.png", dpi=120)
-    figure, axes = plt.subplots(len(rows), 16, figsize=(12, 0.85 * len(rows) + 0.5))
+    figure, axes = plt.subplots(len(rows), 16, figsize=(12, 0.85 * len(rows) + 0.5), squeeze=False)
     for line, one in zip(axes, rows, strict=True):
         pictures = np.load(args.out / one["folder"] / "gpt/samples.npy")
         for place, picture in zip(line, pictures, strict=False):
@@ -197,11 +197,15 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=20, help="shards of 1,000 pictures to train the GPTs on")
     parser.add_argument("--tokenizer-steps", type=int, default=400)
     parser.add_argument("--gpt-steps", type=int, default=400)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--samples", type=int, default=2000, help="samples for the Frechet distance")
     args = parser.parse_args()
     args.corpus, args.weights, args.out = args.corpus.resolve(), args.weights.resolve(), args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    write([make(label, args) for label in METHODS], args)
+    rows = []
+    for label in args.methods:
+        rows.append(make(label, args))
+        write(rows, args)
     print((args.out / "e5.md").read_text())
 
 
