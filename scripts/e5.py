@@ -6,7 +6,7 @@ r"""E5: which tokens are easiest to model? The same small GPT on the tokens of s
 
 Each tokenizer: the net of E2 (ResNet32, f=4, 64 tokens of about 1,024 codes a picture), the same steps and seed. Each
 GPT: the same steps, seed and pictures (the first --shards shards); examples/train_ar.py. Rerun the same command to
-continue: finished parts are kept. The results are written after each method: OUT/e5.md, e5.json, e5.png and samples.png.
+continue: finished parts are kept. The results are written after each method: OUT/e5.md, e5.json, e5.png, samples.png.
 """
 
 import argparse

@@ -62,7 +62,7 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
         for part in self.parts:
             part.set_epoch(epoch)
         if not worker_of()[1]:
-            self._calls.call(epoch)
+            self._calls.send(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """What load_state_dict needs. Raises OutputMismatch where only the workers of a DataLoader know it."""
@@ -91,8 +91,8 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if not worker_of()[1]:
             self._calls.read_here()
-        elif (heard := self._calls.hear()) is not None:
-            self.set_epoch(heard)
+        elif (received := self._calls.receive()) is not None:
+            self.set_epoch(received)
         # a part that is an epoch ahead ended before the state was saved
         live = {i: iter(part) for i, part in enumerate(self.parts) if self.repeat or part.epoch <= self.epoch}
         while live:

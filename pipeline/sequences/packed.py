@@ -154,7 +154,7 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
         """Starts the given epoch at its first block; also in persistent workers of a DataLoader."""
         self._start(epoch)
         if not worker_of()[1]:
-            self._calls.call(epoch)
+            self._calls.send(epoch)
 
     def _start(self, epoch: int) -> None:
         self.epoch, self._plan, self._at = epoch, None, (0, 0)
@@ -265,8 +265,8 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
         """Begins a pass. Returns what it reads."""
         if not worker_of()[1]:
             self._calls.read_here()
-        elif (heard := self._calls.hear()) is not None:
-            self._start(heard)
+        elif (received := self._calls.receive()) is not None:
+            self._start(received)
         self._plan, self._at = self._planned(self.epoch), (0, 0)
         return self._plan
 

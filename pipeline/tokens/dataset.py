@@ -119,7 +119,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         """Starts the given epoch, with its own order of rows, at its first row."""
         self._start(epoch)
         if not worker_of()[1]:
-            self._calls.call(epoch)
+            self._calls.send(epoch)
 
     def _start(self, epoch: int) -> None:
         self.epoch, self.position, self._done = epoch, 0, 0
@@ -234,7 +234,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         worker, num_workers = worker_of()
         if not num_workers:
             self._calls.read_here()
-        elif (epoch := self._calls.hear()) is not None:
+        elif (epoch := self._calls.receive()) is not None:
             self._start(epoch)
         if self._resumed_by not in (None, (worker, num_workers)):
             raise OutputMismatch(

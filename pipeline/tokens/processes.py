@@ -18,24 +18,24 @@ class SharedCalls:
 
     def __init__(self) -> None:
         self._memory: Any = None  # int64: epoch, number of calls, whether a worker reads
-        self._heard = 0
+        self._received = 0
         if IterableDataset is not object:
             import torch
 
             self._memory = torch.zeros(3, dtype=torch.int64).share_memory_()
 
-    def call(self, epoch: int) -> None:
+    def send(self, epoch: int) -> None:
         if self._memory is not None:
             self._memory[0] = epoch
             self._memory[1] += 1
             self._memory[2] = 0
-            self._heard = int(self._memory[1])  # also for workers that start later, as copies of this dataset
+            self._received = int(self._memory[1])  # also for workers that start later, as copies of this dataset
 
-    def hear(self) -> int | None:
-        """In a worker that begins to read: the epoch of a call that it has not heard, if there is one."""
+    def receive(self) -> int | None:
+        """In a worker that begins to read: the epoch of a call that it has not received, if there is one."""
         self._memory[2] = 1
         calls = int(self._memory[1])
-        new, self._heard = calls > self._heard, calls
+        new, self._received = calls > self._received, calls
         return int(self._memory[0]) if new else None
 
     def read_here(self) -> None:
