@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -46,6 +47,7 @@ def run() -> Table:
             f"({conversion_s:.1f} s, not counted). Rows: `for row in dataset`; batches: `dataset.iter(batch_size)`. "
             "The format is numpy, except for packed tokens, which are read as Python bytes because the numpy format "
             "removes trailing zeros.",
+            "Single rows: `dataset[i]` in random order; TokenDataset keeps the 8 files in memory after the first round.",
             "Before timing we check that every side returns every row once, and in order where it reads sequentially.",
             f"Medians of {ROUNDS} interleaved rounds. Ratios compare runs of the same round; the range is in "
             "parentheses. Above 1, TokenDataset with the encoding of the column is faster: its rows compared to rows, "
@@ -61,7 +63,7 @@ def run() -> Table:
         wall_s, cpu_s = [t.wall_s for t in found[name]], [t.cpu_s for t in found[name]]
         cells = [side, order, *(f"{NUM_TOKENS / 1e6 / statistics.median(seconds):.0f}" for seconds in (wall_s, cpu_s))]
         for encoding in ("list", "packed"):
-            kind = "rows" if "rows" in side else "batches"
+            kind = next((kind for kind in ("single rows", "rows") if kind in side), "batches")
             ours = found[f"TokenDataset {kind}, {encoding}, {order}"]
             cells += [ratio_text(wall_s, [t.wall_s for t in ours]), ratio_text(cpu_s, [t.cpu_s for t in ours])]
         table.rows.append(cells)
@@ -112,6 +114,10 @@ def make_sides(work: Path, tokens: np.ndarray) -> tuple[dict[str, Batches], floa
         for order, rows in (("sequential", theirs), ("shuffled", theirs.shuffle(seed=1))):
             sides[f"Hugging Face rows, {encoding}, {order}"] = partial(stacked, rows, parse)
             sides[f"Hugging Face batches, {encoding}, {order}"] = partial(hf_batches, rows, parse)
+        order = np.random.default_rng(2).permutation(len(tokens))
+        single = TokenDataset(str(work / encoding))
+        sides[f"TokenDataset single rows, {encoding}, random"] = partial(singles, single, np.asarray, order)
+        sides[f"Hugging Face single rows, {encoding}, random"] = partial(singles, theirs, parse, order)
     flat = np.memmap(work / "tokens.bin", np.uint16, "r", shape=tokens.shape)
     sides["np.memmap, sequential"] = partial(memmap_batches, flat, np.arange(len(flat)), in_order=True)
     sides["np.memmap, shuffled"] = partial(
@@ -125,6 +131,11 @@ def stacked(rows: Iterable[dict], parse: Callable) -> Iterator[np.ndarray]:
     rows = iter(rows)
     while batch := list(itertools.islice(rows, BATCH)):
         yield np.stack([parse(row["tokens"]) for row in batch]).reshape(len(batch), -1)
+
+
+def singles(rows: Any, parse: Callable, order: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows by their numbers, one call each."""
+    return stacked((rows[i] for i in order.tolist()), parse)
 
 
 def own_batches(dataset: TokenDataset) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ of streams continues an epoch by splitting the segments of all old streams.
 """
 
 import bisect
+import collections
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,8 @@ from pipeline.tokens.processes import IterableDataset, SharedCalls, place, split
 from pipeline.tokens.rows import Rows, as_tensors, joined, padded
 from pipeline.tokens.rows import ragged as make_ragged
 from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
+
+KEPT_BYTES = 2**28  # of tokens in memory, for single rows
 
 
 class Segment(NamedTuple):
@@ -103,6 +106,9 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self._ends = np.cumsum([rows for _, rows in self.files]).tolist()  # of each file, in rows of the output
         self.epoch = self.position = 0  # position: rows of the epoch that this stream has yielded
         self._open: tuple[str, pa.Table] | None = None  # the last file read: windows are often smaller than files
+        self._recent: collections.OrderedDict[str, Rows] = (
+            collections.OrderedDict()
+        )  # files of single rows, last read last
         self._plan: list[Segment] | None = None  # what the pass that has begun reads
         self._done = 0  # rows of the plan that were yielded
         self._resumed: list[Segment] | None = None  # what the next pass reads, from the state of this stream
@@ -295,21 +301,36 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         return row
 
     def take(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Rows of the whole output by their numbers, in this order. Reads each file once. Raises IndexError."""
+        """Rows of the whole output by their numbers, in this order. Raises IndexError.
+
+        Reads each file once, and keeps those that were read last in memory, up to KEPT_BYTES of tokens.
+        """
         wanted = [int(index) for index in indices]
+        by_file: dict[int, list[int]] = {}
         for index in wanted:
             if not 0 <= index < self.num_rows:
                 raise IndexError(f"row {index} of {self.num_rows}")
-        files = [bisect.bisect_right(self._ends, index) for index in wanted]
+            by_file.setdefault(bisect.bisect_right(self._ends, index), []).append(index)
         found: dict[int, dict[str, Any]] = {}
-        for number in sorted(set(files)):
+        for number in sorted(by_file):
             name, num_rows = self.files[number]
-            first = self._ends[number] - num_rows
-            of_file = [index for index, file in zip(wanted, files, strict=True) if file == number]
-            low, high = min(of_file), max(of_file) + 1
-            rows = self._read(name, low - first, high - first)
-            found.update({index: rows.row(index - low) for index in of_file})
+            first, rows = self._ends[number] - num_rows, self._kept(name, num_rows)
+            found.update({index: rows.row(index - first) for index in by_file[number]})
         return [found[index] for index in wanted]
+
+    def _kept(self, name: str, num_rows: int) -> Rows:
+        """All rows of a file, from memory if they are still there."""
+        rows = self._recent.pop(name, None)
+        if rows is None:
+            rows = self._read(name, 0, num_rows)
+        self._recent[name] = rows
+        while len(self._recent) > 1 and sum(one.values.nbytes for one in self._recent.values()) > KEPT_BYTES:
+            self._recent.popitem(last=False)
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the rows in memory, which another process reads itself."""
+        return {**self.__dict__, "_open": None, "_recent": collections.OrderedDict()}
 
     def in_order(self, epoch: int, low: int, high: int) -> Rows:
         """Rows low..high of the order that an epoch has when one stream reads it all.

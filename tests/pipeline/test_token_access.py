@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_batches_can_be_tensors(output: Output):
             "mask": torch.bool,
             "source_index": torch.int64,
         }
+
+
+def test_single_rows_read_a_file_once_while_there_is_room(output: Output, monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+    original = TokenDataset._read_file
+    monkeypatch.setattr(TokenDataset, "_read_file", lambda self, name: (read.append(name), original(self, name))[1])
+    dataset = TokenDataset(output.url)
+    for index in (0, 22, 1, 21, 8, 0):
+        assert dataset[index]["key"] == dataset.take([index])[0]["key"]
+    assert len(read) == len(set(read)) == 3
+    monkeypatch.setattr("pipeline.tokens.dataset.KEPT_BYTES", 1)
+    dataset[0], dataset[22], dataset[0]
+    assert len(read) == 5
+    assert not pickle.loads(pickle.dumps(dataset.__getstate__()["_recent"]))
 
 
 def test_latents_stay_floats(tmp_path: Path):
