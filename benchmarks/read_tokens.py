@@ -47,7 +47,7 @@ def run() -> Table:
             f"({conversion_s:.1f} s, not counted). Rows: `for row in dataset`; batches: `dataset.iter(batch_size)`. "
             "The format is numpy, except for packed tokens, which are read as Python bytes because the numpy format "
             "removes trailing zeros.",
-            "Single rows: `dataset[i]` in random order; TokenDataset keeps the 8 files in memory after the first round.",
+            "Single rows: `dataset[i]` in random order. After the first round, TokenDataset has the 8 files in memory.",
             "Before timing we check that every side returns every row once, and in order where it reads sequentially.",
             f"Medians of {ROUNDS} interleaved rounds. Ratios compare runs of the same round; the range is in "
             "parentheses. Above 1, TokenDataset with the encoding of the column is faster: its rows compared to rows, "
