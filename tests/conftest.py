@@ -9,6 +9,10 @@ import pytest
 
 from tests.s3 import S3Server, start_s3
 
+# gcsfs reads it when it is imported. Else it asks for the kind of bucket by gRPC, which the server of the tests does
+# not speak, for a minute.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 # Ray Train looks for checkpoints, and for the end, every 2 s otherwise
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 NO_RAY = "this test starts Ray: mark it with @pytest.mark.ray"

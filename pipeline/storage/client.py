@@ -195,10 +195,14 @@ def request(what: str, url: str, call: Callable[[], R], cancelled: threading.Eve
             raise _unknown_storage(url, error) from error
         if s3.is_s3(url) and (refused := s3.permission_error(error, what, url, options_of("s3"))) is not None:
             raise refused from error
-        status = None if s3.is_s3(url) else http_status(error)
+        if s3.is_s3(url):
+            raise
+        status, reason = http_status(error), " ".join(redacted(str(error)).split())
         if status in (401, 403):
             raise PermissionError(f"the server refused to {what} {url} (status {status}); check the URL") from error
-        if status is not None and not isinstance(error, OSError):  # the clients of other protocols raise their own
-            reason = " ".join(redacted(str(error)).split())
+        if type(error) is OSError and reason.startswith("Forbidden"):  # gcsfs, without a status
+            raise PermissionError(f"the server refused to {what} {url}: {reason}; check the login") from error
+        if not isinstance(error, OSError) and (status is not None or reason.startswith("Bad Request")):
+            # the clients of other protocols raise their own; gcsfs a ValueError
             raise StorageError(f"{url}: cannot {what} it: {type(error).__name__}: {reason}") from error
         raise

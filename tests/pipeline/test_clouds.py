@@ -2,14 +2,17 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from gcsfs.retry import validate_response
 
 from pipeline import storage
 from pipeline.corpus.samples import read_samples
 from pipeline.corpus.shards import find_shards
-from pipeline.errors import StorageError, UnsafeStorage
+from pipeline.errors import StorageError
+from pipeline.storage.client import request
 from pipeline.tokens import Output, TokenDataset, commit_shard
 from pipeline.tokens.index import write_index
 from pipeline.tokens.verify import verify
@@ -33,8 +36,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def server(running: CloudServer, monkeypatch: pytest.MonkeyPatch) -> CloudServer:
-    """With safe writes as far as the server has them: the emulator of Google's ignores the condition of a create."""
-    running.use(monkeypatch, storage.CHECKED if running.kind == "gs" else storage.SERVER)
+    running.use(monkeypatch)
     return running
 
 
@@ -47,14 +49,24 @@ def test_an_object_is_created_once(server: CloudServer):
     assert storage.read(url) == b"first"
 
 
-def test_the_probe_tells_whether_creates_are_safe(running: CloudServer, monkeypatch: pytest.MonkeyPatch):
-    running.use(monkeypatch)
-    if running.kind == "gs":
-        with pytest.raises(UnsafeStorage, match="the server overwrites objects on create-only writes"):
-            storage.check_create_only(f"{running.url}/probe")
-    else:
-        storage.check_create_only(f"{running.url}/probe")
-    assert storage.list_entries(f"{running.url}/probe") == []
+def test_creates_are_safe(server: CloudServer):
+    storage.check_create_only(f"{server.url}/probe")
+    assert storage.list_entries(f"{server.url}/probe") == []
+
+
+def test_of_many_writers_one_wins(server: CloudServer):
+    def write(i: int) -> bool:
+        try:
+            storage.write_once(f"{server.url}/race/{i // 8}", b"%d" % i)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, range(64)))
+    winners = [i for i, one in enumerate(won) if one]
+    assert [i // 8 for i in winners] == list(range(8))
+    assert [storage.read(f"{server.url}/race/{i // 8}") for i in winners] == [b"%d" % i for i in winners]
 
 
 def test_objects_are_read_listed_replaced_and_removed(server: CloudServer):
@@ -107,7 +119,7 @@ def test_a_missing_bucket_is_one_line(server: CloudServer):
 
 def test_a_wrong_key_is_refused_in_one_line_without_the_key(running: CloudServer, monkeypatch: pytest.MonkeyPatch):
     if running.kind == "gs":
-        pytest.skip("the emulator of Google's takes any key")
+        pytest.skip("fake-gcs-server takes any key")
     wrong = "d3Jvbmcgc2VjcmV0"
     running.use(monkeypatch, key=wrong)
     with pytest.raises(PermissionError, match=r"the server refused to read az://bucket/x \(status 403\)") as failed:
@@ -125,3 +137,36 @@ def test_a_read_waits_for_a_server_that_restarts(server: CloudServer):
         assert storage.read(url) == b"kept"
     finally:
         restart.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "kind", "message"),
+    [
+        (
+            403,
+            b"no access for\nthis account",
+            PermissionError,
+            r"refused to read gs://bucket/a: Forbidden: b/a no access",
+        ),
+        (401, b"who are you", PermissionError, r"refused to read gs://bucket/a \(status 401\)"),
+        (
+            400,
+            b"invalid name",
+            StorageError,
+            r"gs://bucket/a: cannot read it: ValueError: Bad Request: b/a invalid name",
+        ),
+    ],
+)
+def test_what_gcsfs_raises_for_a_refusal_is_one_line(
+    status: int, content: bytes, kind: type[Exception], message: str, running: CloudServer
+):
+    """The errors of gcsfs itself, since fake-gcs-server refuses nothing."""
+    if running.kind != "gs":
+        pytest.skip("of Google's client")
+
+    def call() -> None:
+        validate_response(status, content, "b/a")
+
+    with pytest.raises(kind, match=message) as failed:
+        request("read", "gs://bucket/a", call)
+    assert "\n" not in str(failed.value)
