@@ -126,7 +126,7 @@ def test_a_bad_picture_has_an_error_and_its_neighbours_have_their_tokens(actor: 
     (_, first), (_, second), *_ = PHOTOS
     table = actor(photos(first, BROKEN, None, b"", second))
     broken, null, empty = table["error"].to_pylist()[1:4]
-    assert broken == "OSError: Truncated File Read"
+    assert broken == "the file is damaged, or of a kind that cannot be read (OSError: Truncated File Read)"
     assert null == "column 'image' has no bytes here"
     assert empty == "the file is empty"
     for name in ("tokens", "shape", "height", "width"):
