@@ -1,6 +1,5 @@
 """A modality whose decoder crashes on a marked image, as C libraries may. It goes into a copy of the program."""
 
-import os
 import signal
 
 from tokenizer.modalities.base import MODALITIES, Decoded
@@ -13,5 +12,5 @@ MARK = b"decoding this image kills the process"
 class Deadly(Image):
     def from_bytes(self, data: bytes, extension: str = "") -> Decoded:
         if data == MARK:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # in this thread: os.kill may end the process only after the commit
         return super().from_bytes(data, extension)
