@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,11 +24,12 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
     One pass is one epoch of every part: a part that has ended is no longer drawn, until all have ended. With repeat, a
     part that has ended starts its next epoch, so that the weights always hold and the pass never ends; `epochs` counts
     the epochs of each part. The draws are a function of seed, epoch, stream and number of the block. state_dict,
-    load_state_dict and set_epoch are like those of Packed.
+    load_state_dict and set_epoch are like those of Packed. The parts belong to the mix, which starts them at epoch 0.
 
     Raises ValueError if weights are missing or not above 0, if blocks differ in length, if parts have different ranks,
     if a part is named twice, and if a token has two meanings: codes of one part may only be codes of the same tokenizer
-    in another. With repeat, a stream for which a part has no blocks raises ValueError as well.
+    in another, conditions only the same range of conditions, and bos, eos and pad only themselves. With repeat, a
+    stream for which a part has no blocks raises ValueError as well.
     """
 
     def __init__(self, parts: Sequence[Packed], weights: Sequence[float], *, seed: int = 0, repeat: bool = False):
@@ -46,6 +47,8 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
         self.epoch = 0
         self._drawn = 0  # blocks of the epoch
         self._calls = SharedCalls()
+        for part in parts:
+            part.set_epoch(0)  # a part that was read before would count as one that has ended
 
     @property
     def vocab_size(self) -> int:
@@ -128,16 +131,40 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
 
 
 def _refuse_shared_tokens(parts: Sequence[Packed]) -> None:
-    """Raises ValueError if the codes of a part are something else in another part."""
+    """Raises ValueError if a token of a part is something else in another part."""
+    for number, part in enumerate(parts):
+        if len(parts) > 1 and part.condition is not None and not part.condition_size:
+            raise ValueError(
+                f"part {number} has a condition without condition_size, so its token numbers are not known; give the "
+                "number of classes, or of the ids that the function can return from condition_offset on"
+            )
     free = max(part.vocabulary.size for part in parts)
-    for (i, one), (j, other) in itertools.permutations(enumerate(parts), 2):
-        codes, taken = one.vocabulary.codes, other.vocabulary
-        same = (one.dataset.layout.tokenizer_id, codes) == (other.dataset.layout.tokenizer_id, taken.codes)
-        named = {f"{name} {token}": range(token, token + 1) for name, token in taken.specials.items()}
-        kinds = {f"the codes {ids(taken.codes)}": range(0) if same else taken.codes, **named}
-        for kind, those in {**kinds, f"the conditions {ids(taken.conditions)}": taken.conditions}.items():
-            if overlap(codes, those):
+    for (i, one), (j, other) in itertools.combinations(enumerate(parts), 2):
+        for mine, theirs in itertools.product(_meanings(one), _meanings(other)):
+            if overlap(mine.ids, theirs.ids) and not mine.meaning & theirs.meaning:
                 raise ValueError(
-                    f"token numbers have two meanings: the codes {ids(codes)} of part {i} and {kind} of part {j}; pack "
-                    f"part {max(i, j)} with offset={free}, or choose other special tokens"
+                    f"token numbers have two meanings: the {mine} of part {i} and the {theirs} of part {j}; pack part "
+                    f"{j} with offset={free}, or choose other ids for conditions and special tokens"
                 )
+
+
+class _Tokens(NamedTuple):
+    """Token ids of a part. Those of two parts may overlap if their meanings have something in common."""
+
+    kind: str
+    ids: range
+    meaning: set[Any]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {ids(self.ids)}" if len(self.ids) > 1 else f"{self.kind} {self.ids.start}"
+
+
+def _meanings(part: Packed) -> list[_Tokens]:
+    known, specials = part.vocabulary, part.vocabulary.specials
+    found = [_Tokens("codes", known.codes, {(part.dataset.layout.tokenizer_id, known.codes)})]
+    if known.conditions:
+        found.append(_Tokens("conditions", known.conditions, {("conditions", known.conditions)}))
+    for name, token in specials.items():
+        same = {other for other, value in specials.items() if value == token}  # bos and eos may be one token
+        found.append(_Tokens(name, range(token, token + 1), same))
+    return found

@@ -13,7 +13,7 @@ from pipeline.sequences.fit import FITS, Piece, best_fit, concatenated
 from pipeline.sequences.orders import check_order, flatten, num_codebooks, sequence_length, unflatten
 from pipeline.sequences.shares import Span, Spans, advanced, left_by_epoch, share
 from pipeline.sequences.vocabulary import Vocabulary
-from pipeline.tokens.dataset import TokenDataset
+from pipeline.tokens.dataset import HINTS, TokenDataset
 from pipeline.tokens.processes import IterableDataset, SharedCalls, states_in, worker_of
 from pipeline.tokens.rows import Rows
 
@@ -208,8 +208,11 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
 
     def _check_identity(self, state: dict[str, Any]) -> None:
         for name, value in self._identity().items():
-            if state.get(name) != value:
-                raise OutputMismatch(f"the state was saved with {name}={state.get(name)}; this one has {name}={value}")
+            saved = state.get(name, value) if name == "files" else state.get(name)  # older states do not have them
+            if saved != value:
+                raise OutputMismatch(
+                    f"the state was saved with {name}={saved}; this one has {name}={value}{HINTS.get(name, '')}"
+                )
 
     def _identity(self) -> dict[str, Any]:
         dataset = self.dataset
@@ -217,6 +220,7 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
         return {
             "tokenizer_id": dataset.layout.tokenizer_id,
             "num_rows": dataset.num_rows,
+            "files": dataset.files_id,
             "seed": dataset.seed,
             "shuffle_window": dataset.window,
             "rows": self.rows,

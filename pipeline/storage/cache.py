@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +13,17 @@ from pipeline.errors import StorageError
 from pipeline.storage.objects import TEMPORARY, read
 
 DIGEST_BYTES = hashlib.sha256().digest_size
+COPY = re.compile(r"[0-9a-f]{32}\.copy")  # the names of copies; all other files in the folder are left alone
+UNFINISHED = f"{TEMPORARY}cache-"
+STALE_S = 3600  # age of an unfinished file whose writer must have died
 
 
 class FileCache:
-    """Keeps the objects that were read last, up to max_bytes together.
+    """Keeps the objects that were read last, up to max_bytes together; while several processes write at the same time,
+    up to one object of each more.
 
-    A file starts with the SHA-256 of the object, so that a copy that a crash has damaged is downloaded again.
+    A file starts with the SHA-256 of the object, so that a copy that a crash has damaged is downloaded again. Files
+    of others in the folder are not counted and never removed.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int):
@@ -27,7 +34,7 @@ class FileCache:
 
         Raises StorageError if the folder cannot be written, and like `storage.read`.
         """
-        path = self.folder / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:32]
+        path = self.folder / f"{hashlib.sha256(f'{url} {version}'.encode()).hexdigest()[:32]}.copy"
         with self._explained():
             found = _read_copy(path)
         if found is None:
@@ -36,14 +43,16 @@ class FileCache:
         return found
 
     def _keep(self, path: Path, data: bytes) -> None:
-        if len(data) > self.max_bytes:
+        num_bytes = DIGEST_BYTES + len(data)
+        if num_bytes > self.max_bytes:
             return
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(data))
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=TEMPORARY, delete=False) as file:
+            self._make_room(num_bytes)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=UNFINISHED, delete=False) as file:
                 file.write(hashlib.sha256(data).digest() + data)
             os.replace(file.name, path)
+            self._make_room(0)  # other processes may have made room for their own files only
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -56,13 +65,16 @@ class FileCache:
             ) from error
 
     def _make_room(self, num_bytes: int) -> None:
-        """Removes the files that were read longest ago. Another process may remove them at the same time."""
-        files = []
+        """Removes the copies that were read longest ago. Another process may remove them at the same time."""
+        copies = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-        used = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+                if COPY.fullmatch(entry.name):
+                    copies.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+                elif entry.name.startswith(UNFINISHED) and time.time() - entry.stat().st_mtime > STALE_S:
+                    Path(entry.path).unlink()
+        used = sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
             if used + num_bytes <= self.max_bytes:
                 return
             Path(path).unlink(missing_ok=True)

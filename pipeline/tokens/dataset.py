@@ -13,6 +13,8 @@ of streams continues an epoch by splitting the segments of all old streams.
 import bisect
 import collections
 import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +36,12 @@ from pipeline.tokens.rows import ragged as make_ragged
 from pipeline.tokens.schema import ShardLayout, check_schema_version, read_parquet, tokens_as_lists
 
 KEPT_BYTES = 2**28  # of tokens in memory, for single rows
+OTHER_RANKS = "; to continue with another number of ranks, give the states of all ranks as a list"
+HINTS = {  # by what differs between a state and the dataset that loads it
+    "rank": OTHER_RANKS,
+    "world_size": OTHER_RANKS,
+    "files": ": its shards have other names or numbers of rows; open the output from which the state was saved",
+}
 
 
 class Segment(NamedTuple):
@@ -116,6 +124,11 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self._resumed_by: tuple[int, int] | None = None
         self._calls = SharedCalls()
 
+    @property
+    def files_id(self) -> str:
+        """Hash of the names and numbers of rows of all token files, on which the order of rows depends."""
+        return hashlib.sha256(json.dumps(self.files).encode()).hexdigest()[:16]
+
     def __len__(self) -> int:
         """Number of rows that this rank reads per epoch."""
         start, stop = self._share(self.num_rows)
@@ -167,21 +180,17 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             self._check_identity(one, ours)
         _check_complete(states)
         epoch = min(one["epoch"] for one in states)
-        if any(one["epoch"] > epoch and one["position"] for one in states):
+        if any(one["epoch"] > epoch + 1 or (one["epoch"] > epoch and one["position"]) for one in states):
             raise OutputMismatch("the states are of different epochs; save those of all ranks at the same step")
         self._start(epoch)
         self._left = [segment for one in states if one["epoch"] == epoch for segment in _left_in(one)]
 
     def _check_identity(self, state: dict[str, Any], now: dict[str, Any]) -> None:
         for name, value in now.items():
-            if state[name] != value:
-                hint = (
-                    "; to continue with another number of ranks, give the states of all ranks as a list"
-                    if name in ("rank", "world_size")
-                    else ""
-                )
+            saved = state.get(name, value) if name == "files" else state[name]  # older states do not have them
+            if saved != value:
                 raise OutputMismatch(
-                    f"the state was saved with {name}={state[name]}; this dataset has {name}={value}{hint}"
+                    f"the state was saved with {name}={saved}; this dataset has {name}={value}{HINTS.get(name, '')}"
                 )
 
     def _identity(self) -> dict[str, Any]:
@@ -190,6 +199,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
                 "tokenizer_id": self.layout.tokenizer_id,
                 "equal_length": self.equal_length,
                 "num_rows": self.num_rows,
+                "files": self.files_id,
                 "seed": self.seed,
                 "shuffle_window": self.window,
             },
@@ -227,7 +237,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             raise ValueError(f"size is {size}; a batch needs at least 1 row")
         if dtype is None or self.layout.holds_latents:
             dtype = self.layout.token_dtype
-        epoch, plan = self.epoch, self._begin()
+        plan = self._begin()  # first, since it may receive another epoch
+        epoch = self.epoch
         for rows in _in_batches(prefetch(self._spans(plan, epoch), 1), size):
             self._count(len(rows))
             if len(rows) == size or not drop_last:

@@ -1,5 +1,6 @@
 """Rows of token files in memory, and the batches made of them."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @functools.cached_property
+    def _all_are_as_long(self) -> bool:
+        """Whether all rows have the same number of tokens, so that they form a matrix, which numpy gathers faster."""
+        lengths = np.diff(self.offsets)
+        return bool(len(lengths) and (lengths == lengths[0]).all())
+
     def row(self, i: int) -> dict[str, Any]:
         """One row: `tokens` in the shape of its grid, and the other columns."""
         tokens = self.values[self.offsets[i] : self.offsets[i + 1]].reshape(tuple(self.shapes[i])).copy()
@@ -53,7 +60,7 @@ class Rows:
         return Rows(self._gathered(order, lengths, offsets), offsets, shapes, columns)
 
     def _gathered(self, order: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        if len(order) and (lengths == lengths[0]).all() and len(self.values) == len(self) * lengths[0]:
+        if self._all_are_as_long:
             return self.values.reshape(len(self), -1)[order].reshape(-1)
         return self.values[np.repeat(self.offsets[order] - offsets[:-1], lengths) + np.arange(offsets[-1])]
 

@@ -1,6 +1,9 @@
 """The local cache of remote objects: it saves downloads, stays below its bound, and never returns damaged bytes."""
 
+import multiprocessing
 import os
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,44 @@ def test_what_was_read_longest_ago_goes_first(objects: list[str], tmp_path: Path
 def test_an_object_above_the_bound_is_not_kept(objects: list[str], tmp_path: Path):
     assert FileCache(tmp_path / "cache", 99).read(objects[0], "a") == bytes(100)
     assert not (tmp_path / "cache").exists()
+
+
+def test_files_of_others_in_the_folder_stay(objects: list[str], tmp_path: Path):
+    folder = tmp_path / "cache"
+    (folder / "run").mkdir(parents=True)
+    (folder / "thesis.tex").write_bytes(bytes(500))
+    (folder / ".tmp-of-another").write_bytes(bytes(500))
+    for file in ("thesis.tex", ".tmp-of-another"):
+        os.utime(folder / file, (0, 0))
+    cache = FileCache(folder, 300)
+    for url in objects:
+        assert cache.read(url, "a") == Path(url).read_bytes()
+    assert {"run", "thesis.tex", ".tmp-of-another"} < {file.name for file in folder.iterdir()}
+    assert sum(file.stat().st_size for file in folder.glob("*.copy")) <= 300
+
+
+def test_an_unfinished_file_goes_when_its_writer_must_have_died(objects: list[str], tmp_path: Path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name, age in (("old", 7200), ("new", 60)):
+        (folder / f".tmp-cache-{name}").write_bytes(b"unfinished")
+        os.utime(folder / f".tmp-cache-{name}", (time.time() - age, time.time() - age))
+    FileCache(folder, 1000).read(objects[0], "a")
+    assert [file.name for file in folder.glob(".tmp-cache-*")] == [".tmp-cache-new"]
+
+
+def read_often(arguments: tuple[Path, list[str], int]) -> int:
+    """Reads the objects in a random order through a small cache; how many reads gave the right bytes."""
+    folder, urls, seed = arguments
+    cache, rng = FileCache(folder, 250), random.Random(seed)
+    return sum(cache.read(url, "a") == Path(url).read_bytes() for url in rng.choices(urls, k=200))
+
+
+def test_processes_share_a_folder_that_is_too_small(objects: list[str], tmp_path: Path):
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.map(read_often, [(tmp_path / "cache", objects, seed) for seed in range(4)])
+    assert found == [200] * 4
+    assert size_of(tmp_path / "cache") <= 250
 
 
 @pytest.mark.parametrize("damage", [b"", b"cut", None])

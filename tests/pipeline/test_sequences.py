@@ -331,12 +331,52 @@ def test_parts_that_share_token_numbers_are_refused(output: Output, other: Outpu
     ):
         mix([pack(first, 24), pack(second, 24)], [1, 1])
     with pytest.raises(
-        ValueError, match=r"codes 1024\.\.2047 of part 1 and eos 1024 of part 0; .* part 1 with offset="
+        ValueError, match=r"eos 1024 of part 0 and the codes 1024\.\.2047 of part 1; .* part 1 with offset="
     ):
         mix([pack(first, 24, eos=EOS), pack(second, 24, offset=1024)], [1, 1])
     with pytest.raises(ValueError, match=r"codes 0\.\.1023 of part 0 and the codes 5\.\.1028 of part 1"):
         mix([pack(first, 24), pack(first, 24, offset=5)], [1, 1])
     mix([pack(first, 24, eos=2048), pack(second, 24, offset=1024, eos=2048), pack(first, 24)], [1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"eos": 3000}, {"condition_offset": 3000, "condition_size": 12}, r"eos 3000 .* conditions 3000\.\.3011"),
+        ({"bos": 3000}, {"eos": 3000}, r"bos 3000 of part 0 and the eos 3000 of part 1"),
+        ({"eos": 3000}, {"order": "delayed", "pad": 3000}, r"eos 3000 of part 0 and the pad 3000 of part 1"),
+        (
+            {"condition_offset": 3000, "condition_size": 12},
+            {"condition_offset": 3005, "condition_size": 12},
+            r"conditions 3000\.\.3011 of part 0 and the conditions 3005\.\.3016 of part 1",
+        ),
+        ({"condition_offset": 3000}, {}, r"part 0 has a condition without condition_size"),
+    ],
+)
+def test_parts_that_share_special_tokens_or_conditions_are_refused(
+    output: Output, first: dict[str, Any], second: dict[str, Any], message: str
+):
+    def packed(settings: dict[str, Any], offset: int) -> Packed:
+        by_class = {"condition": lambda row: [3000]} if "condition_offset" in settings else {}
+        return pack(TokenDataset(output.url), 24, **settings, **by_class, offset=offset)
+
+    with pytest.raises(ValueError, match=message):
+        mix([packed(first, 0), packed(second, 1024)], [1, 1])
+
+
+def test_parts_may_share_what_means_the_same(output: Output, other: Output):
+    same: dict[str, Any] = {"condition": lambda row: [3000], "condition_offset": 3000, "condition_size": 12}
+    parts = [pack(TokenDataset(output.url), 24, bos=2048, eos=2048, **same)]
+    parts.append(pack(TokenDataset(other.url), 24, eos=2048, offset=1024, **same))
+    assert len(list(mix(parts, [1, 1]))) > 2
+
+
+def test_a_part_that_was_read_before_is_whole_in_a_mix(output: Output, other: Output):
+    mixed, again = two(output, other), two(output, other)
+    for part in again.parts:
+        list(part)
+    again = mix(again.parts, [1, 3], seed=1)
+    assert [block["part"] for block in again] == [block["part"] for block in mixed]
 
 
 def test_a_part_named_twice_or_of_another_rank_is_refused(output: Output):

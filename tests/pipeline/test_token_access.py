@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.corpus.shards import ShardList
 from pipeline.errors import BrokenOutput, OutputMismatch
 from pipeline.tokens import Output, ShardLayout, TokenDataset, TokenRow, commit_shard
 from pipeline.tokens.rows import collate
-from tests.corpus import write_corpus, write_tokens
+from tests.corpus import layout, write_corpus, write_tokens
 
 SIZES = (5, 0, 7, 3, 8)  # 23 rows
 
@@ -54,6 +54,32 @@ def test_batches_hold_the_rows_padded_to_the_largest_of_each(output: Output, row
 
 def in_fours(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     return (rows[i : i + 4] for i in range(0, len(rows), 4))
+
+
+def of_lengths(lengths: list[int], folder: Path) -> tuple[str, dict[str, list[int]]]:
+    """An output of one shard, whose rows have these numbers of tokens, and its tokens by key."""
+    [shard] = write_corpus(folder / "in", (1,))
+    output = Output.create(str(folder / "out"), layout(modality="audio"), ShardList([shard]), {})
+    rows = np.split(np.arange(sum(lengths)) % 1000, np.cumsum(lengths)[:-1])
+    size = {"sample_rate": 16000, "num_samples": 1}
+    commit_shard(output, shard, [TokenRow(f"{i}", i, row, size) for i, row in enumerate(rows)], [], {}, now=0.0)
+    return output.url, {f"{i}": row.tolist() for i, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[3, 6, 9], [3, 6, 9, 6] * 3, [6] * 5, [2, 4]])
+def test_batches_of_rows_of_any_lengths_hold_their_own_tokens(
+    lengths: list[int], size: int, window: int, tmp_path: Path
+):
+    """The mean length of all rows may be that of a batch: 3, 6 and 9. Each row is found by its key."""
+    url, tokens = of_lengths(lengths, tmp_path)
+    seen = []
+    for batch in TokenDataset(url, shuffle_window=window).batches(size, pad=-1):
+        for key, row, mask in zip(batch["key"], batch["tokens"], batch["mask"], strict=True):
+            assert row[mask].tolist() == tokens[key]
+            seen.append(key)
+    assert sorted(seen) == sorted(tokens)
 
 
 def test_the_last_batch_can_be_left_out(output: Output):
@@ -209,6 +235,27 @@ def test_set_epoch_reaches_persistent_workers(output: Output):
     del loader
 
 
+class InFours(IterableDataset):
+    """What a user writes to make batches in the workers."""
+
+    def __init__(self, dataset: TokenDataset):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.dataset.batches(4)
+
+
+def test_set_epoch_reaches_the_batches_of_persistent_workers(output: Output):
+    dataset = TokenDataset(output.url, shuffle_window=6)
+    loader = DataLoader(InFours(dataset), batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (4, 2, 7):
+        dataset.set_epoch(epoch)
+        alone = TokenDataset(output.url, shuffle_window=6)
+        alone.set_epoch(epoch)
+        assert [key for batch in loader for key in batch["key"]] == keys(alone)
+    del loader
+
+
 def test_a_worker_that_resumes_is_not_reset_by_an_earlier_set_epoch(output: Output, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipeline.tokens.dataset.worker_of", lambda: (0, 1))
     expected = keys(TokenDataset(output.url, shuffle_window=6))
@@ -319,6 +366,23 @@ def test_a_state_without_its_list_of_rows_is_read(output: Output):
     del state["left"]
     resumed.load_state_dict(state)
     assert keys(resumed) == expected[6:]
+
+
+def test_a_state_of_another_output_with_as_many_rows_is_refused(output: Output, tmp_path: Path):
+    other = TokenDataset(write_tokens(tmp_path, (12, 11)).url)
+    state = TokenDataset(output.url).state_dict()
+    for saved in (state, [state]):
+        with pytest.raises(OutputMismatch, match="its shards have other names or numbers of rows"):
+            other.load_state_dict(saved)
+    del state["files"]  # of a state that an earlier version saved
+    other.load_state_dict(state)
+
+
+def test_states_two_epochs_apart_are_refused(output: Output):
+    ahead, behind = (TokenDataset(output.url, rank=rank, world_size=2) for rank in range(2))
+    ahead.set_epoch(2)
+    with pytest.raises(OutputMismatch, match="the states are of different epochs"):
+        TokenDataset(output.url).load_state_dict([ahead.state_dict(), behind.state_dict()])
 
 
 def test_a_list_that_lacks_a_state_is_refused(output: Output):
