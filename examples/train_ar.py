@@ -134,6 +134,8 @@ class Blocks:
         return 1 + max(int(row[name]) for row in self.dataset)
 
     def forever(self) -> Iterator[dict[str, Tensor]]:
+        if not self.dataset.num_rows:
+            raise SystemExit(f"{self.dataset.output.url} has no rows to train on")
         blocks = itertools.chain.from_iterable(itertools.repeat(self.packed))
         while True:
             yield self._stacked(list(itertools.islice(blocks, self.batch_size)))
@@ -161,10 +163,9 @@ def train(model: GPT, blocks: Blocks, args: argparse.Namespace) -> list[tuple[in
         curve = [tuple(point) for point in state["curve"]]
         print(f"continues after step {len(curve)}")
     begun = saved_at = time.monotonic()
-    for step, batch in enumerate(blocks.forever(), start=len(curve) + 1):
-        late = time.monotonic() - begun > 60 * args.minutes
-        if step > args.steps or late:
-            break
+    batches = blocks.forever()
+    while len(curve) < args.steps and time.monotonic() - begun < 60 * args.minutes:
+        step, batch = len(curve) + 1, next(batches)  # drawn only to be trained on: the state is saved after it
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 50) * (0.55 + 0.45 * math.cos(math.pi * step / args.steps))
         nats, count = loss_of(model, batch)
@@ -230,6 +231,8 @@ def generate(model: GPT, blocks: Blocks, count: int, args: argparse.Namespace) -
 
 
 def draw_curve(curve: list[tuple[int, float]], heldout: float | None, file: Path, title: str) -> None:
+    if not curve:
+        raise SystemExit("no step was trained; give more --minutes or --steps")
     steps, nats = np.array(curve).T
     width = max(1, len(nats) // 50)
     smooth = np.convolve(nats, np.ones(width) / width, mode="valid")

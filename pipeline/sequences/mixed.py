@@ -1,6 +1,7 @@
 """Blocks of several packed datasets in one stream, drawn by weight."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
     """
 
     def __init__(self, parts: Sequence[Packed], weights: Sequence[float], *, seed: int = 0, repeat: bool = False):
-        if not parts or len(parts) != len(weights) or min(weights) <= 0:
+        if not parts or len(parts) != len(weights) or not all(0 < w < math.inf for w in weights):
             raise ValueError(f"weights are {list(weights)}; each of the {len(parts)} parts needs one, above 0")
         if len({part.block for part in parts}) > 1:
             raise ValueError(f"the parts have blocks of {[part.block for part in parts]} tokens; they must be equal")
@@ -46,6 +47,7 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
         self.weights = np.array(weights, float) / sum(weights)
         self.epoch = 0
         self._drawn = 0  # blocks of the epoch
+        self._is_over = False  # whether a worker has ended its pass and not begun the next one
         self._calls = SharedCalls()
         for part in parts:
             part.set_epoch(0)  # a part that was read before would count as one that has ended
@@ -61,7 +63,7 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
 
     def set_epoch(self, epoch: int) -> None:
         """Starts the given epoch of every part; also in persistent workers of a DataLoader."""
-        self.epoch, self._drawn = epoch, 0
+        self.epoch, self._drawn, self._is_over = epoch, 0, False
         for part in self.parts:
             part.set_epoch(epoch)
         if not worker_of()[1]:
@@ -85,6 +87,7 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
                     raise OutputMismatch(f"the state was saved with {name}={saved}; this one has {name}={value}")
         for i, part in enumerate(self.parts):
             part.load_state_dict(states[0]["mixed"][i] if one_stream else [one["mixed"][i] for one in states])
+        self._is_over = False
         self.epoch = min(one["epoch"] for one in states)
         self._drawn = sum(one["drawn"] for one in states if one["epoch"] == self.epoch)
 
@@ -96,21 +99,28 @@ class Mixed(IterableDataset):  # type: ignore[type-arg]
             self._calls.read_here()
         elif (received := self._calls.receive()) is not None:
             self.set_epoch(received)
-        # a part that is an epoch ahead ended before the state was saved
-        live = {i: iter(part) for i, part in enumerate(self.parts) if self.repeat or part.epoch <= self.epoch}
+        elif self._is_over:
+            self._next_epoch()
+        live = {i: iter(part) for i, part in enumerate(self.parts) if self.repeat or not part.has_ended(self.epoch)}
         while live:
             i = self._draw(list(live))
             block = next(live[i], None)
             if block is None and self.repeat:
-                block = self._next_epoch(i, live)
+                block = self._repeat(i, live)
             if block is None:
                 del live[i]
                 continue
             self._drawn += 1
             yield {**block, "part": i}
-        self.epoch, self._drawn = self.epoch + 1, 0
+        if worker_of()[1]:
+            self._is_over = True  # until the next pass: see Packed
+        else:
+            self._next_epoch()
 
-    def _next_epoch(self, i: int, live: dict[int, Iterator[dict[str, Any]]]) -> dict[str, Any]:
+    def _next_epoch(self) -> None:
+        self.epoch, self._drawn, self._is_over = self.epoch + 1, 0, False
+
+    def _repeat(self, i: int, live: dict[int, Iterator[dict[str, Any]]]) -> dict[str, Any]:
         """The first block of the next epoch of a part. What was left of a resumed epoch may have been nothing."""
         for _ in range(2):
             live[i] = iter(self.parts[i])

@@ -105,6 +105,7 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
         self._resumed: dict[int, Spans] = {}  # what this stream has left, by epoch, from its own state
         self._resumed_by: tuple[int, int] | None = None  # stream, streams of that state
         self._left: dict[int, Spans] = {}  # what all streams together have left, by epoch
+        self._is_over = False  # whether a worker has ended its pass and not begun the next one
         self._calls = SharedCalls()
 
     @property
@@ -159,6 +160,7 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
     def _start(self, epoch: int) -> None:
         self.epoch, self._plan, self._at = epoch, None, (0, 0)
         self._resumed, self._resumed_by, self._left = {}, None, {}
+        self._is_over = False
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -271,12 +273,27 @@ class Packed(IterableDataset):  # type: ignore[type-arg]
             self._calls.read_here()
         elif (received := self._calls.receive()) is not None:
             self._start(received)
+        elif self._is_over:
+            self._next_epoch()
         self._plan, self._at = self._planned(self.epoch), (0, 0)
         return self._plan
 
     def _finish(self) -> None:
-        """Ends a pass. What later epochs have left stays planned."""
-        self.epoch, self._plan, self._at = self.epoch + 1, None, (0, 0)
+        """Ends a pass. In a worker of a DataLoader the epoch goes on until all its workers have ended: the state then
+        says that nothing is left of it."""
+        if worker_of()[1]:
+            self._is_over, self._at = True, (sum(span.stop - span.start for span in self._plan or ()), 0)
+        else:
+            self._next_epoch()
+
+    def _next_epoch(self) -> None:
+        """What later epochs have left stays planned."""
+        self.epoch, self._plan, self._at, self._is_over = self.epoch + 1, None, (0, 0), False
+
+    def has_ended(self, epoch: int) -> bool:
+        """Whether this stream has read all of an epoch, or nothing is left of it in the state that it loaded."""
+        nothing_left = self._resumed.get(epoch) == [] or self._left.get(epoch) == []
+        return self.epoch > epoch or (self.epoch == epoch and (self._is_over or nothing_left))
 
     def _planned(self, epoch: int) -> Spans:
         """What this stream reads in an epoch that it has not begun."""

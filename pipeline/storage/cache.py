@@ -1,11 +1,13 @@
 """A bounded local folder with copies of remote objects, which any number of processes may share."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
-import tempfile
+import secrets
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,10 +51,8 @@ class FileCache:
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(num_bytes)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=UNFINISHED, delete=False) as file:
-                file.write(hashlib.sha256(data).digest() + data)
-            os.replace(file.name, path)
-            self._make_room(0)  # other processes may have made room for their own files only
+            if _written(self.folder / f"{UNFINISHED}{secrets.token_hex(8)}", path, data):
+                self._make_room(0)  # other processes may have made room for their own files only
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -81,12 +81,28 @@ class FileCache:
             used -= size
 
 
+def _written(unfinished: Path, path: Path, data: bytes) -> bool:
+    """Writes a copy, readable for other users as the umask allows. False, with a warning, if the disk is full."""
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(hashlib.sha256(data).digest() + data)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        warnings.warn(f"{path.parent}: the disk is full, so the local cache keeps no more files", stacklevel=2)
+        return False
+    return True
+
+
 def _read_copy(path: Path) -> bytes | None:
     """None if there is no copy, or a damaged one."""
     try:
         content = path.read_bytes()
-        os.utime(path)  # marks it as read last
     except FileNotFoundError:  # also if another process has removed it
         return None
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # only its owner may
+        os.utime(path)  # marks it as read last
     digest, data = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     return data if hashlib.sha256(data).digest() == digest else None

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -99,8 +100,14 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             raise ValueError(f"rank is {rank}; it must be in 0..{world_size - 1}, below world_size")
         self.output = Output.open(url)
         self.layout = self.output.layout
-        if unknown := [name for name in columns if name not in self.layout.schema("").names]:
-            raise ValueError(f"columns: {unknown[0]!r} is not in {url}; choose from {self.layout.schema('').names}")
+        if isinstance(columns, str):
+            raise ValueError(f"columns is {columns!r}; give ({columns!r},)")
+        known = [name for name in self.layout.schema("").names if name != "shape"]  # `tokens` have it
+        if unknown := [name for name in columns if name not in known]:
+            raise ValueError(f"columns: {unknown[0]!r} is not in {url}; choose from {known}")
+        for name, value in (("seed", seed), ("shuffle_window", shuffle_window)):
+            if _whole_number(value) < 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more")
         if tokenizer_id not in (None, self.layout.tokenizer_id):
             raise OutputMismatch(f"{url} was written by tokenizer {self.layout.tokenizer_id}, not by {tokenizer_id}")
         self.columns = columns
@@ -122,6 +129,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         self._resumed: list[Segment] | None = None  # what the next pass reads, from the state of this stream
         self._left: list[Segment] | None = None  # what the next pass of all streams together reads, from all states
         self._resumed_by: tuple[int, int] | None = None
+        self._is_over = False  # whether a worker has ended its pass and not begun the next one
         self._calls = SharedCalls()
 
     @property
@@ -136,6 +144,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
     def set_epoch(self, epoch: int) -> None:
         """Starts the given epoch, with its own order of rows, at its first row."""
+        if _whole_number(epoch) < 0:
+            raise ValueError(f"epoch is {epoch}; it must be 0 or more")
         self._start(epoch)
         if not worker_of()[1]:
             self._calls.send(epoch)
@@ -143,6 +153,15 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
     def _start(self, epoch: int) -> None:
         self.epoch, self.position, self._done = epoch, 0, 0
         self._plan = self._resumed = self._left = self._resumed_by = None
+        self._is_over = False
+
+    def _finish(self) -> None:
+        """Ends a pass. In a worker of a DataLoader the epoch goes on until all its workers have ended: the state then
+        says that nothing is left of it."""
+        if worker_of()[1]:
+            self._is_over = True
+        else:
+            self._start(self.epoch + 1)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -168,7 +187,7 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         Raises OutputMismatch if this dataset would yield rows in a different order than the saved one, and if a state
         is missing from the list.
         """
-        if isinstance(state, dict):
+        if isinstance(state, dict) and {"position", "worker", "num_rows"} <= state.keys():
             self._check_identity(state, self._identity())
             self._start(state["epoch"])
             self._resumed, self._resumed_by = _left_in(state), (state["worker"], state["num_workers"])
@@ -211,9 +230,10 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for rows, order in self._spans(self._begin(), self.epoch):
             for i in order.tolist():
+                row = rows.row(i)
                 self._count(1)
-                yield rows.row(i)
-        self._start(self.epoch + 1)
+                yield row
+        self._finish()
 
     def batches(
         self,
@@ -237,14 +257,26 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             raise ValueError(f"size is {size}; a batch needs at least 1 row")
         if dtype is None or self.layout.holds_latents:
             dtype = self.layout.token_dtype
+        self._check_numbers(np.dtype(dtype), pad)
         plan = self._begin()  # first, since it may receive another epoch
         epoch = self.epoch
         for rows in _in_batches(prefetch(self._spans(plan, epoch), 1), size):
-            self._count(len(rows))
+            batch = make_ragged(rows, dtype) if ragged else padded(rows, pad, dtype)
+            batch = as_tensors(batch) if torch else batch
+            self._count(len(rows))  # after the work, so that an interrupted batch is read again
             if len(rows) == size or not drop_last:
-                batch = make_ragged(rows, dtype) if ragged else padded(rows, pad, dtype)
-                yield as_tensors(batch) if torch else batch
-        self._start(self.epoch + 1)
+                yield batch
+        self._finish()
+
+    def _check_numbers(self, dtype: np.dtype, pad: int) -> None:
+        """Raises ValueError if an integer dtype does not hold every token, or the padding."""
+        if dtype.kind not in "iu":
+            return
+        limits = np.iinfo(dtype)
+        if (last := (self.layout.codebook_size or 1) - 1) > limits.max:
+            raise ValueError(f"dtype is {dtype}, which does not hold the token {last}; leave it out, or choose int64")
+        if not limits.min <= pad <= limits.max:
+            raise ValueError(f"pad is {pad}, which {dtype} does not hold; choose another pad or dtype")
 
     def _begin(self) -> list[Segment]:
         """Begins a pass. Returns what it reads."""
@@ -253,6 +285,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
             self._calls.read_here()
         elif (epoch := self._calls.receive()) is not None:
             self._start(epoch)
+        elif self._is_over:
+            self._start(self.epoch + 1)
         if self._resumed_by not in (None, (worker, num_workers)):
             raise OutputMismatch(
                 "the state belongs to DataLoader worker {} of {}, ".format(*(self._resumed_by or ()))
@@ -316,18 +350,17 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
 
         Reads each file once, and keeps those that were read last in memory, up to KEPT_BYTES of tokens.
         """
-        wanted = [int(index) for index in indices]
-        by_file: dict[int, list[int]] = {}
-        for index in wanted:
+        by_file: dict[int, list[tuple[int, int]]] = {}
+        for which, index in enumerate(_whole_number(index) for index in indices):
             if not 0 <= index < self.num_rows:
                 raise IndexError(f"row {index} of {self.num_rows}")
-            by_file.setdefault(bisect.bisect_right(self._ends, index), []).append(index)
+            by_file.setdefault(bisect.bisect_right(self._ends, index), []).append((which, index))
         found: dict[int, dict[str, Any]] = {}
         for number in sorted(by_file):
             name, num_rows = self.files[number]
             first, rows = self._ends[number] - num_rows, self._kept(name, num_rows)
-            found.update({index: rows.row(index - first) for index in by_file[number]})
-        return [found[index] for index in wanted]
+            found.update({which: rows.row(index - first) for which, index in by_file[number]})
+        return [found[which] for which in range(len(found))]
 
     def _kept(self, name: str, num_rows: int) -> Rows:
         """All rows of a file, from memory if they are still there."""
@@ -365,6 +398,8 @@ class TokenDataset(IterableDataset):  # type: ignore[misc]
         other: find(key), find(key) + 1 and so on are its views 0, 1 and so on. Raises KeyError, and ValueError for a
         view that the output does not have.
         """
+        if not isinstance(key, str):
+            raise TypeError(f"key is {key!r}; keys are text, as in the column key")
         if not 0 <= view < self.layout.rows_per_sample:
             raise ValueError(f"view is {view}; each sample has {self.layout.rows_per_sample} rows, numbered from 0")
         for (name, num_rows), end in zip(self.files, self._ends, strict=True):
@@ -523,6 +558,13 @@ def _in_batches(spans: Iterable[tuple[Rows, np.ndarray]], size: int) -> Iterator
         yield joined(parts)
 
 
+def _whole_number(value: Any) -> int:
+    """Raises TypeError for floats, text and truth values, which would be read as some other row."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{value} is no number of a row; for a mask of rows, give np.flatnonzero(mask)")
+    return operator.index(value)
+
+
 def _left_in(state: dict[str, Any]) -> list[Segment]:
     """What a state's stream had not yielded. Older states do not list it, but say which stream it was."""
     if "left" in state:
@@ -538,7 +580,7 @@ def _left_in(state: dict[str, Any]) -> list[Segment]:
 def _check_complete(states: list[dict[str, Any]]) -> None:
     """Raises OutputMismatch unless the states are those of all streams of one run, each once."""
     if not states:
-        raise OutputMismatch("the list of states is empty")
+        raise OutputMismatch("there is no state of a TokenDataset in it; give what its state_dict returned")
     ranks, workers = states[0]["world_size"], states[0]["num_workers"]
     expected = {(rank, worker) for rank in range(ranks) for worker in range(max(1, workers))}
     found = [(one["rank"], one["worker"]) for one in states]

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.errors import OutputMismatch
+
 try:  # torch's DataLoader treats every other class as a map-style dataset
     from torch.utils.data import IterableDataset, get_worker_info
 except ImportError:
@@ -67,6 +69,11 @@ def states_in(states: Any, marks: set[str]) -> Iterator[dict[str, Any]]:
     if isinstance(states, dict) and marks <= states.keys():
         yield states
     elif isinstance(states, dict | list | tuple):
+        if isinstance(states, dict) and states.get("_steps_since_snapshot"):
+            raise OutputMismatch(
+                "a StatefulDataLoader saved this state with snapshot_every_n_steps above 1, so its workers were ahead "
+                "of it; load it into a loader of the same kind, or save with snapshot_every_n_steps=1"
+            )
         for inner in states.values() if isinstance(states, dict) else states:
             yield from states_in(inner, marks)
 

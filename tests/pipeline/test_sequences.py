@@ -689,3 +689,51 @@ def test_torchdata_resumes_exactly_and_on_other_numbers_of_workers(output: Outpu
     alone.load_state_dict([state])
     rest = [np.asarray(item["tokens"]).tolist() for item in alone]
     assert sorted(begun + rest) == sorted(undisturbed)
+
+
+def first_tokens(items: Iterable[dict[str, Any]]) -> list[list[int]]:
+    """What identifies each row or block of batches."""
+    return [np.asarray(tokens).tolist() for item in items for tokens in item["tokens"]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["rows", "packed", "mixed"])
+def test_batches_of_torchdata_continue_after_any_of_them(output: Output, other: Output, kind: str, workers: int):
+    """Also after the last batch of a worker, which has then read all of its share: nothing of it comes again."""
+
+    def loader() -> StatefulDataLoader:
+        dataset: Any = TokenDataset(output.url, shuffle_window=6)
+        if kind != "rows":
+            dataset = pack(dataset, 24, eos=EOS) if kind == "packed" else two(output, other, shuffle_window=6)
+        return StatefulDataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=collate_padded)
+
+    undisturbed = first_tokens(loader())
+    steps = len(list(loader()))
+    for stopped in range(max(0, steps - 3), steps + 1):
+        running, resumed = loader(), loader()
+        begun = first_tokens(itertools.islice(running, stopped))
+        resumed.load_state_dict(running.state_dict())
+        rest = first_tokens(resumed)
+        assert rest == undisturbed[len(begun) :]
+    assert steps > 2
+
+
+def collate_padded(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens in one array, filled up with -1."""
+    longest = max(item["tokens"].size for item in items)
+    rows = [np.pad(item["tokens"].ravel(), (0, longest - item["tokens"].size), constant_values=-1) for item in items]
+    return {"tokens": np.stack(rows)}
+
+
+def test_a_state_between_two_snapshots_is_refused(output: Output):
+    loader = StatefulDataLoader(TokenDataset(output.url), batch_size=None, num_workers=1, snapshot_every_n_steps=4)
+    list(itertools.islice(loader, 6))
+    with pytest.raises(OutputMismatch, match="snapshot_every_n_steps above 1"):
+        TokenDataset(output.url).load_state_dict([loader.state_dict()])
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_weight_that_is_none_is_refused(output: Output, weight: float):
+    parts = [pack(TokenDataset(output.url, seed=seed), 24) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="each of the 2 parts needs one, above 0"):
+        mix(parts, [weight, 1])

@@ -201,6 +201,56 @@ def test_rows_by_number_are_those_of_the_iteration(tmp_path: Path, encoding: str
     assert dataset.take([]) == []
 
 
+@pytest.mark.parametrize("number", [True, np.True_, 1.0, 1.7, "3", None])
+def test_what_is_no_number_of_a_row_is_refused(output: Output, number: Any):
+    with pytest.raises(TypeError):
+        TokenDataset(output.url)[number]
+    with pytest.raises(TypeError):
+        TokenDataset(output.url).take([number])
+
+
+def test_a_row_that_is_taken_twice_is_two_rows(output: Output):
+    one, other = TokenDataset(output.url).take([4, 4])
+    one["tokens"][:] = 0
+    assert other["tokens"].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shuffle_window": -5}, "shuffle_window is -5; it must be 0 or more"),
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
+        ({"columns": "height"}, r"columns is 'height'; give \('height',\)"),
+        ({"columns": ("shape",)}, "'shape' is not in"),
+    ],
+)
+def test_settings_that_would_give_other_rows_are_refused(output: Output, settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        TokenDataset(output.url, **settings)
+
+
+def test_numbers_that_a_dtype_does_not_hold_are_refused(output: Output):
+    with pytest.raises(ValueError, match="dtype is uint8, which does not hold the token 1023"):
+        next(TokenDataset(output.url).batches(2, dtype=np.uint8))
+    with pytest.raises(ValueError, match="pad is -1, which uint16 does not hold"):
+        next(TokenDataset(output.url).batches(2, pad=-1, dtype=None))
+    with pytest.raises(ValueError, match="epoch is -1; it must be 0 or more"):
+        TokenDataset(output.url).set_epoch(-1)
+
+
+def test_a_batch_that_was_interrupted_is_read_again(output: Output, monkeypatch: pytest.MonkeyPatch):
+    dataset = TokenDataset(output.url)
+    batches = dataset.batches(4)
+    found = next(batches)["key"]
+    with monkeypatch.context() as broken:
+        broken.setattr("pipeline.tokens.dataset.padded", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(batches)
+    resumed = TokenDataset(output.url)
+    resumed.load_state_dict(dataset.state_dict())
+    assert found + [key for batch in resumed.batches(4) for key in batch["key"]] == keys(TokenDataset(output.url))
+
+
 @pytest.mark.parametrize("number", [-1, 23])
 def test_a_row_that_is_not_there_is_an_index_error(output: Output, number: int):
     with pytest.raises(IndexError, match=f"row {number} of 23"):
@@ -385,11 +435,17 @@ def test_states_two_epochs_apart_are_refused(output: Output):
         TokenDataset(output.url).load_state_dict([ahead.state_dict(), behind.state_dict()])
 
 
+@pytest.mark.parametrize("state", [{}, [], {"rank": {}}, "text", {"epoch": 1, "left": []}])
+def test_what_is_no_state_is_refused(output: Output, state: Any):
+    with pytest.raises(OutputMismatch, match="there is no state of a TokenDataset in it"):
+        TokenDataset(output.url).load_state_dict(state)
+
+
 def test_a_list_that_lacks_a_state_is_refused(output: Output):
     states = [TokenDataset(output.url, rank=rank, world_size=3).state_dict() for rank in (0, 2)]
     with pytest.raises(OutputMismatch, match=r"one state for each of 3 ranks.*\[\(0, 0\), \(2, 0\)\]"):
         TokenDataset(output.url).load_state_dict(states)
-    with pytest.raises(OutputMismatch, match="empty"):
+    with pytest.raises(OutputMismatch, match="there is no state of a TokenDataset in it"):
         TokenDataset(output.url).load_state_dict([])
 
 
