@@ -22,6 +22,7 @@ from jobs.reports.terminal import printing_safely
 
 COMMANDS = {  # name: (module, summary); a module is imported only to run its command, since torch and ray are slow
     "pack": ("jobs.pack", "pack a folder of files, or Parquet or CSV files, into WebDataset shards"),
+    "import": ("jobs.import_model", "import a published tokenizer, such as hf:kyutai/mimi"),
     "train": ("jobs.train", "train an autoencoder on shards"),
     "codebook": ("jobs.codebook", "make the codebook of a trained model and freeze the tokenizer"),
     "tokenize": ("jobs.tokenize_corpus", "turn shards into token shards, each sample exactly once"),
@@ -100,13 +101,14 @@ def _run(command: str, arguments: list[str]) -> int:
     from jobs.config.secrets import take_url_secrets
     from pipeline import storage
     from pipeline.errors import BrokenOutput, NoShards, OutputMismatch, StorageError, UnknownStorage, UnsafeStorage
-    from tokenizer.errors import CodebookMissing, TokenizerMismatch
+    from tokenizer.errors import CodebookMissing, MissingPackage, TokenizerMismatch, UnsupportedModel
 
     broken = (NoShards, OutputMismatch, BrokenOutput, UnknownStorage, UnsafeStorage)
-    mistakes = (ConfigError, *broken, TokenizerMismatch, CodebookMissing, PermissionError)
+    of_tokenizer = (TokenizerMismatch, CodebookMissing, MissingPackage, UnsupportedModel)
+    mistakes = (ConfigError, *broken, *of_tokenizer, PermissionError)
     try:
         with _raising_at_sigterm():
-            config = load_config([_as_setting(argument) for argument in arguments if argument != "--print"])
+            config = load_config([_as_setting(a, command) for a in arguments if a != "--print"])
             url_secrets = take_url_secrets(config)
             if "--print" in arguments:
                 print(to_yaml(config, command), end="")
@@ -188,8 +190,11 @@ def _finish(command: str, code: int, error: str = "") -> int:
     return code
 
 
-def _as_setting(argument: str) -> str:
-    """--deep becomes verify.deep=true, and --codebook.cache becomes codebook.cache=true."""
+def _as_setting(argument: str, command: str) -> str:
+    """--deep becomes verify.deep=true, and --codebook.cache becomes codebook.cache=true. The source of an import is a
+    plain word."""
+    if command == "import" and "=" not in argument and not argument.endswith((".yaml", ".yml")):
+        return f"pretrained.source={argument}"
     if not argument.startswith("--"):
         return argument
     key, _, value = argument.removeprefix("--").partition("=")

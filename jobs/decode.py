@@ -28,6 +28,7 @@ def run(config: Config) -> int:
     folder = storage.normalise(config.decode.output)
     output = open_output(config.output)
     tokenizer = load_tokenizer(writer_url(output, config))
+    tokenizer.require_decoder()
     views = output.layout.views
     files = (_write(row, tokenizer, folder, views) for row in _chosen(config, views))
     wanted = len(config.decode.keys) * output.layout.rows_per_sample or config.decode.limit

@@ -34,6 +34,7 @@ def run(config: Config) -> int:
     config.require("data.shards")
     url = tokenizer_url(config)
     tokenizer = load_tokenizer(url)
+    tokenizer.require_decoder()
     check_member(config.data.member, tokenizer.modality)
     check_limits(tokenizer.modality, config.tokens)
     inputs = find_shards(config.data.shards)

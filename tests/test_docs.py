@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.__main__ import COMMANDS, main
+from jobs.__main__ import COMMANDS, _as_setting, main
 from jobs.config import Config, load_config
 from jobs.config.renames import RENAMED
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 RUN_IN_THIS_ORDER = (
     "README.md",
     *(f"docs/tutorials/{name}.md" for name in ("pictures", "audio", "cluster", "object-storage", "ray-data")),
+    "docs/tutorials/import.md",
     "docs/python.md",
 )
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md")))
@@ -33,6 +34,8 @@ NOT_RUN = {
     ("README.md", "needs a cluster"): 1,
     ("docs/tutorials/audio.md", "installs packages"): 1,
     ("docs/tutorials/cluster.md", "needs a cluster"): 2,
+    ("docs/tutorials/import.md", "installs packages"): 1,
+    ("docs/tutorials/import.md", "downloads a model"): 1,
     ("docs/tutorials/object-storage.md", "needs S3"): 2,
 }
 # Settings with which the blocks take only seconds. The copy of samples/ is also small: see `checkout`.
@@ -125,7 +128,7 @@ def test_every_command_has_valid_keys(page: str, monkeypatch: pytest.MonkeyPatch
                 continue
             command, *rest = found
             assert command in COMMANDS
-            load_config([word for word in rest if not word.startswith("--")])
+            load_config([_as_setting(word, command) for word in rest if not word.startswith("--")])
 
 
 def test_cluster_commands_are_found():

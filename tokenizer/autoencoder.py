@@ -12,9 +12,10 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokenizer.adapters.base import build_adapter, split
 from tokenizer.errors import naming_damage
-from tokenizer.nets.base.net import build_net
-from tokenizer.quantizers.base.quantizer import QuantizerOutput, build_quantizer
+from tokenizer.nets.base.net import Net, build_net
+from tokenizer.quantizers.base.quantizer import Quantizer, QuantizerOutput, build_quantizer
 
 
 @dataclass
@@ -25,15 +26,22 @@ class AutoencoderOutput:
 
 
 class Autoencoder(nn.Module):
-    """settings: {"modality": name, "net": {"name", ...}, "quantizer": {"name", ...}}: enough to build it again."""
+    """settings: {"modality": name, "net": {"name", ...}, "quantizer": {"name", ...}}: enough to build it again.
 
-    def __init__(self, settings: dict[str, Any]):
+    An imported net has {"adapter": {"name", "version", "config", "processor"}} too, and the quantizer of the adapter's
+    name is the one that came with it. model: its module with weights; without it, they are still to be loaded.
+    """
+
+    def __init__(self, settings: dict[str, Any], model: nn.Module | None = None):
         super().__init__()
         self.settings = settings
-        self.net = build_net(settings["net"])
-        self.quantizer = build_quantizer(settings["quantizer"])
-        self.project_in = nn.Linear(self.net.channels, self.quantizer.in_dim)
-        self.project_out = nn.Linear(self.quantizer.dim, self.net.channels)
+        self.net, imported = _parts(settings, model)
+        self.quantizer = imported or build_quantizer(settings["quantizer"])
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if imported is None:
+            self.project_in = nn.Linear(self.net.channels, self.quantizer.in_dim)
+            self.project_out = nn.Linear(self.quantizer.dim, self.net.channels)
 
     @property
     def factor(self) -> int:
@@ -100,3 +108,13 @@ class Autoencoder(nn.Module):
 
     def _is_training_state(self, name: str) -> bool:
         return any(name.startswith(f"quantizer.{prefix}") for prefix in self.quantizer.training_state)
+
+
+def _parts(settings: dict[str, Any], model: nn.Module | None) -> tuple[Net, Quantizer | None]:
+    """The net, and an imported net's own quantizer if the settings choose it."""
+    if "adapter" not in settings:
+        return build_net(settings["net"]), None
+    adapter = build_adapter(settings["adapter"])
+    chosen = settings["quantizer"]["name"] == adapter.name
+    net, quantizer = split(adapter, model or adapter.build(), settings["quantizer"] if chosen else {})
+    return net, quantizer if chosen else None

@@ -28,7 +28,9 @@ class LatentEncoder:
 
     def to(self, device: str | torch.device) -> Self:
         """Moves the nets. Uses channels_last, which is faster for convolutions on CPU and GPU."""
-        self.autoencoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.autoencoder.to(device)
+        if all(weight.ndim < 5 for weight in self.autoencoder.parameters()):
+            self.autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @property
@@ -49,13 +51,16 @@ class LatentEncoder:
     @torch.inference_mode()
     def latents(self, arrays: list[np.ndarray]) -> list[Tensor]:
         """The quantizer's input for each array of one bucket: [..., in_dim] float32. Raises BadSample for NaN."""
-        batch = self.modality.batch(arrays, self.autoencoder.factor)
+        net = self.autoencoder.net
+        if net.one_by_one and len(arrays) > 1:
+            return [z for array in arrays for z in self.latents([array])]
+        batch = self.modality.batch(arrays, 1 if net.pads else net.factor)
         x = batch.x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch.x
         mask = None if batch.mask is None else batch.mask.to(self.device)
         z = self.autoencoder.latents(x, mask)
         if not torch.isfinite(z).all():
             raise BadSample("the encoder output is NaN or infinite")
-        return list(z) if mask is None else [row[real[0]] for row, real in zip(z, mask, strict=True)]
+        return list(z) if mask is None or net.one_by_one else [row[real[0]] for row, real in zip(z, mask, strict=True)]
 
 
 def content_hash(settings: dict[str, Any], tensors: dict[str, Tensor]) -> str:

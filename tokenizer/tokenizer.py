@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.encoder import LatentEncoder, content_hash
-from tokenizer.errors import TokenizerMismatch, naming_damage
+from tokenizer.errors import TokenizerMismatch, UnsupportedModel, naming_damage
 from tokenizer.inputs import as_array, batches, check_preprocessed, is_one, read_input
 from tokenizer.modalities.base import described
 
@@ -97,6 +97,8 @@ class Tokenizer(LatentEncoder):
 
     def quantize(self, latents: list[Tensor]) -> list[np.ndarray]:
         """Tokens of each sample's latents [..., in_dim]: int64 [...], or [Q, ...] if there are Q > 1 quantizers."""
+        if self.autoencoder.net.one_by_one and len(latents) > 1:
+            return [tokens for z in latents for tokens in self.quantize([z])]
         indices = self.autoencoder.quantizer.encode(torch.cat([z.flatten(0, -2) for z in latents])).cpu()
         grids = [z.shape[:-1] for z in latents]
         by_sample = indices.split([math.prod(grid) for grid in grids])
@@ -111,6 +113,7 @@ class Tokenizer(LatentEncoder):
         without it the samples have the size of the grid times the factor. Raises ValueError for tokens that are none
         of this tokenizer, and for another number of dimensions.
         """
+        self.require_decoder()
         quantizer = self.autoencoder.quantizer
         num_dims = self.modality.num_dims - 1 + (quantizer.num_quantizers > 1)
         one = is_one(tokens, num_dims)
@@ -126,6 +129,13 @@ class Tokenizer(LatentEncoder):
             wanted = [self._decoded_size(grids[i], sizes and sizes[i]) for i in batch]
             samples.update(zip(batch, self._decode_batch([grids[i] for i in batch], wanted), strict=True))
         return samples[0] if one else [samples[i] for i in range(len(grids))]
+
+    def require_decoder(self) -> None:
+        """Raises UnsupportedModel if an imported tokenizer only encodes."""
+        if not self.autoencoder.net.decodes:
+            raise UnsupportedModel(
+                f"this tokenizer only encodes: its library has no decoder of {self.autoencoder.settings['net']['name']}"
+            )
 
     def _check_tokens(self, grid: np.ndarray, num_dims: int) -> None:
         num_quantizers = self.autoencoder.quantizer.num_quantizers
@@ -143,6 +153,8 @@ class Tokenizer(LatentEncoder):
 
     def _grids_together(self, grids: list[np.ndarray]) -> list[list[int]]:
         """Numbers of grids that fit into one batch: grids of images with the same shape, all sequences."""
+        if self.autoencoder.net.one_by_one:
+            return [[number] for number in range(len(grids))]
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for number, grid in enumerate(grids):
             by_shape.setdefault(grid.shape if self.modality.num_dims > 2 else (), []).append(number)

@@ -8,6 +8,7 @@ EXTRAS = {  # name of the import: the extra in pyproject.toml that installs it
     **dict.fromkeys(("adlfs",), "azure"),
     **dict.fromkeys(("soundfile", "soxr", "av", "pesq", "pystoi"), "audio"),
     **dict.fromkeys(("lpips", "torchvision"), "lpips"),
+    **dict.fromkeys(("transformers", "diffusers", "huggingface_hub"), "hf"),
 }
 
 

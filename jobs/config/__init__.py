@@ -1,6 +1,14 @@
 """The configuration: its schema, and how it is loaded."""
 
-from jobs.config.load import checked, defaults_yaml, find_config, load_config, to_yaml, with_method
+from jobs.config.load import (
+    checked,
+    defaults_yaml,
+    find_config,
+    load_config,
+    to_yaml,
+    typed_preprocess,
+    with_method,
+)
 from jobs.config.renames import with_new_names
 from jobs.config.schema import (
     AuditConfig,
@@ -33,6 +41,7 @@ __all__ = [
     "find_config",
     "load_config",
     "to_yaml",
+    "typed_preprocess",
     "with_method",
     "with_new_names",
 ]

@@ -299,6 +299,14 @@ def _type_dicts(config: Config) -> None:
     config.codebook.settings, config.storage.options = _plain(config.codebook.settings), _plain(config.storage.options)
 
 
+def typed_preprocess(modality: str, given: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Settings of a modality, with their types. Raises ConfigError that names the key."""
+    from tokenizer.modalities.base import MODALITIES
+
+    typed = _fields(MODALITIES.get(modality).Config, given, prefix)
+    return {key: typed[key] for key in given}
+
+
 def _shards(value: Any, name: str) -> Any:
     if isinstance(value, str) or (isinstance(value, list) and all(isinstance(shard, str) for shard in value)):
         return value

@@ -51,6 +51,7 @@ ALL = (
     "compare",
     "evaluate",
     "export",
+    "import",
 )
 
 
@@ -353,6 +354,25 @@ class ExportConfig:
 
 
 @dataclass
+class PretrainedConfig:
+    source: str = key(
+        "", "a published tokenizer: hf:ORG/NAME, or a folder or URL in the layout of the Hugging Face Hub"
+    )
+    revision: str = key("", "the commit, branch or tag on the Hub; empty takes the newest")
+    subfolder: str = key("", "the folder of the tokenizer within the model, such as vqvae")
+    num_quantizers: int = key(0, "how many codebooks of a residual quantizer to use; 0 uses all")
+    name: str = key("", "the folder in RUN/tokenizers; empty takes the name of the source")
+    preprocess: dict[str, Any] = key(
+        {}, "settings of the model's modality, such as short_side; its sample rate is always the model's"
+    )
+
+    def __post_init__(self) -> None:
+        _check_minimum("pretrained", self, 0, "num_quantizers")
+        if "/" in self.name:
+            raise ValueError(f"pretrained.name is {self.name!r}; it must be the name of a folder, without a slash")
+
+
+@dataclass
 class VerifyConfig:
     deep: bool = key(False, "also read all tokens and the input shards again; --deep is short for it")
     repair: bool = key(
@@ -395,7 +415,7 @@ class StorageConfig:
 class Config:
     """Every key of every command. Each command uses some of them."""
 
-    run: str = key("", "folder or URL of the training run, RUN", (*TRAINING, "codebook", *WITH_TOKENIZER))
+    run: str = key("", "folder or URL of the training run, RUN", (*TRAINING, "codebook", *WITH_TOKENIZER, "import"))
     output: str = key(
         "",
         "folder or URL of the token shards, OUT",
@@ -416,6 +436,7 @@ class Config:
     pack: PackConfig = key(PackConfig, "making shards", ("pack",))
     decode: DecodeConfig = key(DecodeConfig, "tokens back to images or audio", ("decode",))
     export: ExportConfig = key(ExportConfig, "tokens in the format of another reader", ("export",))
+    pretrained: PretrainedConfig = key(PretrainedConfig, "a published tokenizer", ("import",))
     verify: VerifyConfig = key(VerifyConfig, "the proof of an output", ("verify",))
     status: StatusConfig = key(StatusConfig, "the progress of an output", ("status",))
     storage: StorageConfig = key(StorageConfig, "access to object storage", ALL)

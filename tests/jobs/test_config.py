@@ -390,7 +390,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("frobnicate", "unknown command 'frobnicate'; choose one of: pack, train"),
+        ("frobnicate", "unknown command 'frobnicate'; choose one of: pack, import, train"),
         ("train run=R data.shrads=x", "did you mean data.shards?"),
         ("train data.shards=S", "run is not set"),
         ("train run=R", "data.shards is not set"),

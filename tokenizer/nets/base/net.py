@@ -13,7 +13,8 @@ class Net(nn.Module):
     """An encoder and a decoder, without the quantizer between them.
 
     factor: input units (pixels, audio samples) per token in each dimension. channels: of the encoder's output.
-    in_channels and spatial_dims: of the input; 3 and 2 for RGB pictures.
+    in_channels and spatial_dims: of the input; 3 and 2 for RGB pictures. one_by_one, pads and
+    decodes: see Adapter.
     """
 
     name: ClassVar[str]
@@ -22,6 +23,9 @@ class Net(nn.Module):
     channels: int
     in_channels: int = 3
     spatial_dims: int = 2
+    one_by_one: bool = False
+    pads: bool = False
+    decodes: bool = True
 
     @property
     def values_per_token(self) -> int:
