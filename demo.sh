@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 config=configs/demo.yaml
-rm -rf runs/demo
 
 echo "Tokenmill on the photos in samples/ (491 tiles to train on, 108 held out), on this machine's CPU:"
 echo "  train a VP-VAE (no codebook) > make its codebook > tokenize to Parquet > verify > evaluate > decode"
 echo "This takes a few minutes on two idle cores, most of it for training. All results go to runs/demo."
+echo "Interrupted? Run it again: it continues. To start over, delete runs/demo first."
 step() { echo; echo "\$ tokenmill $*"; tokenmill "$@"; }
 
 step train    "$config"

@@ -84,7 +84,8 @@ def _lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [("note", f"{count} {note}") for note, count in summary["notes"].items()]
     lines += [("failed", message) for message in summary["failed"]]
     if damaged := summary["damaged"]:
-        lines.append(("damaged", f"{len(damaged)} files; `tokenmill verify verify.repair=true` withdraws their shards"))
+        repair = f"`tokenmill verify output={summary['output']} verify.repair=true`"
+        lines.append(("damaged", f"{len(damaged)} files; {repair} withdraws their shards"))
         lines += [("damaged", what) for what in damaged[:TOP_REASONS]]
     if summary["unfinished_files"]:
         lines.append(("unfinished", f"{summary['unfinished_files']} files of writers that run or were killed"))

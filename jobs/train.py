@@ -54,15 +54,17 @@ def run(config: Config) -> int:
     url = storage.normalise(config.run)
     check(config)
     shards = find_shards(config.data.shards).shards
-    config = _claim(url, config)
+    config, claim = _claim(url, config)
     _check_lanes(url, config)
-    if storage.exists(_model_file(url)):
+    if storage.exists(_model_file(url)) and claim is None:
         print(f"train: {url}/model already exists; raise train.steps to train it for longer, or choose another `run`")
         return 0
     config.train.losses = _absolute(config.train.losses)
-    _remove_orphans(url)
     cluster.start()
     cluster.check_room(config.workers, ranks=config.workers.count or 1)
+    if claim:
+        claim()  # only now: a command that cannot start changes nothing of the run
+    _remove_orphans(url)
     stopped, received = _fit(url, shards, config)
     if stopped is not None:
         print(f"train: stopped: {stopped}")
@@ -96,11 +98,12 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _claim(url: str, config: Config) -> Config:
+def _claim(url: str, config: Config) -> tuple[Config, Callable[[], None] | None]:
     """Writes RUN/config.yaml, or checks that it agrees with this configuration. Raises ConfigError if not.
 
-    Returns the configuration to train with: a run of an earlier version keeps its way to read samples. A run that has
-    no checkpoint yet, and so no step to keep, takes the new configuration.
+    Returns the configuration to train with, and a function that changes an existing run, if it must be changed. A run
+    of an earlier version keeps its way to read samples. A run that has no checkpoint yet, and so no step to keep, takes
+    the new configuration. For more steps, the model of a finished run is withdrawn.
     """
     config = with_rules_of_run(config, url, "train")
     given = {"data": asdict(config.data), "model": asdict(config.model), "quantizer": config.quantizer}
@@ -109,24 +112,35 @@ def _claim(url: str, config: Config) -> Config:
     place = storage.join(url, "config.yaml")
     try:
         storage.write_once(place, text.encode())
-        return config
+        return config, None
     except FileExistsError:
         before, now = _compared(url, storage.read(place), text)
     differing = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [key for key in differing if key.rsplit(".", 1)[-1] not in MAY_CHANGE]
     if not differing:
-        return config
+        return config, None
+    raised = differing == ["train.steps"] and now["train.steps"] > before["train.steps"]
     if not (storage.exists(_model_file(url)) or storage.glob(storage.join(url, "checkpoints", "*", LANES_FILE))):
-        print(f"train: {url} has made no checkpoint yet; it now trains with the new {', '.join(differing)}")
-    elif differing == ["train.steps"] and now["train.steps"] > before["train.steps"]:
-        _extend(url, before["train.steps"], now["train.steps"])
+        said = f"{url} has made no checkpoint yet; it now trains with the new {', '.join(differing)}"
+    elif raised:
+        _check_extension(url, before["train.steps"], now["train.steps"])
+        said = (
+            f"{url} now trains to step {now['train.steps']} instead of {before['train.steps']}, with the learning rate "
+        )
+        said += "of the longer schedule"
     else:
         key = differing[0]
         raise ConfigError(
             f"{url} trains with {key}={before.get(key)}, not {now.get(key)}; choose another `run`, or restore the value"
         )
-    storage.replace(place, text.encode())
-    return config
+
+    def replace_settings() -> None:
+        if storage.exists(_model_file(url)):
+            storage.remove(_model_file(url))  # first: a kill from here on leaves a run that is not finished
+        print(f"train: {said}")
+        storage.replace(place, text.encode())
+
+    return config, replace_settings
 
 
 def _compared(url: str, stored_text: bytes, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -145,20 +159,14 @@ def _compared(url: str, stored_text: bytes, text: str) -> tuple[dict[str, Any], 
     return before, now
 
 
-def _extend(url: str, before: int, now: int) -> None:
-    """Lets a run train for more steps. Withdraws its model, if it is finished.
-
-    Raises ConfigError if tokenizers or latents were made with that model: they would no longer belong to the run.
-    """
+def _check_extension(url: str, before: int, now: int) -> None:
+    """Raises ConfigError if tokenizers or latents were made with the model: they would no longer belong to the run."""
     made = [folder for name in ("tokenizers", "latents") if (folder := storage.join(url, name)) and _has_files(folder)]
     if made:
         raise ConfigError(
             f"train.steps can be raised from {before} to {now} only before anything is made with the model; "
             f"delete {' and '.join(made)} first, or choose another `run`"
         )
-    if storage.exists(_model_file(url)):
-        storage.remove(_model_file(url))  # first: a kill from here on leaves a run that is not finished
-    print(f"train: {url} now trains to step {now} instead of {before}, with the learning rate of the longer schedule")
 
 
 def _has_files(folder: str) -> bool:

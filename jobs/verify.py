@@ -38,7 +38,7 @@ def run(config: Config) -> int:
         _remove([dataset_removal(config.output, str(error))], config, then=_rerun(None, config))
         return 3
     if config.verify.withdraw:
-        _remove(_withdrawals(output, config.verify.withdraw), config, then=f"tokenmill verify output={output.url}")
+        _remove(_withdrawals(output, config.verify.withdraw), config, then=_after_withdrawal(output, config))
         return 0
     repairs = config.verify.repair or config.verify.dry_run
     proof = _verified(output, DEEP if config.verify.deep else FILES if repairs else FOOTERS)
@@ -136,6 +136,14 @@ def _remove(removals: list[Removal], config: Config, *, then: str) -> None:
     print(f"verify: removed {len(removals)}" + ("; now run this, and verify again:" if then else ""))
     if then:
         print(then)
+
+
+def _after_withdrawal(output: Output, config: Config) -> str:
+    """A shard that was withdrawn is made again by tokenize; those of a list of inputs are no longer asked for."""
+    lists = output.input_lists_and_problems()[0]
+    if all(name in lists for name in config.verify.withdraw):
+        return f"tokenmill verify output={output.url}"
+    return _rerun(output, config)
 
 
 def _rerun(output: Output | None, config: Config) -> str:

@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class NoRoom(RuntimeError):
-    """The cluster had no room for a worker for workers.wait_s seconds."""
+    """The cluster had no room for a worker for workers.wait_s seconds, or a machine none for its own Ray."""
 
 
 def start() -> None:
@@ -45,6 +45,17 @@ def start() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     handler = signal.getsignal(signal.SIGTERM)
     with _on_loopback() if address == "local" else contextlib.nullcontext():
+        _init(address)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has replaced it by its own
+
+
+def _init(address: str) -> None:
+    """Raises NoRoom if this machine is too busy to start its own Ray in time."""
+    import ray
+
+    start = time.monotonic()
+    try:
         # workers print only messages of Ray itself: results, progress and errors come back as values and exceptions
         ray.init(
             address=address,
@@ -53,8 +64,13 @@ def start() -> None:
             runtime_env=_runtime_env(),
             **(_local_options() if address == "local" else {}),
         )
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has replaced it by its own
+    except Exception as error:
+        if "timed out" not in str(error):  # Ray raises a plain Exception
+            raise
+        raise NoRoom(
+            f"Ray did not start within {time.monotonic() - start:.0f} s: this machine is too busy, or has too little "
+            "free memory; rerun the same command when it is less busy"
+        ) from error
 
 
 def _check_reachable(address: str) -> None:

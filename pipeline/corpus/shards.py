@@ -3,7 +3,9 @@
 import difflib
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,6 +15,11 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import NoShards
 
+PACKABLE = {  # extensions of files that `pack` reads
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif", "wav", "flac", "mp3", "ogg", "opus"),
+    *("m4a", "aac", "aiff", "parquet", "csv", "tsv", "json", "jsonl", "txt", "zip"),
+}
+PACK_FIRST = "a folder of pictures or sounds, or a table of them, becomes shards by `tokenmill pack pack.source=...`"
 LOOKUPS = 32  # threads that look up shards named one by one
 
 
@@ -81,7 +88,16 @@ def find_shards(spec: str | list[str]) -> ShardList:
         shards.update((shard.url, shard) for shard in _expand(pattern))
     if not shards:
         raise NoShards("data.shards names no shards; set it to a path, a glob, braces, or a list of them")
+    _refuse_media(shards)
     return ShardList([shards[url] for url in sorted(shards)])
+
+
+def _refuse_media(urls: Iterable[str]) -> None:
+    """Raises NoShards for pictures, sounds and tables, which would all be quarantined as damaged tars."""
+    for url in urls:
+        suffix = PurePosixPath(url).suffix.lower().removeprefix(".")
+        if suffix in PACKABLE:
+            raise NoShards(f"data.shards: {url} is no WebDataset tar; {PACK_FIRST}")
 
 
 def look_up(urls: list[str]) -> ShardList:
@@ -103,15 +119,17 @@ def _expand(pattern: str) -> list[Shard]:
         matches = storage.glob(url)
         if not matches:
             folder = re.split(r"[*?\[]", storage.normalise(url))[0].rpartition("/")[0]
-            raise NoShards(f"data.shards: nothing matches {url!r}{_did_you_mean(folder)}")
+            relative = "" if "://" in url or os.path.isabs(url) else f"; relative paths start in {os.getcwd()}"
+            raise NoShards(f"data.shards: nothing matches {url!r}{_did_you_mean(folder) or relative}")
         shards += [Shard(found.url, found.num_bytes, found.version) for found in matches]
     return shards
 
 
 def _nothing_at(url: str) -> str:
     """Says that there is no shard at this URL, and where the nearest ones are."""
-    what = "is a folder, not a shard" if storage.is_folder(url) else "does not exist"
-    return f"data.shards: {url} {what}{_did_you_mean(url)}"
+    if not storage.is_folder(url):
+        return f"data.shards: {url} does not exist{_did_you_mean(url)}"
+    return f"data.shards: {url} is a folder, not a shard{_did_you_mean(url) or f'; {PACK_FIRST}'}"
 
 
 def _did_you_mean(url: str) -> str:

@@ -32,7 +32,7 @@ from pipeline.tokens.commit import (
 from pipeline.tokens.quarantine import Quarantined, parse_quarantine
 from pipeline.tokens.schema import ShardLayout
 
-REPAIR = "`tokenmill verify verify.repair=true` removes it"
+REPAIR = "`tokenmill verify output=... verify.repair=true` removes what is damaged"
 REPAIR_AND_RERUN = f"{REPAIR}; then rerun the same `tokenmill tokenize`, which makes it again"
 NOTE_FIELDS = ("name", "source_shard", "message")
 FOLDERS = ("tokens", "quarantine", "manifest", "inputs", "failed")
@@ -158,10 +158,11 @@ class Output:
         suspects = [shard for shard in shards if shard.name in committed]
         urls = [self.entry_url(shard.name) for shard in suspects]
         for shard, (_, text) in zip(suspects, _read_all(urls), strict=True):
-            if changed := what_changed(self._parse(shard.name, text), shard):
+            entry = self._parse(shard.name, text)
+            if changed := what_changed(entry, shard):
                 raise OutputMismatch(
                     f"{shard.url} {changed} when {self.url} tokenized it, so it was replaced. "
-                    "Restore the old shard, rename the new one, or choose another output"
+                    f"Restore the old shard, rename the new one, or choose another output{_same_time(entry, shard)}"
                 )
 
     # -- commits --------------------------------------------------------------------------------------------------
@@ -423,3 +424,15 @@ def _name(url: str) -> str:
 
 def _stem(url: str) -> str:
     return _name(url).rsplit(".", 1)[0]
+
+
+def _same_time(entry: Commit, shard: Shard) -> str:
+    """How to say that a local file of the same size is the old one: its version is the time of its last change."""
+    version = entry.source_version or ""
+    if "://" in shard.url or entry.source_num_bytes != shard.num_bytes or not version.isdigit():
+        return ""
+    seconds, nanoseconds = divmod(int(version), 10**9)
+    return (
+        f". If its content is still the same and only its time has changed, run "
+        f"`touch -d @{seconds}.{nanoseconds:09d} '{shard.url}'` and rerun the same command"
+    )

@@ -63,3 +63,15 @@ def test_workers_that_this_machine_will_never_hold_are_a_mistake(workers: Worker
 )
 def test_whether_a_worker_has_room_decides_what_the_waiting_line_says(free: dict[str, float], fits: bool):
     assert cluster.has_room(WorkersConfig(cpus=2, gpus=1), free) is fits
+
+
+def test_a_machine_too_busy_to_start_ray_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What Ray 2.60 raises then is a plain Exception."""
+    import ray
+
+    def too_slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", too_slow)
+    with pytest.raises(cluster.NoRoom, match=r"Ray did not start within 0 s: this machine is too busy"):
+        cluster._init("local")

@@ -265,7 +265,7 @@ def test_a_run_that_does_not_state_its_downmix_resumes_with_the_mean(tmp_path: P
     for key in ("downmix", "gapless", "allow_truncated"):
         del stored.data.preprocess[key]
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(stored))
-    again = claim(str(tmp_path), load_config(AUDIO))
+    again, _ = claim(str(tmp_path), load_config(AUDIO))
     assert (again.data.preprocess["downmix"], again.data.preprocess["gapless"]) == ("mean", False)
     printed = capsys.readouterr().out
     assert "started by an earlier version and keeps data.preprocess.downmix=mean" in printed

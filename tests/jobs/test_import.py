@@ -87,7 +87,7 @@ def test_photos_through_an_imported_model(ray_cluster, tmp_path: Path, capsys: p
     assert main(["tokenize", *common, f"output={tmp_path}/out"]) == 0
     assert main(["tokenize", *common, f"output={tmp_path}/out"]) == 0
     assert main(["verify", f"output={tmp_path}/out", "--deep"]) == 0
-    assert main(["audit", f"output={tmp_path}/out", "audit.num_samples=5"]) == 0
+    assert main(["audit", f"output={tmp_path}/out", "audit.rows=5"]) == 0
     assert main(["evaluate", *common]) == 0
     report = json.loads((tmp_path / "run/reports/evaluate-vqgan.json").read_text())
     assert report["num_samples"] == len(TokenDataset(f"{tmp_path}/out")) > 10

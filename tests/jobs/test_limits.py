@@ -214,6 +214,6 @@ def test_a_run_from_before_the_color_rules_keeps_the_first(tmp_path: Path, capsy
     assert with_rules_of_run(config, str(tmp_path), "train") == config
     del stored["data"]["preprocess"]["color_rules"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
-    kept = _claim(str(tmp_path), config)
+    kept, _ = _claim(str(tmp_path), config)
     assert kept.data.preprocess == {**config.data.preprocess, "color_rules": 1}
     assert "earlier version and keeps data.preprocess.color_rules=1" in capsys.readouterr().out

@@ -296,6 +296,23 @@ def test_a_run_that_began_before_a_key_existed_uses_its_default(tmp_path: Path):
         _claim(str(tmp_path / "run"), load_config([config(tmp_path), "train.ema=0.5"]))
 
 
+def test_a_command_that_cannot_start_changes_nothing_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A run that another command has just begun, and one with a GPU that this machine does not have."""
+    assert _claim(str(tmp_path / "run"), load_config([config(tmp_path)]))[1] is None
+    before = (tmp_path / "run/config.yaml").read_bytes()
+
+    def no_room(*_: object, **__: object) -> None:
+        raise ConfigError("a worker needs 1 GPU, but this machine has 0")
+
+    monkeypatch.setattr("jobs.train.cluster.start", lambda: None)
+    monkeypatch.setattr("jobs.train.cluster.check_room", no_room)
+    assert main(["train", config(tmp_path), "train.steps=60", "workers.gpus=1"]) == 2
+    assert "it now trains with" not in capsys.readouterr().out
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
 def test_a_run_reads_the_member_that_it_began_with(tmp_path: Path):
     _claim(str(tmp_path / "run"), load_config([config(tmp_path)]))
     make_a_checkpoint(tmp_path / "run")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
-from pipeline.corpus.shards import Shard, ShardList
+from pipeline.corpus.shards import Shard, ShardList, find_shards
 from pipeline.errors import BrokenOutput, OutputMismatch, UnsupportedSchema
 from pipeline.tokens import Commit, CommittedShard, Output, commit_retry, commit_shard
 from pipeline.tokens.schema import to_parquet
@@ -162,6 +163,22 @@ def test_a_torn_token_file_is_replaced(output: Output, inputs: list[Shard], torn
     storage.write_once(output.tokens_url(inputs[0].name), half if torn is None else torn)
     commit(output, inputs[0], rows)
     assert rows_of(output, inputs[0]) == [row.tokens.ravel().tolist() for row in rows]
+
+
+def test_the_old_shard_with_another_time_names_the_way_back(tmp_path: Path):
+    """The printed command gives a local file the time that it had."""
+    [shard] = write_corpus(tmp_path / "in", (2,))
+    shards = find_shards(shard.url)
+    output = Output.create(str(tmp_path / "out"), layout(), shards, {})
+    commit(output, shards.shards[0], token_rows(shards.shards[0], 2))
+    os.utime(shard.url, (1, 1))
+    with pytest.raises(OutputMismatch, match=r"only its time has changed, run `touch -d @\d+\.\d{9} ") as refused:
+        output.refuse_replaced(find_shards(shard.url).shards)
+    subprocess.run(str(refused.value).split("`")[1], shell=True, check=True)
+    output.refuse_replaced(find_shards(shard.url).shards)
+    Path(shard.url).write_bytes(b"other")
+    with pytest.raises(OutputMismatch, match=r"has 5 bytes now, .* or choose another output$"):
+        output.refuse_replaced(find_shards(shard.url).shards)
 
 
 def test_an_uncommitted_token_file_of_another_tokenizer_is_replaced(output: Output, inputs: list[Shard]):

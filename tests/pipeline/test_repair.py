@@ -294,7 +294,7 @@ def test_unfinished_files_are_counted_and_removed_once_old(folder: Path, kind: s
 def test_a_damaged_list_or_note_is_named_with_the_remedy(folder: Path):
     output = Output.open(str(folder / "out"))
     storage.replace(output.failure_url("x"), b"{")
-    with pytest.raises(BrokenOutput, match=r"failed/x\.json is damaged .*verify\.repair=true. removes it"):
+    with pytest.raises(BrokenOutput, match=r"failed/x\.json is damaged .*verify\.repair=true. removes what is damaged"):
         output.failures()
     the_list(folder).write_text("[null]")
     with pytest.raises(BrokenOutput, match=r"inputs/\w+\.json is damaged .*verify\.repair=true"):

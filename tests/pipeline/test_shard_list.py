@@ -76,7 +76,7 @@ def test_a_folder_is_an_error_with_the_shards_in_it_or_below(shards: Path):
     with pytest.raises(NoShards, match=rf"nothing matches .*; did you mean {shards}/more/\*\.tar\?"):
         find_shards(f"{shards}/more/*.tgz")
     (shards / "empty").mkdir()
-    with pytest.raises(NoShards, match=r"empty is a folder, not a shard$"):
+    with pytest.raises(NoShards, match=r"empty is a folder, not a shard; a folder of pictures"):
         find_shards(f"{shards}/empty/")
 
 
@@ -147,3 +147,17 @@ def test_the_name_does_not_depend_on_the_spelling_of_the_path(shards: Path, monk
 def test_the_names_of_100_000_shards_are_unique():
     names = {Shard(f"s3://corpus/v1.0-{i:06d}.tar", 1).name for i in range(100_000)}
     assert len(names) == 100_000
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "b.WAV", "c.parquet"])
+def test_pictures_sounds_and_tables_are_no_shards(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"data")
+    for pattern in (f"{tmp_path}/{name}", f"{tmp_path}/*", [f"{tmp_path}/{name}"]):
+        with pytest.raises(NoShards, match=rf"{name} is no WebDataset tar; .*tokenmill pack pack\.source="):
+            find_shards(pattern)
+
+
+def test_a_relative_pattern_says_where_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NoShards, match=rf"nothing matches 'corpus/\*\.tar'; relative paths start in {tmp_path}"):
+        find_shards("corpus/*.tar")
