@@ -16,8 +16,13 @@ from tests.s3 import S3Server, start_s3
 # not speak, for a minute.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
-# Ray Train looks for checkpoints, and for the end, every 2 s otherwise
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+# Ray Train looks for checkpoints, and for the end, every 2 s otherwise. Its watcher of nodes that will be lost is
+# another process for each training (2 s of CPU); the test of such a node switches it on.
+QUICK_RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# Ray's workers have the niceness 15 otherwise, and get no processor while other tests or programs run
+AS_NICE_AS_WE = {"RAY_worker_niceness": "0"}
+for name, value in {**QUICK_RAY_TRAIN, **AS_NICE_AS_WE}.items():
+    os.environ.setdefault(name, value)
 NO_RAY = "this test starts Ray: mark it with @pytest.mark.ray"
 
 
