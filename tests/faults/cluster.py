@@ -155,8 +155,8 @@ def start_cluster(
 
 
 def without_ray(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:
-    """The variables without those of a running Ray. Those that tests/conftest.py sets stay."""
-    kept = ("RAY_TRAIN_", "RAY_worker_niceness")
+    """The variables without those of a running Ray. The settings of Ray Train in tests/conftest.py stay."""
+    kept = "RAY_TRAIN_"
     return {name: value for name, value in environment.items() if not name.startswith("RAY_") or name.startswith(kept)}
 
 
