@@ -1,4 +1,7 @@
-"""One local Ray and one S3 server for the session, since starting Ray takes 5 to 20 s. Only marked tests start Ray."""
+"""One local Ray and one S3 server for the session, since starting Ray takes 5 to 20 s. Only marked tests start Ray.
+
+`make test` runs two processes, each with its own Ray and S3 server. A file of tests runs in one of them, as a whole.
+"""
 
 import os
 import sys
@@ -13,16 +16,42 @@ from tests.s3 import S3Server, start_s3
 # not speak, for a minute.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
-# Ray Train looks for checkpoints, and for the end, every 2 s otherwise
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+# Ray Train looks for checkpoints, and for the end, every 2 s otherwise. Its watcher of nodes that will be lost is
+# another process for each training (2 s of CPU); the test of such a node switches it on.
+QUICK_RAY_TRAIN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# Ray's workers have the niceness 15 otherwise, and get no processor while other tests or programs run
+AS_NICE_AS_WE = {"RAY_worker_niceness": "0"}
+for name, value in {**QUICK_RAY_TRAIN, **AS_NICE_AS_WE}.items():
+    os.environ.setdefault(name, value)
 NO_RAY = "this test starts Ray: mark it with @pytest.mark.ray"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     with_ray = [item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())]
     unmarked = [item.nodeid for item in with_ray if item.get_closest_marker("ray") is None]
     if unmarked:
         raise pytest.UsageError(f"mark with @pytest.mark.ray what uses the fixture ray_cluster: {', '.join(unmarked)}")
+    if getattr(config.option, "loadgroup", False):  # in a process of `pytest -n 2 --dist loadgroup`
+        items[:] = mixed(items)
+
+
+def mixed(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The same tests in groups that stay in one process, with files that use Ray between files that do not.
+
+    One process then computes while the other waits for Ray.
+    """
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        name = "lab" if "lab" in getattr(item, "fixturenames", ()) else str(item.path)  # of tests/faults: a cluster
+        item.add_marker(pytest.mark.xdist_group(name))
+        groups.setdefault(name, []).append(item)
+    with_ray = {name for name, group in groups.items() if any(item.get_closest_marker("ray") for item in group)}
+    with_ray |= {"lab"}
+    rays = [group for name, group in groups.items() if name in with_ray]
+    others = [group for name, group in groups.items() if name not in with_ray]
+    order = [part for i, group in enumerate(rays) for part in (group, *others[i :: len(rays)])] if rays else others
+    return [item for group in order for item in group]
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,10 @@ NOT_RUN = {
     ("docs/tutorials/object-storage.md", "needs S3"): 2,
 }
 # Settings with which the blocks take only seconds. The copy of samples/ is also small: see `checkout`.
-TINY = {"train": ["train.steps=3", "train.batch_size=4", "train.warmup_steps=1", "workers.cpus=1"]}
+TINY = {
+    "train": ["train.steps=3", "train.batch_size=4", "train.warmup_steps=1", "workers.cpus=1"],
+    **{command: ["workers.count=1"] for command in ("codebook", "tokenize", "audit", "retry", "evaluate")},
+}
 SHARDS, SAMPLES = 2, 8  # of each folder of samples/, and of each shard
 
 FENCE = re.compile(r'^```(\w+)?(?: title="([^"]*)")?[^\n]*\n(.*?)^```$', re.DOTALL | re.MULTILINE)

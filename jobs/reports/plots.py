@@ -1,14 +1,12 @@
-"""Plots and sheets of images, as PNG files."""
+"""Plots and sheets of images, as PNG files. matplotlib is imported by the first of them: most workers plot nothing."""
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import matplotlib.image
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNINTERESTING = ("step", "samples_per_s", "seconds_per_step", "bad_samples")
 
@@ -18,7 +16,7 @@ def curves_png(history: list[dict[str, Any]]) -> bytes:
     names = [name for name in dict.fromkeys(name for row in history for name in row) if name not in UNINTERESTING]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    figure = _figure(figsize=(4 * columns, 2.6 * rows))
     for place, name in enumerate(names, start=1):
         axis = figure.add_subplot(rows, columns, place)
         logged = [row for row in history if name in row]
@@ -30,7 +28,7 @@ def curves_png(history: list[dict[str, Any]]) -> bytes:
 
 def usage_png(counts: np.ndarray) -> bytes:
     """The share of tokens of each code, from the most to the least frequent. counts [K]."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = _figure(figsize=(6, 3))
     axis = figure.subplots()
     shares = np.sort(counts)[::-1] / max(1, counts.sum())
     axis.fill_between(np.arange(1, len(shares) + 1), shares, step="mid")
@@ -42,7 +40,7 @@ def usage_png(counts: np.ndarray) -> bytes:
 
 def latents_png(z: np.ndarray, codebook: np.ndarray | None) -> bytes:
     """Latents z [N, D] and codes [K, D], projected onto the latents' first two principal components."""
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = _figure(figsize=(5, 5))
     axis = figure.subplots()
     center = z.mean(axis=0)
     plane = np.linalg.svd(z - center, full_matrices=False)[2][:2].T
@@ -55,7 +53,7 @@ def latents_png(z: np.ndarray, codebook: np.ndarray | None) -> bytes:
 
 
 def line_png(values: list[float], title: str, xlabel: str) -> bytes:
-    figure = Figure(figsize=(5, 3), layout="constrained")
+    figure = _figure(figsize=(5, 3))
     axis = figure.subplots()
     axis.plot(np.arange(1, len(values) + 1), values, marker=".")
     axis.set(title=title, xlabel=xlabel)
@@ -66,26 +64,26 @@ def line_png(values: list[float], title: str, xlabel: str) -> bytes:
 def sheet_png(pairs: list[tuple[bytes, ...]], per_row: int = 4) -> bytes:
     """Originals (left) beside reconstructions (right), `per_row` pairs in a row. pairs: PNG files."""
     rows = -(-len(pairs) // per_row)
-    figure = Figure(figsize=(3.6 * per_row, 1.9 * rows), layout="constrained")
+    figure = _figure(figsize=(3.6 * per_row, 1.9 * rows))
     axes = np.ravel(figure.subplots(rows, 2 * per_row))
     for axis in axes:
         axis.axis("off")
     for axis, png in zip(axes, (png for pair in pairs for png in pair), strict=False):
-        axis.imshow(matplotlib.image.imread(io.BytesIO(png)))
+        axis.imshow(image_array(png))
     return _png(figure)
 
 
 def gallery_png(rows: list[tuple[str, list[bytes]]]) -> bytes:
     """A row of images for each label. rows: label and PNG files; all rows show the same images."""
     columns = max(len(pictures) for _, pictures in rows)
-    figure = Figure(figsize=(2 + 1.3 * columns, 1.35 * len(rows)), layout="constrained")
+    figure = _figure(figsize=(2 + 1.3 * columns, 1.35 * len(rows)))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, pictures) in zip(axes, rows, strict=True):
         for axis in row:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         for axis, png in zip(row, pictures, strict=False):
-            axis.imshow(matplotlib.image.imread(io.BytesIO(png)), interpolation="nearest")
+            axis.imshow(image_array(png), interpolation="nearest")
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     return _png(figure)
 
@@ -95,7 +93,7 @@ def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str
 
     If x has a single value, the methods are listed below each other instead.
     """
-    figure = Figure(figsize=(4.2 * len(shown), 3.8), layout="constrained")
+    figure = _figure(figsize=(4.2 * len(shown), 3.8))
     axes = np.ravel(figure.subplots(1, len(shown)))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     listed = len({row[x] for row in rows if x in row}) == 1
@@ -126,7 +124,24 @@ def _projected(points: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.nd
     return flat[:, 0], flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
 
 
-def _png(figure: Figure) -> bytes:
+def image_array(png: bytes) -> np.ndarray:
+    """A PNG file as an array [H, W, 3 or 4] of float32 in 0..1."""
+    import matplotlib.image
+
+    return matplotlib.image.imread(io.BytesIO(png))
+
+
+def _figure(figsize: tuple[float, float]) -> "Figure":
+    """An empty figure, which needs no display. figsize: width and height in inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=figsize, layout="constrained")
+
+
+def _png(figure: "Figure") -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()

@@ -1,17 +1,13 @@
 """The report of a training in RUN/reports, which rank 0 writes while it runs and at the end."""
 
-import io
 import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
-from tensorboardX import SummaryWriter
-
 from jobs.reports.html import Example, page, picture, side_by_side, table
-from jobs.reports.plots import curves_png, sheet_png
+from jobs.reports.plots import curves_png, image_array, sheet_png
 from pipeline import storage
 
 WRITE_EVERY_S = 60.0
@@ -27,6 +23,8 @@ class TrainReport:
     """
 
     def __init__(self, run: str, history: list[dict[str, Any]], step: int):
+        from tensorboardX import SummaryWriter  # slow, and only rank 0 needs it
+
         self.run, self.history = run, history
         self.examples: list[Example] = []
         self.skipped: list[dict[str, Any]] = []
@@ -43,7 +41,7 @@ class TrainReport:
     def show(self, examples: list[Example], step: int) -> None:
         """Adds originals and their reconstructions at this step."""
         self.examples, self.examples_step = examples, step
-        sheet = matplotlib.image.imread(io.BytesIO(sheet_png([one.views for one in examples])))
+        sheet = image_array(sheet_png([one.views for one in examples]))
         self._events.add_image("reconstructions", sheet[..., :3], step, dataformats="HWC")
 
     @property

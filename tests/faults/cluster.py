@@ -155,15 +155,23 @@ def start_cluster(
 
 
 def without_ray(environment: os._Environ[str] | dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith("RAY_")}
+    """The variables without those of a running Ray. The settings of Ray Train in tests/conftest.py stay."""
+    kept = "RAY_TRAIN_"
+    return {name: value for name, value in environment.items() if not name.startswith("RAY_") or name.startswith(kept)}
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Checks the condition every few milliseconds. Raises AssertionError with `what` after the timeout."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.005)
+    """Checks the condition every few milliseconds. Raises AssertionError with `what` after the timeout.
+
+    A slow check, such as a request to S3, is made less often: it would need the processor that the job needs.
+    """
+    start = time.monotonic()
+    while True:
+        before = time.monotonic()
+        if condition():
+            return
+        assert before < start + timeout_s, f"waited {timeout_s:g} s for {what}"
+        time.sleep(max(0.005, 3 * (time.monotonic() - before)))
 
 
 def _below(pid: int) -> list[psutil.Process]:

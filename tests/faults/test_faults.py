@@ -7,7 +7,7 @@ from tests.faults.kinds import run
 from tests.faults.lab import Lab
 
 SHORT = (
-    "driver and its Ray killed",
+    pytest.param("driver and its Ray killed", marks=pytest.mark.slow),  # tests/jobs/test_resume.py kills drivers
     "workers killed",
     "node killed, with all workers",
     "two drivers, on S3",

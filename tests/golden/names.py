@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,13 +68,6 @@ def place(target: Path, data: bytes) -> None:
 def command(*arguments: str | Path) -> int:
     """`tokenmill ...` in this process; returns its exit code."""
     return main([str(argument) for argument in arguments])
-
-
-def command_alone(*arguments: str | Path) -> int:
-    """The same in a separate process, with its own Ray."""
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    line = [sys.executable, "-m", "jobs", *map(str, arguments)]
-    return subprocess.run(line, env=alone, cwd=GOLDEN.parents[1], timeout=300, check=False).returncode
 
 
 def all_keys() -> str:

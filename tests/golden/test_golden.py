@@ -267,9 +267,10 @@ def test_another_tokenizer_on_an_old_output_exits_with_2(tmp_path: Path):
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_command_resumes_a_half_done_output(half_done: Path):
     given = [f"data.shards={PHOTOS}", f"tokenizer={GOLDEN / RUN_TOKENIZER}", f"output={half_done}"]
-    assert names.command_alone("tokenize", *given, "tokens.passthrough=[txt]") == 4  # 2 of 17 samples are broken
+    assert command("tokenize", *given, "tokens.passthrough=[txt]", "workers.count=1") == 4  # 2 of 17 samples are broken
     assert names.rows_of(half_done).equals(names.rows_of(GOLDEN / "out"))
     assert command("verify", f"output={half_done}", "verify.deep=true") == 0
 
@@ -277,7 +278,8 @@ def test_the_command_resumes_a_half_done_output(half_done: Path):
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_audit_makes_old_rows_again():
-    assert command("audit", f"output={GOLDEN / 'out'}", f"tokenizer={GOLDEN / RUN_TOKENIZER}") == 0
+    given = (f"output={GOLDEN / 'out'}", f"tokenizer={GOLDEN / RUN_TOKENIZER}", "workers.count=1")
+    assert command("audit", *given) == 0
 
 
 def history(run: Path) -> list[dict[str, float]]:
@@ -337,7 +339,7 @@ def test_a_new_training_has_the_same_losses_and_names(tmp_path: Path):
 def test_the_same_codebook_is_made_of_cached_latents(run: Path):
     shutil.rmtree(run / "tokenizers")
     (run / "reports/codebook-vp_vae-K16.json").unlink()
-    given = ["codebook.cache=true", "codebook.max_latents=200"]
+    given = ["codebook.cache=true", "codebook.max_latents=200", "workers.count=1"]
     assert command("codebook", run / "config.yaml", f"run={run}", *given) == 0
     new, old = (names.load(root / "tokenizers/vp_vae-K16") for root in (run, GOLDEN / "run"))
     torch.testing.assert_close(names.codebook_of(new), names.codebook_of(old), rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ from jobs.shards import encode_shard
 from pipeline.corpus.shards import find_shards
 from pipeline.tokens import Output
 from tests.corpus import encoded, picture
+from tests.faults.cluster import without_ray
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.tokenizer import Tokenizer
 
@@ -121,12 +122,11 @@ def children_titled(start: str) -> list[psutil.Process]:
 @contextlib.contextmanager
 def driver_in_a_session(arguments: list[str], log: Path = Path(os.devnull)) -> Iterator[subprocess.Popen]:
     """Runs `tokenmill ...` with its own Ray, and prints to the log. All their processes are killed at the end."""
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs", *arguments],
             start_new_session=True,
-            env=alone,
+            env=without_ray(os.environ),
             preexec_fn=_take_ctrl_c,
             stdout=file,
             stderr=subprocess.STDOUT,

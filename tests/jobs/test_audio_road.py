@@ -61,6 +61,7 @@ def road(ray_cluster, tmp_path_factory) -> Path:
         "train": {"steps": 3, "batch_size": 4, "crop_size": 4800, "log_every": 1},
         "tokens": {"max_bad_fraction": 0.9},
         "limit": 3,
+        "workers": {"count": 1},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     assert main(["train", str(folder / "config.yaml")]) == 0

@@ -23,12 +23,16 @@ TWO = WorkersConfig(count=2, cpus=0.25)
 
 
 class Scripted(ShardWorker):
-    """Does what the shard's URL says, `verb-number`. Notes each start as a file, so that tries can be counted."""
+    """Does what the shard's URL says, `verb-number`. Notes each start as a file, so that tries can be counted.
+
+    Does not import torch, since the tests start and kill some sixty workers.
+    """
 
     in_flight = 2
 
     def __init__(self, notes: str, **resources):
-        super().__init__(**resources)
+        self.ticked: dict[str, float] = {}
+        self.device_lock = threading.Lock()
         self.notes = Path(notes)
 
     def process(self, shard: Shard) -> tuple[str, str, int]:

@@ -36,7 +36,7 @@ def output(corpus: Path, tokenizer: str) -> Output:
 
 def command(corpus: Path, tokenizer: str, *more: str) -> list[str]:
     given = [f"data.shards={corpus}/*.tar", f"tokenizer={tokenizer}", f"output={corpus.parent}/out"]
-    return ["tokenize", *given, "tokens.max_bad_fraction=0.5", *more]
+    return ["tokenize", *given, "tokens.max_bad_fraction=0.5", "workers.count=1", *more]
 
 
 def file(output: Output, folder: str, index: int) -> Path:

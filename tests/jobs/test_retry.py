@@ -133,7 +133,8 @@ def test_the_command_recovers_samples_and_failed_shards_until_only_the_bad_are_l
     output.add_inputs(find_shards(str(late)))
     output.record_failure(find_shards(str(late)).shards[0], f"{late}: there was no such shard", now=1.0)
     low_limit.undo()
-    command = ["retry", f"output={output.url}", f"tokenizer={tokenizer}", "tokens.encoding=packed"]  # ignored
+    command = ["retry", f"output={output.url}", f"tokenizer={tokenizer}", "workers.count=1"]
+    command += ["tokens.encoding=packed"]  # ignored
     assert main(command) == 4  # 1 of 15 is still bad
     printed = capsys.readouterr().out
     assert "2 quarantined samples in 1 shards, and 1 failed shards" in printed

@@ -22,7 +22,7 @@ from pipeline.tokens import Output, TokenDataset
 from tests.jobs.helpers import SAMPLES, TINY_NET, driver_in_a_session, make_a_checkpoint
 from tokenizer.tokenizer import Tokenizer
 
-STEPS = 120
+STEPS = 60
 SETTINGS = {
     "data": {"shards": f"{SAMPLES}/heldout/*.tar"},
     "model": {"net": {**TINY_NET, "patch_size": 4}},
@@ -64,7 +64,8 @@ def frozen(trained: Path) -> Path:
 @pytest.fixture(scope="module")
 def tokenized(frozen: Path) -> Path:
     """The same folder, with an output of the smaller one."""
-    assert main(["tokenize", str(frozen / "config.yaml"), f"tokenizer={frozen}/run/tokenizers/vp_vae-K16"]) == 0
+    chosen = [f"tokenizer={frozen}/run/tokenizers/vp_vae-K16", "workers.count=1"]
+    assert main(["tokenize", str(frozen / "config.yaml"), *chosen]) == 0
     return frozen
 
 
@@ -266,9 +267,8 @@ def test_a_killed_training_resumes_with_the_same_result(
     """Bit by bit: weights, optimizer, random numbers, queue and position in the corpus are all in the checkpoint."""
     file = config(tmp_path)
     checkpoints = tmp_path / "run/checkpoints/checkpoint_manager_snapshot.json"
-    # Ray Train records checkpoints every 2 s; with one at each step the run is long enough for that
     with driver_in_a_session(["train", file, "train.checkpoint_every=1"]) as driver:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not (checkpoints.exists() and "checkpoint_20" in checkpoints.read_text()):
             assert time.monotonic() < deadline
             assert driver.poll() is None
@@ -425,7 +425,7 @@ def test_weights_named_by_a_relative_path_are_found_by_workers_in_another_folder
 @pytest.mark.ray
 def test_a_setting_that_only_the_codebook_reads_can_change_after_training(frozen: Path):
     config = str(frozen / "config.yaml")
-    assert main(["codebook", config, "codebook.settings={balance: 1}"]) == 0
+    assert main(["codebook", config, "codebook.settings={balance: 1}", "workers.count=1"]) == 0
     plain, balanced = (
         Tokenizer.from_pretrained(frozen / "run/tokenizers" / name) for name in ("vp_vae-K16", "vp_vae-K16-balance1")
     )

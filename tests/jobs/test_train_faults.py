@@ -94,10 +94,6 @@ def meanwhile(condition: Callable[[], object], act: Callable[[], None]) -> Itera
     assert not failed, failed
 
 
-def sigterm_myself() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -111,6 +107,11 @@ def stopped(
     """
     with meanwhile(lambda: noted_step(folder) > after, act):
         assert main(command) == code
+    return step_of_stopped(folder, after, workers)
+
+
+def step_of_stopped(folder: Path, after: int, workers: int) -> int:
+    """The step at which the run in folder/run stopped, after step `after`, with every sample accounted for."""
     assert not (folder / "run/model").exists()
     step, taken = samples_taken(folder)
     assert after < step < STEPS
@@ -140,24 +141,18 @@ def calm(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ray
-def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothing(
+def test_an_outage_and_a_killed_worker_one_after_the_other_change_nothing(
     calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """One run for all three faults, since Ray Train takes long to start. The command is always the same."""
+    """One run for both faults, since Ray Train takes long to start. The command is always the same."""
     for shard in (SAMPLES / "heldout").glob("*.tar"):
         shutil.copy(shard, tmp_path)
     command = ["train", config(tmp_path), f"data.shards={tmp_path}/*.tar", "train.max_failures=1"]
 
-    step = stopped(command, tmp_path, sigterm_myself, 143)
-    printed = capsys.readouterr().out
-    assert f"train: stopped: at step {step}, on request; rerun the same command to resume from there" in printed
-    assert "tokenmill train: exit 143: terminated (SIGTERM); rerun the same command to continue" in printed
-
-    # Now a shard can no longer be opened, which one rank notices in the next epoch.
+    # A shard can no longer be opened, which one rank notices in the next epoch.
     struck, away = tmp_path / "photos-001.tar", tmp_path / "away"
-    before, step = step, stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), 3, after=step)
+    step = stopped(command, tmp_path, lambda: replace_by_a_loop(struck, away), 3)
     printed = capsys.readouterr().out
-    assert f"resuming from the checkpoint of step {before}\n" in printed
     assert f"train: {struck}: cannot be read to its end (OSError: [Errno 40]" in printed
     assert f"stopped: at step {step}, because there are no more samples; rerun the same command" in printed
     away.replace(struck)
@@ -165,6 +160,7 @@ def test_sigterm_an_outage_and_a_killed_worker_one_after_the_other_change_nothin
     killed: list[str] = []
     with meanwhile(lambda: noted_step(tmp_path) > step, lambda: kill_a_worker(killed)):
         assert main(command) == 0
+    assert f"resuming from the checkpoint of step {step}\n" in capsys.readouterr().out
     assert len(killed) == 1
     assert_the_same_training(tmp_path, calm)
 
@@ -254,24 +250,40 @@ def test_a_corpus_without_a_good_sample_ends_training_and_leaves_the_run_free(
 
 @pytest.mark.ray
 @pytest.mark.s3
-def test_a_run_on_s3_is_stopped_and_resumed(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_on_s3_is_stopped_by_sigterm_and_resumed_with_the_same_result(
+    calm: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     s3.use(monkeypatch)
     run = f"{s3.url}/train-faults"
-    file = config(tmp_path, run)
-    with driver_in_a_session(["train", file]) as driver:
+    file, printed = config(tmp_path, run), tmp_path / "log"
+    with driver_in_a_session(["train", file], printed) as driver:
         snapshot = f"{run}/checkpoints/checkpoint_manager_snapshot.json"
         wait_for(lambda: driver.poll() is not None or storage.exists(snapshot), START_S, "a checkpoint")
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(START_S) == 143
-    rows = storage.read(f"{run}/reports/train.jsonl").splitlines()
-    assert 0 < len(rows) < STEPS
-    with driver_in_a_session(["train", file, "train.checkpoint_every=8"]) as driver:
+    fetch(run, tmp_path / "run")
+    step, rows = step_of_stopped(tmp_path, after=0, workers=2), log(tmp_path)
+    told = f"train: stopped: at step {step}, on request; rerun the same command to resume from there"
+    assert told in printed.read_text()
+    told = "tokenmill train: exit 143: terminated (SIGTERM); rerun the same command to continue"
+    assert told in printed.read_text()
+
+    with driver_in_a_session(["train", file, "train.checkpoint_every=8"], printed) as driver:
         assert driver.wait(2 * START_S) == 0
-    after = storage.read(f"{run}/reports/train.jsonl").splitlines()
-    assert len(after) == STEPS
-    assert after[: len(rows)] == rows  # also the same times, which shows that those steps were not repeated
-    assert storage.exists(f"{run}/model/model.safetensors")
+    assert f"resuming from the checkpoint of step {step}\n" in printed.read_text()
+    fetch(run, tmp_path / "run")
+    assert_the_same_training(tmp_path, calm)
+    assert log(tmp_path)[: len(rows)] == rows  # also the same times, which shows that those steps were not repeated
     assert len(storage.glob(f"{run}/checkpoints/*/state.pt")) == 2  # train.keep_checkpoints
+
+
+def fetch(url: str, folder: Path) -> None:
+    """A copy of the objects below the URL, instead of what was in the folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for found in storage.glob(f"{url}/**"):
+        place = folder / found.url.removeprefix(f"{url}/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(storage.read(found.url))
 
 
 # -- a node is lost -----------------------------------------------------------------------------------------------
@@ -307,7 +319,8 @@ def test_a_killed_node_is_replaced_and_training_continues(cluster: Cluster, tmp_
 @pytest.mark.faults
 def test_a_node_that_is_about_to_be_lost_causes_a_checkpoint(cluster: Cluster, tmp_path: Path):
     """The run would take hours, and no other checkpoint is due in it."""
-    environment = {**cluster.client_environment(), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    watching = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    environment = {**cluster.client_environment(), **watching}
     endless = ["train.checkpoint_every=1000000", "train.steps=1000000", "workers.count=1"]
     command = [sys.executable, "-m", "jobs", "train", config(tmp_path), *endless]
     with (tmp_path / "log").open("wb") as printed:

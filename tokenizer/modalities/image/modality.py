@@ -15,7 +15,6 @@ import torch
 from PIL import Image as PIL
 from PIL import ImageOps
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from tokenizer.errors import BadSample
 from tokenizer.modalities.base import MODALITIES, Decoded, Metrics, Modality, PaddedBatch
@@ -283,6 +282,8 @@ def _ssim(x: Tensor, x_hat: Tensor) -> Tensor:
 
     Differs: torchmetrics pads the borders by reflection, and Wang leaves them out: up to 0.1 for pictures of 11..40 px.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim  # 2 s, which few workers need
+
     if min(x.shape[2:]) < SSIM_WINDOW:
         return x.new_full((len(x),), math.nan)
     return torch.atleast_1d(ssim(x_hat, x, data_range=1.0, reduction="none"))
