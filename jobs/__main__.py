@@ -10,6 +10,8 @@ import errno
 import importlib
 import importlib.metadata
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -114,6 +116,7 @@ def _run(command: str, arguments: list[str]) -> int:
             _refuse_uploaded(config)
             job = importlib.import_module(COMMANDS[command][0])
             storage.configure(config.storage.options, config.storage.create_only, url_secrets)
+            config.command = storage.without_values(_command_line(command, arguments))
             return _finish(command, job.run(config))
     except mistakes as error:
         return _finish(command, 2, str(error))
@@ -131,6 +134,12 @@ def _run(command: str, arguments: list[str]) -> int:
         return _finish(command, 130)
     except Terminated:
         return _finish(command, 143)
+
+
+def _command_line(command: str, arguments: list[str]) -> str:
+    """The command as a user would type it, without the values of `storage`, which may be secrets."""
+    shown = [re.sub(r"^((--)?storage\.[^=]*)=.*", r"\1=...", argument, flags=re.S) for argument in arguments]
+    return shlex.join(["tokenmill", command, *shown])
 
 
 # errors of the machine rather than of the command: a disk that is full or fails, too many open files

@@ -422,6 +422,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self.written: dict[str, str] = {}  # keys from environment variables, as they are written; load_config sets it
+        self.command = ""  # the command line, without secrets, for reports; jobs/__main__.py sets it
 
     def with_changes(self, **changes: Any) -> "Config":
         """A copy with other values at these keys. dataclasses.replace would lose `written`."""

@@ -111,4 +111,4 @@ def test_evaluate_reports_quality_and_has_audio_players(road, capsys):
     assert {"pesq", "stoi", "si_sdr", "mel_distance", "cvu", "kbps"} <= set(numbers)
     page = report.with_suffix(".html").read_text()
     assert page.count("<audio controls") == 2 * 3
-    assert page.count("data:audio/wav;base64") == 2 * 3
+    assert page.count("data:audio/flac;base64") == 2 * 3

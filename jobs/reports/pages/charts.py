@@ -1,0 +1,213 @@
+"""Charts as SVG elements. Their colours are classes of style.css, so they fit light and dark pages."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 520, 260
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+COLORS = 10  # series classes s0..s9
+MOST_POINTS = 400  # of a line
+
+
+@dataclass
+class Series:
+    """A line: x and y of equal length. spread: half the length of an error bar at each point; 0 draws none."""
+
+    name: str
+    x: list[float]
+    y: list[float]
+    spread: list[float] = field(default_factory=list)
+    dashed: bool = False
+
+
+@dataclass
+class Axis:
+    """Maps values to pixels. pixels: where low and high are."""
+
+    low: float
+    high: float
+    pixels: tuple[float, float]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.log else (
+            self.low, self.high, value)  # fmt: skip
+        start, end = self.pixels
+        return start + (value - low) / ((high - low) or 1) * (end - start)
+
+    def ticks(self) -> list[float]:
+        if self.log:
+            return _log_ticks(self.low, self.high)
+        step = _nice_step((self.high - self.low) / 4)
+        first = math.ceil(self.low / step - 1e-9)
+        return [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def line_chart(series: Sequence[Series], x_label: str = "", y_label: str = "", *, log_x: bool = False) -> Markup:
+    """Lines with error bars, and a legend if there are several. A single point in all has no chart: show its number."""
+    series = [thinned(one) for one in series if one.x]
+    xs = [x for one in series for x in one.x]
+    lows = [y - s for one in series for y, s in zip(one.y, one.spread or [0] * len(one.y), strict=True)]
+    highs = [y + s for one in series for y, s in zip(one.y, one.spread or [0] * len(one.y), strict=True)]
+    x_axis = Axis(*_range(xs, 0.04 if log_x else 0.0, log_x), (LEFT, WIDTH - RIGHT), log_x)
+    y_axis = Axis(*_range([*lows, *highs], 0.06), (HEIGHT - BOTTOM, TOP))
+    lines = [_line(one, i, x_axis, y_axis) for i, one in enumerate(series)]
+    return _figure([_grid(x_axis, y_axis, x_label, y_label), *lines], y_label or x_label, legend(series))
+
+
+def histogram(values: Sequence[float], x_label: str, bins: int = 24) -> Markup:
+    """How many values are in each interval."""
+    finite = np.asarray([value for value in values if math.isfinite(value)])
+    counts, edges = np.histogram(finite, bins=min(bins, max(1, len(set(finite.tolist())))))
+    x_axis = Axis(float(edges[0]), float(edges[-1]), (LEFT, WIDTH - RIGHT))
+    y_axis = Axis(0, float(counts.max()) * 1.06, (HEIGHT - BOTTOM, TOP))
+    bars = []
+    for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        left, right, top = x_axis.place(low), x_axis.place(high), y_axis.place(count)
+        title = f"{low:.4g} to {high:.4g}: {count}"
+        bars.append(
+            f'<rect class="bar" x="{left + 0.5:.1f}" y="{top:.1f}" width="{max(0.5, right - left - 1):.1f}" '
+            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{title}</title></rect>'
+        )
+    mean = x_axis.place(float(finite.mean()))
+    bars.append(f'<path class="reference" d="M{mean:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+    bars.append(f'<text class="note" x="{mean + 4:.1f}" y="{TOP + 10}">mean {finite.mean():.4g}</text>')
+    return _figure([_grid(x_axis, y_axis, x_label, "samples"), *bars], f"histogram of {x_label}")
+
+
+def usage_chart(counts: np.ndarray) -> Markup:
+    """The share of tokens of each code, from the most to the least frequent, against an even use. counts [K]."""
+    shares = np.sort(counts)[::-1] / max(1, counts.sum())
+    ranks = np.unique(np.linspace(0, len(shares) - 1, min(MOST_POINTS, len(shares))).astype(int))
+    x_axis = Axis(1, max(2, len(shares)), (LEFT, WIDTH - RIGHT))
+    y_axis = Axis(0, max(float(shares[0]), 1 / len(shares)) * 106, (HEIGHT - BOTTOM, TOP))
+    points = [(x_axis.place(rank + 1), y_axis.place(100 * float(shares[rank]))) for rank in ranks.tolist()]
+    floor = HEIGHT - BOTTOM
+    area = f"M{LEFT} {floor}L" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + f"L{points[-1][0]:.1f} {floor}Z"
+    even = y_axis.place(100 / len(shares))
+    marks = [
+        f'<path class="area" d="{area}"/>',
+        f'<path class="reference" d="M{LEFT} {even:.1f}H{WIDTH - RIGHT}"/>',
+        f'<text class="note" x="{WIDTH - RIGHT}" y="{even - 5:.1f}" text-anchor="end">even use</text>',
+    ]
+    return _figure([_grid(x_axis, y_axis, "code, by rank", "% of tokens"), *marks], "usage of codes")
+
+
+def scatter(groups: Sequence[tuple[str, np.ndarray]], x_label: str, y_label: str) -> Markup:
+    """Points of several groups, each [N, 2]. Both axes have one scale."""
+    points = np.concatenate([group for _, group in groups])
+    low, high = points.min(axis=0), points.max(axis=0)
+    size = max(float((high - low).max()), 1e-9) * 1.06
+    middle = (low + high) / 2
+    side = 420
+    x_axis = Axis(float(middle[0] - size / 2), float(middle[0] + size / 2), (LEFT, side - RIGHT))
+    y_axis = Axis(float(middle[1] - size / 2), float(middle[1] + size / 2), (side - BOTTOM, TOP))
+    parts = [_grid(x_axis, y_axis, x_label, y_label)]
+    for place, (name, group) in enumerate(groups):
+        dots = "".join(f"M{x_axis.place(x):.1f} {y_axis.place(y):.1f}h0" for x, y in group.tolist())
+        parts.append(f'<path class="dots s{place}" d="{dots}"><title>{escape(name)}</title></path>')
+    names = [Series(name, [], []) for name, _ in groups]
+    return _figure(parts, "scatter plot", legend(names), side, side)
+
+
+def legend(series: Sequence[Series]) -> Markup:
+    """Empty for a single series."""
+    if len(series) < 2:
+        return Markup()
+    items = [
+        f'<li><i class="s{i % COLORS}{" dashed" if one.dashed else ""}"></i>{escape(one.name)}</li>'
+        for i, one in enumerate(series)
+    ]
+    return Markup(f'<ul class="legend">{"".join(items)}</ul>')
+
+
+def thinned(one: Series) -> Series:
+    """The series with MOST_POINTS points at most, evenly chosen, with the first and the last one."""
+    if len(one.x) <= MOST_POINTS:
+        return one
+    kept = np.unique(np.linspace(0, len(one.x) - 1, MOST_POINTS).astype(int)).tolist()
+    spread = [one.spread[i] for i in kept] if one.spread else []
+    return Series(one.name, [one.x[i] for i in kept], [one.y[i] for i in kept], spread, one.dashed)
+
+
+def _line(one: Series, place: int, x_axis: Axis, y_axis: Axis) -> str:
+    points = [(x_axis.place(x), y_axis.place(y)) for x, y in zip(one.x, one.y, strict=True)]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    style = f"s{place % COLORS}"
+    parts = [f'<path class="line {style}{" dashed" if one.dashed else ""}" d="{path}"/>'] if len(points) > 1 else []
+    for (px, _), y, spread in zip(points, one.y, one.spread or [0.0] * len(one.y), strict=True):
+        if spread > 0:
+            top, bottom = y_axis.place(y + spread), y_axis.place(y - spread)
+            parts.append(f'<path class="whisker {style}" d="M{px - 4:.1f} {top:.1f}h8m-4 0V{bottom:.1f}m-4 0h8"/>')
+    few = len(points) <= 60
+    for (px, py), x, y in zip(points, one.x, one.y, strict=True):
+        label = f"{one.name}: {y:.4g} at {x:g}" if one.name else f"{y:.4g} at {x:g}"
+        parts.append(
+            f'<circle class="{"dot" if few else "hit"} {style}" cx="{px:.1f}" cy="{py:.1f}" r="{3 if few else 5}">'
+            f"<title>{escape(label)}</title></circle>"
+        )
+    return "".join(parts)
+
+
+def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
+    left, right = x_axis.pixels
+    bottom, top = y_axis.pixels
+    parts = []
+    for tick in y_axis.ticks():
+        y = y_axis.place(tick)
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+    for tick in x_axis.ticks():
+        x = x_axis.place(tick)
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_number(tick)}</text>')
+    parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
+    parts.append(f'<text class="name" x="{(left + right) / 2}" y="{bottom + 33}" text-anchor="middle">'
+                 f"{escape(x_label)}</text>")  # fmt: skip
+    middle = (top + bottom) / 2
+    parts.append(f'<text class="name" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
+                 f"{escape(y_label)}</text>")  # fmt: skip
+    return "".join(parts)
+
+
+def _figure(parts: Sequence[str], label: str, below: str = "", width: int = WIDTH, height: int = HEIGHT) -> Markup:
+    return Markup(
+        f'<div class="chart"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>{below}</div>"
+    )
+
+
+def _range(values: Sequence[float], margin: float, log: bool = False) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    if log:
+        factor = max(high / low, 1.0) ** margin if high > low else 2.0
+        return low / factor, high * factor
+    if low == high:
+        return low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+    return low - margin * (high - low), high + margin * (high - low)
+
+
+def _nice_step(step: float) -> float:
+    """The next larger of 1, 2, 2.5 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
+    return next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= step * 0.999)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of two, every second one if there are many."""
+    first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
+    every = max(1, (last - first) // 6 + (last - first > 6))
+    return [2.0**i for i in range(first, last + 1, every)] or [low]
+
+
+def _number(value: float) -> str:
+    """Short: 12k for 12000."""
+    value = 0.0 if abs(value) < 1e-12 else value
+    for size, letter in ((1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
+    return f"{value:.4g}"

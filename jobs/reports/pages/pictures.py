@@ -1,0 +1,97 @@
+"""Cards of pictures: an original, its reconstruction, where they differ, and their tokens."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image
+
+from jobs.reports.pages.document import data_url
+
+ERROR_SCALE = 64  # the absolute error, of 255, with the brightest colour
+LARGEST_SIDE = 512  # of an embedded picture; a larger one is shrunk
+TINY_SIDE = 48  # pictures up to this side are enlarged with sharp pixels
+PNG_BUDGET = 2_500_000  # bytes of all pictures of a page as PNG; above it they are WebP
+
+
+def as_array(png: bytes) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def shrunk(array: np.ndarray, side: int = LARGEST_SIDE) -> np.ndarray:
+    """The picture with no side above this; unchanged if it is smaller."""
+    height, width = array.shape[:2]
+    if max(height, width) <= side:
+        return array
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
+
+
+def as_url(array: np.ndarray, *, lossless: bool = True, quality: int = 90) -> str:
+    """A data URL: PNG, or else WebP."""
+    out = io.BytesIO()
+    if lossless:
+        Image.fromarray(array).save(out, format="PNG", optimize=True)
+        return data_url(out.getvalue(), "image/png")
+    Image.fromarray(array).save(out, format="WEBP", quality=quality, method=4)
+    return data_url(out.getvalue(), "image/webp")
+
+
+def error_map(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+    """The mean absolute error of the three channels as a colour: uint8 [H, W, 3]."""
+    error = np.abs(original.astype(np.float32) - reconstruction).mean(axis=-1) / ERROR_SCALE
+    return (colormaps["inferno"](error.clip(0, 1))[..., :3] * 255).astype(np.uint8)
+
+
+def error_scale() -> str:
+    """The colours of error maps, for CSS."""
+    stops = [colormaps["inferno"](i / 8)[:3] for i in range(9)]
+    return (
+        "linear-gradient(90deg,"
+        + ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in s)) for s in stops)
+        + ")"
+    )
+
+
+def flat_patches(array: np.ndarray, factor: int) -> np.ndarray:
+    """The picture with each factor x factor patch replaced by its mean colour."""
+    height, width = array.shape[:2]
+    padded = np.pad(array, ((0, -height % factor), (0, -width % factor), (0, 0)), mode="edge").astype(np.float64)
+    blocks = padded.reshape(padded.shape[0] // factor, factor, padded.shape[1] // factor, factor, 3)
+    means = blocks.mean(axis=(1, 3)).round()
+    return means.repeat(factor, axis=0).repeat(factor, axis=1)[:height, :width].astype(np.uint8)
+
+
+def psnr(original: np.ndarray, other: np.ndarray) -> float:
+    """In dB, of 8-bit pixels, 100 at most."""
+    mse = float(np.mean((original.astype(np.float64) - other) ** 2)) / 255**2
+    return float(-10 * np.log10(max(mse, 1e-10)))
+
+
+def picture_cards(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
+    """The pictures of each card. Above PNG_BUDGET they are shrunk to WebP, which `is_lossless` says."""
+    originals, others = ([shrunk(array) for array in side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
+    lossless = _png_size([*originals, *others]) <= PNG_BUDGET
+    cards = []
+    for original, other in zip(originals, others, strict=True):
+        height, width = original.shape[:2]
+        sides = {
+            "original": as_url(original, lossless=lossless),
+            "reconstruction": as_url(other, lossless=lossless),
+            "error": as_url(error_map(original, other), lossless=False, quality=75),
+        }
+        cards.append({**sides, "width": width, "height": height, "tiny": max(height, width) <= TINY_SIDE})
+    return cards
+
+
+def _png_size(arrays: Sequence[np.ndarray]) -> int:
+    """Bytes of the arrays as PNG, estimated from the first of them."""
+    some = arrays[:8]
+    if not some:
+        return 0
+    sizes = [len(as_url(array)) for array in some]
+    return round(sum(sizes) / sum(array.size for array in some) * sum(array.size for array in arrays))
