@@ -97,6 +97,31 @@ def usage_chart(counts: np.ndarray) -> Markup:
     return _figure([_grid(x_axis, y_axis, "code, by rank", "% of tokens"), *marks], "usage of codes")
 
 
+def dots(rows: Sequence[tuple[str, float, float]], x_label: str) -> Markup:
+    """A value with an error bar for each name, below each other. rows: name, value, half the length of the bar."""
+    finite = [row for row in rows if math.isfinite(row[1])]
+    longest = max((len(name) for name, _, _ in finite), default=0)
+    left, height = min(230, 20 + 7 * longest), TOP + 24 * len(finite) + BOTTOM
+    low, high = _range([edge for _, value, half in finite for edge in (value - half, value + half)], 0.05)
+    x_axis, bottom = Axis(low, high, (left, WIDTH - RIGHT)), height - BOTTOM
+    parts = [_x_axis(x_axis, bottom, x_label, grid_top=TOP)]
+    for place, (name, value, half) in enumerate(finite):
+        y, x = TOP + 24 * place + 12, x_axis.place(value)
+        parts.append(
+            f'<text class="name" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(_cut(name, 31))}</text>'
+        )
+        if half > 0:
+            start, end = x_axis.place(value - half), x_axis.place(value + half)
+            parts.append(f'<path class="whisker s0" d="M{start:.1f} {y - 4}v8m0 -4H{end:.1f}m0 -4v8"/>')
+        title = f"{name}: {value:.4g}" + (f" ± {half:.3g}" if half > 0 else "")
+        parts.append(f'<circle class="dot s0" cx="{x:.1f}" cy="{y}" r="4"><title>{escape(title)}</title></circle>')
+    return _figure(parts, x_label, height=height)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def scatter(groups: Sequence[tuple[str, np.ndarray]], x_label: str, y_label: str) -> Markup:
     """Points of several groups, each [N, 2]. Both axes have one scale."""
     points = np.concatenate([group for _, group in groups])
@@ -119,7 +144,7 @@ def legend(series: Sequence[Series]) -> Markup:
     if len(series) < 2:
         return Markup()
     items = [
-        f'<li><i class="s{i % COLORS}{" dashed" if one.dashed else ""}"></i>{escape(one.name)}</li>'
+        f'<li><i class="s{i % COLORS}{" dashed" if one.dashed or i >= COLORS else ""}"></i>{escape(one.name)}</li>'
         for i, one in enumerate(series)
     ]
     return Markup(f'<ul class="legend">{"".join(items)}</ul>')
@@ -137,8 +162,8 @@ def thinned(one: Series) -> Series:
 def _line(one: Series, place: int, x_axis: Axis, y_axis: Axis) -> str:
     points = [(x_axis.place(x), y_axis.place(y)) for x, y in zip(one.x, one.y, strict=True)]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    style = f"s{place % COLORS}"
-    parts = [f'<path class="line {style}{" dashed" if one.dashed else ""}" d="{path}"/>'] if len(points) > 1 else []
+    style, dashed = f"s{place % COLORS}", " dashed" if one.dashed or place >= COLORS else ""
+    parts = [f'<path class="line {style}{dashed}" d="{path}"/>'] if len(points) > 1 else []
     for (px, _), y, spread in zip(points, one.y, one.spread or [0.0] * len(one.y), strict=True):
         if spread > 0:
             top, bottom = y_axis.place(y + spread), y_axis.place(y - spread)
@@ -161,16 +186,24 @@ def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
         y = y_axis.place(tick)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in x_axis.ticks():
-        x = x_axis.place(tick)
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_number(tick)}</text>')
-    parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
-    parts.append(f'<text class="name" x="{(left + right) / 2}" y="{bottom + 33}" text-anchor="middle">'
-                 f"{escape(x_label)}</text>")  # fmt: skip
+    parts.append(_x_axis(x_axis, bottom, x_label))
     middle = (top + bottom) / 2
     parts.append(f'<text class="name" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
                  f"{escape(y_label)}</text>")  # fmt: skip
     return "".join(parts)
+
+
+def _x_axis(axis: Axis, bottom: float, label: str, grid_top: float | None = None) -> str:
+    """grid_top: where vertical grid lines end; None draws none."""
+    left, right = axis.pixels
+    parts = []
+    for tick in axis.ticks():
+        x = axis.place(tick)
+        if grid_top is not None:
+            parts.append(f'<path class="grid" d="M{x:.1f} {bottom}V{grid_top}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_number(tick, axis.log)}</text>')
+    name = f'<text class="name" x="{(left + right) / 2}" y="{bottom + 33}" text-anchor="middle">{escape(label)}</text>'
+    return "".join([*parts, f'<path class="axis" d="M{left} {bottom}H{right}"/>', name])
 
 
 def _figure(parts: Sequence[str], label: str, below: str = "", width: int = WIDTH, height: int = HEIGHT) -> Markup:
@@ -204,8 +237,10 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [2.0**i for i in range(first, last + 1, every)] or [low]
 
 
-def _number(value: float) -> str:
-    """Short: 12k for 12000."""
+def _number(value: float, exact: bool = False) -> str:
+    """Short, such as 12k for 12000, unless it has to be exact."""
+    if exact and value >= 1:
+        return f"{value:,.0f}"
     value = 0.0 if abs(value) < 1e-12 else value
     for size, letter in ((1e6, "M"), (1e4, "k")):
         if abs(value) >= size:

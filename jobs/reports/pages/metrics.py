@@ -28,6 +28,15 @@ class Metric:
     def with_unit(self, value: Any) -> str:
         return f"{self.text(value)} {self.unit}".rstrip()
 
+    def with_spread(self, value: Any, spread: float) -> str:
+        """The value and its standard deviation, with the same digits; without it if that is 0 or not defined."""
+        if not spread > 0 or self.text(value) == "-":
+            return self.text(value)
+        if self.form[-1] != "g":
+            return f"{self.text(value)} ± {self.text(spread)}"
+        digits = min(8, max(0, 3 - math.floor(math.log10(abs(value) or 1)) - 1))
+        return f"{value:,.{digits}f} ± {spread:,.{digits}f}"
+
     @property
     def direction(self) -> str:
         return {HIGHER: "higher is better", LOWER: "lower is better", NEITHER: ""}[self.better]
@@ -62,16 +71,16 @@ METRICS: dict[str, Metric] = {
         "codes",
         HIGHER,
         "Codes that would carry as much information if all were used equally: from 1 to the codebook size.",
-        ".1f",
+        ",.1f",
     ),
     "perplexity_per_batch": Metric(
         "perplexity per batch",
         "codes",
         HIGHER,
         "Mean perplexity of the tokens of one batch; few tokens make it smaller.",
-        ".1f",
+        ",.1f",
     ),
-    "soft_perplexity": Metric("soft perplexity", "codes", HIGHER, "Perplexity of the mean code probabilities.", ".1f"),
+    "soft_perplexity": Metric("soft perplexity", "codes", HIGHER, "Perplexity of the mean code probabilities.", ",.1f"),
     "cvu": Metric("CVU", "", HIGHER, "Codebook usage: perplexity divided by the number of codes.", ".3f"),
     "cvu_target": Metric("CVU of K", "", HIGHER, "Perplexity divided by the requested number of codes.", ".3f"),
     "cvu_per_dim": Metric("CVU per dimension", "", HIGHER, "Mean usage of the values of each dimension.", ".3f"),
@@ -130,7 +139,7 @@ METRICS: dict[str, Metric] = {
     "posterior_std": Metric("posterior std", "", NEITHER, ""),
     "revived": Metric("revived codes", "codes", NEITHER, "Unused codes that were moved.", "count"),
     "lr": Metric("learning rate", "", NEITHER, "", ".3g"),
-    "samples_per_s": Metric("speed", "samples/s", HIGHER, "Training samples per second, over all workers.", ".1f"),
+    "samples_per_s": Metric("speed", "samples/s", HIGHER, "Training samples per second, over all workers.", ",.1f"),
     "seconds_per_step": Metric("time per step", "s", LOWER, "", ".3f"),
     "data_wait_share": Metric(
         "data wait", "", LOWER, "Share of the time that the first worker waited for samples.", ".1%"

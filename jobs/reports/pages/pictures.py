@@ -95,3 +95,10 @@ def _png_size(arrays: Sequence[np.ndarray]) -> int:
         return 0
     sizes = [len(as_url(array)) for array in some]
     return round(sum(sizes) / sum(array.size for array in some) * sum(array.size for array in arrays))
+
+
+def compact_urls(pngs: Sequence[bytes], budget: int = PNG_BUDGET, side: int = 256) -> list[str]:
+    """Data URLs of pictures: as they are if they fit into the budget, else shrunk to WebP."""
+    if sum(map(len, pngs)) <= budget:
+        return [data_url(png, "image/png") for png in pngs]
+    return [as_url(shrunk(as_array(png), side), lossless=False, quality=85) for png in pngs]

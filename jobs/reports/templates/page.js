@@ -129,7 +129,7 @@ if (frames.length) {
   const button = (text, title, action) => { const b = make("button", { type: "button", textContent: text, title }); b.addEventListener("click", action); return b; };
   const header = make("header");
   const cardOf = frame => frame.closest("[data-pair]") ?? frame.closest(".pair");
-  const cards = () => [...new Set(all(".frame").map(cardOf))].filter(card => !card.hidden);
+  const cards = () => [...new Set(all(".frame").map(cardOf))].filter(card => card.offsetParent !== null);
   const sourceOf = view => state.card.querySelector(`[data-view="${view}"] img`) ?? (view === "original" && state.card.dataset.pair
     ? document.querySelector(`[data-original="${state.card.dataset.pair}"] img`) : null);
   const copy = (image, className = "") => {
