@@ -33,6 +33,7 @@ COMMANDS = {  # name: (module, summary); a module is imported only to run its co
     "retry": ("jobs.retry", "process quarantined samples and failed shards again"),
     "decode": ("jobs.decode", "decode token rows to images or audio files"),
     "export": ("jobs.export", "write the tokens in the format of another reader, such as nanoGPT or WebDataset"),
+    "view": ("jobs.view", "make a page that shows the rows, codes and quarantined samples of an output"),
     "compare": ("jobs.compare", "train several methods and sizes with one recipe and compare them"),
     "evaluate": ("jobs.evaluate", "measure quality and codebook usage on held-out shards"),
 }
@@ -108,6 +109,7 @@ def _run(command: str, arguments: list[str]) -> int:
     mistakes = (ConfigError, *broken, TokenizerMismatch, CodebookMissing, PermissionError)
     try:
         with _raising_at_sigterm():
+            arguments = [_as_output(argument) if command == "view" else argument for argument in arguments]
             config = load_config([_as_setting(argument) for argument in arguments if argument != "--print"])
             url_secrets = take_url_secrets(config)
             if "--print" in arguments:
@@ -161,7 +163,7 @@ def _refuse_uploaded(config: Any) -> None:
     from pipeline import storage
 
     written = {"run": config.run, "output": config.output, "decode.output": config.decode.output}
-    written |= {"pack.shards": config.pack.shards, "export.to": config.export.to}
+    written |= {"pack.shards": config.pack.shards, "export.to": config.export.to, "view.page": config.view.page}
     for key, value in written.items():
         if value and UPLOADED in storage.normalise(value):
             raise ConfigError(
@@ -195,6 +197,14 @@ def _finish(command: str, code: int, error: str = "") -> int:
     if code:  # `ray job submit` turns every non-zero exit code into 1, so we also print which one it was
         print(f"tokenmill {command}: exit {code}: {OUTCOMES[code]}", flush=True)
     return code
+
+
+def _as_output(argument: str) -> str:
+    """output=OUT for the place of an output that is given alone, as in `tokenmill view OUT`."""
+    from pipeline import storage
+
+    alone = "=" not in argument and not argument.startswith("-") and not argument.endswith((".yaml", ".yml"))
+    return f"output={argument}" if alone and storage.exists(storage.join(argument, "dataset.json")) else argument
 
 
 def _as_setting(argument: str) -> str:

@@ -70,7 +70,7 @@ def run(config: Config) -> int:
             previous = load_tokenizer(urls[size]).autoencoder
         else:
             previous = copy.deepcopy(previous if config.codebook.warm_start else autoencoder)
-            _fit(previous, latents, size, made_by, config, urls[size])
+            write_codebook(previous, latents, size, made_by, config, urls[size])
     if num_failed:
         print(f"codebook: incomplete: {num_failed} shards failed, so the codebooks are made from the others only")
     return 3 if num_failed else 0
@@ -143,7 +143,7 @@ def _gather(config: Config, run_url: str, inputs: ShardList, dim: int) -> tuple[
     return latents, num_failed
 
 
-def _fit(
+def write_codebook(
     autoencoder: Autoencoder, latents: Latents, size: int | None, made_by: dict[str, Any], config: Config, url: str
 ) -> None:
     """Fits one codebook, writes its report, and then the tokenizer: a tokenizer that exists has its report."""

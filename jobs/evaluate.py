@@ -5,6 +5,7 @@ Writes RUN/reports/evaluate-<tokenizer>.json, .html (originals beside reconstruc
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -53,26 +54,14 @@ def run(config: Config) -> int:
         "num_examples": -(-config.evaluate.num_examples // len(shards)),
         "num_extremes": num_extremes,
     }
-    by_url: dict[str, Evaluated] = {}
-    whole, extremes = Evaluation.empty(tokenizer), Extremes(num_extremes)
-    for result in run_shards("evaluate", shards, EvaluateWorker, settings, config.workers):
-        by_url[result.shard.url] = result
-        if result.evaluation is not None:
-            whole.take_sums(result.evaluation)  # 67 MB per shard: they must not accumulate here
-        extremes.merge(result.extremes)
-        result.extremes = Extremes(0)  # neither must these
-    results = [by_url[shard.url] for shard in shards]  # so that the report does not depend on the workers' timing
-    for result in results:
-        if result.evaluation is not None:
-            whole.merge(result.evaluation)
+    found = run_shards("evaluate", shards, EvaluateWorker, settings, config.workers)
+    whole, extremes, results = merged(found, shards, tokenizer, num_extremes)
     failures = [result.failure for result in results if result.failure]
     print_failures("evaluate", failures)
     if not whole.sizes:
         raise ConfigError("no sample could be evaluated: every shard failed or is empty; see the messages above")
-    numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id, "input_manifest_id": inputs.id}
-    numbers |= {"num_bad": sum(result.num_quarantined for result in results)}
-    numbers |= whole.summary(tokenizer)
-    report = _write(url, config, numbers, whole, results, extremes, tokenizer)
+    numbers = numbers_of(whole, results, tokenizer, inputs.id)
+    report = write_report(url, config, numbers, whole, results, extremes, tokenizer)
     shown = [key for key in ("num_samples", *whole.quality, *USAGE, "bits_per_pixel", "kbps") if key in numbers]
     line = [f"{key} {numbers[key]:{'' if isinstance(numbers[key], int) else '.4g'}}" for key in shown]
     print(f"evaluate: {'  '.join(line)}")
@@ -80,6 +69,37 @@ def run(config: Config) -> int:
         print(f"evaluate: {about(name, numbers)}")
     print(f"evaluate: report at {report}.html, pictures at {report}.png")
     return 3 if failures else 0
+
+
+def merged(
+    found: Iterable["Evaluated"], shards: Sequence[Shard], tokenizer: Tokenizer, num_extremes: int
+) -> tuple[Evaluation, Extremes, list["Evaluated"]]:
+    """All shards as one: the evaluation, the best and worst samples, and the results in the order of the shards.
+
+    Nothing depends on the order in which the results come.
+    """
+    by_url: dict[str, Evaluated] = {}
+    whole, extremes = Evaluation.empty(tokenizer), Extremes(num_extremes)
+    for result in found:
+        by_url[result.shard.url] = result
+        if result.evaluation is not None:
+            whole.take_sums(result.evaluation)  # 67 MB per shard: they must not accumulate here
+        extremes.merge(result.extremes)
+        result.extremes = Extremes(0)  # neither must these
+    results = [by_url[shard.url] for shard in shards]
+    for result in results:
+        if result.evaluation is not None:
+            whole.merge(result.evaluation)
+    return whole, extremes, results
+
+
+def numbers_of(
+    whole: Evaluation, results: Sequence["Evaluated"], tokenizer: Tokenizer, input_manifest_id: str
+) -> dict[str, Any]:
+    """The numbers of the report."""
+    numbers: dict[str, Any] = {"tokenizer_id": tokenizer.id, "input_manifest_id": input_manifest_id}
+    numbers |= {"num_bad": sum(result.num_quarantined for result in results)}
+    return numbers | whole.summary(tokenizer)
 
 
 @dataclass
@@ -171,7 +191,7 @@ def _base(url: str, config: Config, numbers: dict[str, Any]) -> str:
     return base if same else f"{base}-{numbers['tokenizer_id'][:8]}-{numbers['input_manifest_id'][:8]}"
 
 
-def _write(
+def write_report(
     url: str,
     config: Config,
     numbers: dict[str, Any],
@@ -209,9 +229,7 @@ def _others(base: str, numbers: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     for file in storage.glob(storage.join(base.rsplit("/", 1)[0], "evaluate-*.json")):
         other = json.loads(storage.read(file.url))
-        if (
-            other["input_manifest_id"] == numbers["input_manifest_id"]
-            and other["tokenizer_id"] != numbers["tokenizer_id"]
-        ):
+        ids = (other.get("input_manifest_id"), other.get("tokenizer_id"))
+        if ids[0] == numbers["input_manifest_id"] and ids[1] != numbers["tokenizer_id"]:
             found[file.url.rsplit("/", 1)[1].removeprefix("evaluate-").removesuffix(".json")] = other
     return found

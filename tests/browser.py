@@ -18,6 +18,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
     *("--remote-debugging-port=0", "--autoplay-policy=no-user-gesture-required"),
 )
+KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "ArrowLeft": (37, ""), "ArrowRight": (39, "")}  # code, text
 STARTS_IN_S = 120.0
 LOADS_IN_S = 120.0
 
@@ -105,10 +106,11 @@ class Browser:
             time.sleep(0.05)
 
     def press(self, key: str) -> None:
+        """key: a letter, or one of KEYS."""
+        code, text = KEYS.get(key, (ord(key[0].upper()), key))
         for kind in ("keyDown", "keyUp"):
-            self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 and kind == "keyDown" else ""
-            )
+            given = {"text": text} if text and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **given)
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
         """A PNG of the window, or of the whole page."""

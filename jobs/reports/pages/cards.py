@@ -6,8 +6,8 @@ from typing import Any
 
 from jobs.reports.pages.codes import CodeColors, first_layer
 from jobs.reports.pages.example import Example
-from jobs.reports.pages.pictures import as_array, error_scale, picture_cards
-from jobs.reports.pages.sounds import level_scale, sound_cards
+from jobs.reports.pages.pictures import as_array, error_scale, pairs_url, picture_cards
+from jobs.reports.pages.sounds import as_waveform, level_scale, sound_cards, spectrogram_url
 
 
 @dataclass
@@ -60,3 +60,12 @@ def _sounds(examples: Sequence[Example]) -> tuple[list[dict[str, Any]], str]:
 
 MEDIA = {"image": _pictures, "audio": _sounds}
 SCALES = {"image": error_scale, "audio": level_scale}
+
+
+def thumbnail(examples: Sequence[Example]) -> str:
+    """A small picture of the first examples for index.html, as a data URL; empty if there are none."""
+    if not examples:
+        return ""
+    if examples[0].mime.startswith("image/"):
+        return pairs_url([(as_array(one.views[0]), as_array(one.views[1])) for one in examples])
+    return spectrogram_url(*as_waveform(examples[0].files[1]), size=(360, 120))

@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+SMALL = (360, 220)  # for many charts beside each other: text keeps its size
 COLORS = 10  # series classes s0..s9
 MOST_POINTS = 400  # of a line
 
@@ -47,16 +48,24 @@ class Axis:
         return [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def line_chart(series: Sequence[Series], x_label: str = "", y_label: str = "", *, log_x: bool = False) -> Markup:
+def line_chart(
+    series: Sequence[Series],
+    x_label: str = "",
+    y_label: str = "",
+    *,
+    log_x: bool = False,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+) -> Markup:
     """Lines with error bars, and a legend if there are several. A single point in all has no chart: show its number."""
+    width, height = size
     series = [thinned(one) for one in series if one.x]
     xs = [x for one in series for x in one.x]
     lows = [y - s for one in series for y, s in zip(one.y, one.spread or [0] * len(one.y), strict=True)]
     highs = [y + s for one in series for y, s in zip(one.y, one.spread or [0] * len(one.y), strict=True)]
-    x_axis = Axis(*_range(xs, 0.04 if log_x else 0.0, log_x), (LEFT, WIDTH - RIGHT), log_x)
-    y_axis = Axis(*_range([*lows, *highs], 0.06), (HEIGHT - BOTTOM, TOP))
+    x_axis = Axis(*_range(xs, 0.04 if log_x else 0.0, log_x), (LEFT, width - RIGHT), log_x)
+    y_axis = Axis(*_range([*lows, *highs], 0.06), (height - BOTTOM, TOP))
     lines = [_line(one, i, x_axis, y_axis) for i, one in enumerate(series)]
-    return _figure([_grid(x_axis, y_axis, x_label, y_label), *lines], y_label or x_label, legend(series))
+    return _figure([_grid(x_axis, y_axis, x_label, y_label), *lines], y_label or x_label, legend(series), width, height)
 
 
 def histogram(values: Sequence[float], x_label: str, bins: int = 24) -> Markup:

@@ -61,6 +61,8 @@ def patches(tokenizer: Tokenizer, counts: np.ndarray) -> dict[str, Any] | None:
         return None
     order = np.argsort(-counts, kind="stable")[:MOST_PATCHES]
     order = order[counts[order] > 0]
+    if not len(order):
+        return None
     squares = [np.full((NEIGHBOURS, NEIGHBOURS), code) for code in order]
     middle = slice(NEIGHBOURS // 2 * factor, (NEIGHBOURS // 2 + 1) * factor)
     cut: list[np.ndarray] = []
@@ -89,8 +91,15 @@ def projected(z: np.ndarray, codebook: np.ndarray | None) -> list[tuple[str, np.
     plane = np.linalg.svd(z - centre, full_matrices=False)[2][:2].T
     groups = [("latents", _flat((z - centre) @ plane))]
     if codebook is not None and codebook.shape[1] == z.shape[1]:
-        groups.append(("codes", _flat((codebook[:MOST_COUNTS] - centre) @ plane)))
+        groups.append(("codes", _flat((_some(codebook) - centre) @ plane)))
     return groups
+
+
+def _some(codebook: np.ndarray) -> np.ndarray:
+    """MOST_COUNTS random codes of a larger codebook: the first ones may be close to each other."""
+    if len(codebook) <= MOST_COUNTS:
+        return codebook
+    return codebook[np.random.default_rng(0).choice(len(codebook), MOST_COUNTS, replace=False)]
 
 
 def _flat(points: np.ndarray) -> np.ndarray:

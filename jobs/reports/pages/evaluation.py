@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jobs.reports.pages import charts, codes
-from jobs.reports.pages.cards import SCALES, Cards, cards_of
+from jobs.reports.pages.cards import SCALES, cards_of, thumbnail
 from jobs.reports.pages.document import Header, render
 from jobs.reports.pages.example import Example, Extremes
 from jobs.reports.pages.metrics import Metric, metric
@@ -46,7 +46,7 @@ def evaluation_page(report: EvaluationReport, tokenizer: Tokenizer) -> bytes:
     examples, badges = ordered(report)
     cards = cards_of(examples, badges, report.ranked_by, colors)
     header = _header(report, tokenizer)
-    header.thumbnail = _thumbnail(cards)
+    header.thumbnail = thumbnail(report.examples)
     patches = codes.patches(tokenizer, report.counts[0])
     return render(
         "evaluation.html",
@@ -134,7 +134,7 @@ def _raw(report: EvaluationReport, tokenizer: Tokenizer) -> tuple[float, str]:
     """The rate of the samples without compression, in the unit of report.rate, and what it is."""
     if report.rate == "bits_per_pixel":
         return 24.0, "8-bit RGB"
-    rate = tokenizer.preprocessing["sample_rate"]
+    rate = tokenizer.modality.config.sample_rate
     return rate * 16 / 1000, f"16-bit mono at {rate / 1000:g} kHz"
 
 
@@ -177,11 +177,3 @@ def _codes(counts: np.ndarray, patches: dict[str, Any] | None) -> dict[str, Any]
 
 def _others(report: EvaluationReport) -> list[tuple[str, dict[str, Any]]]:
     return [(report.name, report.numbers), *report.others.items()] if report.others else []
-
-
-def _thumbnail(cards: Cards) -> str:
-    """A small picture for index.html: the first reconstruction, or its spectrogram."""
-    if not cards.cards:
-        return ""
-    middle = cards.cards[-1]
-    return middle["reconstruction"] if cards.kind == "image" else middle["reconstruction"]["spectrogram"]

@@ -15,6 +15,13 @@ TITLES = {
     "compare.csv": "comparison as CSV",
     "compare.json": "comparison, with the numbers of each trial",
 }
+KINDS = {  # start and end of other names
+    ("evaluate-", ".json"): "numbers of the evaluation",
+    ("evaluate-", ".png"): "originals and reconstructions",
+    ("codebook-", ".json"): "numbers of the codebook",
+    ("compare-", ".png"): "plots and pictures of the comparison",
+    ("nan-step-", ".json"): "samples of the step in which the loss was not finite",
+}
 INTERNAL = ("train-live.json", "train-film.json")  # files that only pages and resumed runs read
 
 
@@ -24,7 +31,7 @@ def write_index(folder: str) -> None:
     pages = [name for name in names if name.endswith(".html") and name != INDEX]
     cards = [card for name in pages if (card := _card(folder, name))]
     cards.sort(key=lambda card: (ORDER.index(card["kind"]) if card["kind"] in ORDER else len(ORDER), card["name"]))
-    files = {name: TITLES.get(name, "") for name in names if name not in pages and _is_listed(name)}
+    files = {name: _about(name) for name in names if name not in pages and _is_listed(name)}
     storage.replace(storage.join(folder, INDEX), index_page(folder.rsplit("/", 2)[1], cards, files))
 
 
@@ -34,6 +41,11 @@ def index_page(run: str, cards: list[dict[str, Any]], files: dict[str, str]) -> 
     many = f"{len(cards)} pages ({kinds})" if len(cards) != 1 else f"one page ({kinds})"
     header = Header("run", run, f"This run has {many}.")
     return render("index.html", header, {}, cards=cards, files=files)
+
+
+def _about(name: str) -> str:
+    kinds = (words for (start, end), words in KINDS.items() if name.startswith(start) and name.endswith(end))
+    return TITLES.get(name) or next(kinds, "")
 
 
 def _is_listed(name: str) -> bool:

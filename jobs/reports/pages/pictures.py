@@ -102,3 +102,18 @@ def compact_urls(pngs: Sequence[bytes], budget: int = PNG_BUDGET, side: int = 25
     if sum(map(len, pngs)) <= budget:
         return [data_url(png, "image/png") for png in pngs]
     return [as_url(shrunk(as_array(png), side), lossless=False, quality=85) for png in pngs]
+
+
+def pairs_url(pairs: Sequence[tuple[np.ndarray, np.ndarray]], count: int = 4, side: int = 96) -> str:
+    """A small picture: the middle squares of the first originals, and below each one its reconstruction."""
+    columns = [np.concatenate([_middle(one, side) for one in pair]) for pair in pairs[:count]]
+    return as_url(np.concatenate(columns, axis=1), lossless=False, quality=80)
+
+
+def _middle(array: np.ndarray, side: int) -> np.ndarray:
+    """The largest square in the middle, with this side."""
+    height, width = array.shape[:2]
+    edge = min(height, width)
+    top, left = (height - edge) // 2, (width - edge) // 2
+    square = Image.fromarray(array[top : top + edge, left : left + edge])
+    return np.asarray(square.resize((side, side), Image.Resampling.BILINEAR))

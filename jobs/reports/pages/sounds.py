@@ -11,10 +11,10 @@ from PIL import Image
 from jobs.reports.pages.document import data_url
 from tokenizer.modalities.audio.spectrogram import SHOWN_DB, TOP_DB, spectrogram
 
-PICTURE = (720, 200)  # pixels of a spectrogram
+PICTURE = (640, 180)  # pixels of a spectrogram
 WAVE_COLUMNS = 300
-LOSSLESS_BUDGET = 2_400_000  # bytes of all players of a page as FLAC; above it they are Ogg Vorbis
-LOSSY_BUDGET = 2_600_000  # above it the last clips have no player
+LOSSLESS_BUDGET = 2_000_000  # bytes of all players of a page as FLAC; above it they are Ogg Vorbis
+LOSSY_BUDGET = 2_200_000  # above it the last clips have no player
 VORBIS_LEVEL = 0.2  # of soundfile: 0 is the best quality
 
 
@@ -29,7 +29,7 @@ def as_waveform(wav: bytes) -> tuple[np.ndarray, int]:
 def sound_cards(pairs: Sequence[tuple[bytes, bytes]]) -> tuple[list[dict[str, Any]], str]:
     """The pictures and players of each clip, and how the players are compressed. pairs: wav files."""
     sounds = [tuple(as_waveform(wav) for wav in pair) for pair in pairs]
-    players, how = _players(sounds)
+    players, how = players_of(sounds)
     cards = []
     for pair, player in zip(sounds, players, strict=True):
         (waveform, rate), _ = pair
@@ -42,8 +42,8 @@ def sound_cards(pairs: Sequence[tuple[bytes, bytes]]) -> tuple[list[dict[str, An
     return cards, how
 
 
-def _players(sounds: Sequence[tuple[tuple[np.ndarray, int], ...]]) -> tuple[list[list[str] | None], str]:
-    """Data URLs of both sides of each clip; None for clips beyond the budget."""
+def players_of(sounds: Sequence[tuple[tuple[np.ndarray, int], ...]]) -> tuple[list[list[str] | None], str]:
+    """Data URLs of the sides of each clip; None for clips beyond the budget."""
     for form, mime, budget, how in (
         ("FLAC", "audio/flac", LOSSLESS_BUDGET, "lossless (FLAC, 16 bits)"),
         ("OGG", "audio/ogg", LOSSY_BUDGET, "compressed as Ogg Vorbis, so that the page stays small"),
@@ -74,7 +74,7 @@ def spectrogram_url(waveform: np.ndarray, rate: int, size: tuple[int, int] = PIC
     shares = ((levels - TOP_DB + SHOWN_DB) / SHOWN_DB).clip(0, 1)
     picture = Image.fromarray((colormaps["magma"](shares)[..., :3] * 255).astype(np.uint8))
     out = io.BytesIO()
-    picture.resize(size, Image.Resampling.BILINEAR).save(out, format="WEBP", quality=80)
+    picture.resize(size, Image.Resampling.BILINEAR).save(out, format="WEBP", quality=70)
     return data_url(out.getvalue(), "image/webp")
 
 

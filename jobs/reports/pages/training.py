@@ -10,7 +10,7 @@ from typing import Any
 from jobs.config import Config
 from jobs.config.schema import all_keys
 from jobs.reports.pages import charts
-from jobs.reports.pages.cards import cards_of
+from jobs.reports.pages.cards import cards_of, thumbnail
 from jobs.reports.pages.document import Header, fragment, in_words, render
 from jobs.reports.pages.example import Example
 from jobs.reports.pages.filmstrip import Filmstrip
@@ -59,9 +59,7 @@ def training_page(
     )
     header.headline = [name for name in HEADLINE if name in last]
     cards = cards_of(shown)
-    if cards.cards:
-        picture = cards.cards[0]["reconstruction"]
-        header.thumbnail = picture if cards.kind == "image" else picture["spectrogram"]
+    header.thumbnail = thumbnail(shown)
     return render(
         "training.html",
         header,
@@ -86,7 +84,8 @@ def live_json(facts: TrainingFacts, history: Sequence[Row], *, running: bool) ->
 def live_parts(facts: TrainingFacts, history: Sequence[Row], *, running: bool) -> dict[str, str]:
     last = history[-1]
     curves = [one for name in names_of(history) if (one := _curve(name, history))]
-    numbers = {name: last[name] for name in names_of(history) if name in last}
+    shown = names_of(history) if not curves else HEADLINE  # else the curves show the others
+    numbers = {name: last[name] for name in shown if name in last}
     left_s = (facts.steps - last["step"]) * last.get("seconds_per_step", 0) if running else 0
     status = fragment(
         "training_status.html", facts=facts, last=last, running=running, left=_clock(left_s), numbers=numbers
@@ -111,7 +110,7 @@ def _curve(name: str, history: Sequence[Row]) -> dict[str, Any] | None:
     lines[-1].dashed = len(lines) > 1
     known = metric(name)
     label = f"{known.label}{f' ({known.unit})' if known.unit else ''}"
-    return {"metric": known, "chart": charts.line_chart(lines, "step", label)}
+    return {"metric": known, "chart": charts.line_chart(lines, "step", label, size=charts.SMALL)}
 
 
 def _series(label: str, name: str, history: Sequence[Row]) -> charts.Series:
