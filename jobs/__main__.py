@@ -200,11 +200,13 @@ def _finish(command: str, code: int, error: str = "") -> int:
 
 
 def _as_output(argument: str) -> str:
-    """output=OUT for the place of an output that is given alone, as in `tokenmill view OUT`."""
+    """output=OUT for the place of an output that is given alone, as in `tokenmill view OUT`. A name without a slash may
+    also be that of a shipped config."""
     from pipeline import storage
 
     alone = "=" not in argument and not argument.startswith("-") and not argument.endswith((".yaml", ".yml"))
-    return f"output={argument}" if alone and storage.exists(storage.join(argument, "dataset.json")) else argument
+    is_output = alone and ("/" in argument or storage.exists(storage.join(argument, "dataset.json")))
+    return f"output={argument}" if is_output else argument
 
 
 def _as_setting(argument: str) -> str:

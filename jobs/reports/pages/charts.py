@@ -117,7 +117,7 @@ def dots(rows: Sequence[tuple[str, float, float]], x_label: str) -> Markup:
     for place, (name, value, half) in enumerate(finite):
         y, x = TOP + 24 * place + 12, x_axis.place(value)
         parts.append(
-            f'<text class="name" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(_cut(name, 31))}</text>'
+            f'<text class="name label" x="{left - 10}" y="{y + 4}" text-anchor="end">{escape(_cut(name, 31))}</text>'
         )
         if half > 0:
             start, end = x_axis.place(value - half), x_axis.place(value + half)

@@ -25,7 +25,8 @@ INDEX = "index.html"
 @dataclass
 class Header:
     """The top of a page. kind: of the page, such as "evaluation". lead: sentences that say the result. facts: what was
-    done, on what: label and value. headline: names of numbers to show large. thumbnail: an image as a data URL."""
+    done, on what: label and value. headline: names of numbers to show large. thumbnail: an image as a data URL.
+    """
 
     kind: str
     title: str
@@ -34,6 +35,7 @@ class Header:
     headline: list[str] = field(default_factory=list)
     command: str = ""
     thumbnail: str = ""
+    in_run: bool = True  # whether index.html of the run is beside it
     made: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
 
 

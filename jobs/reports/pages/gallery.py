@@ -52,6 +52,7 @@ def gallery_page(report: GalleryReport, tokenizer: Tokenizer) -> bytes:
     header = Header(
         "tokens", f"Tokens of {_name(report.url)}", _lead(report), _facts(report, tokenizer), [], report.command
     )
+    header.in_run = False
     header.headline = ["num_samples", "num_bad", "num_tokens", "perplexity", "utilisation"]
     patches = codes.patches(tokenizer, report.counts[0])
     return render(

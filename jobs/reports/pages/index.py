@@ -39,7 +39,7 @@ def index_page(run: str, cards: list[dict[str, Any]], files: dict[str, str]) -> 
     """cards: summaries of pages, with the name of the file. files: other reports and what they are."""
     kinds = ", ".join(dict.fromkeys(card["kind"] for card in cards))
     many = f"{len(cards)} pages ({kinds})" if len(cards) != 1 else f"one page ({kinds})"
-    header = Header("run", run, f"This run has {many}.")
+    header = Header("run", run, f"This run has {many}.", in_run=False)
     return render("index.html", header, {}, cards=cards, files=files)
 
 

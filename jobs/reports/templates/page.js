@@ -146,7 +146,7 @@ if (frames.length) {
   };
   const draw = () => {
     clearInterval(state.timer);
-    const original = sourceOf("original"), other = sourceOf(state.mode === "error" || state.mode === "tokens" ? state.mode : "reconstruction") ?? sourceOf("reconstruction");
+    const original = sourceOf("original"), other = sourceOf(state.mode === "error" || state.mode === "tokens" ? state.mode : "reconstruction") ?? sourceOf("reconstruction") ?? original;
     const ratio = original.naturalWidth / original.naturalHeight || 1;
     stage.style.width = `min(100%, ${Math.round(innerHeight * 0.72 * ratio)}px)`;
     const bottom = copy(original), top = copy(other, "top");
@@ -158,7 +158,7 @@ if (frames.length) {
       stage.append(name);
       state.timer = setInterval(() => { top.hidden = !top.hidden; name.textContent = top.hidden ? "original" : "reconstruction"; }, 600);
     } else { top.style.imageRendering = state.mode === "tokens" ? "pixelated" : top.style.imageRendering; stage.append(label(state.mode, "left")); }
-    for (const [name, b] of Object.entries(modes)) { b.setAttribute("aria-pressed", name === state.mode); b.hidden = !["slider", "flicker"].includes(name) && !sourceOf(name); }
+    for (const [name, b] of Object.entries(modes)) { b.setAttribute("aria-pressed", name === state.mode); b.hidden = !sourceOf(["slider", "flicker"].includes(name) ? "reconstruction" : name); }
     key.textContent = state.card.querySelector(".key")?.textContent ?? state.card.dataset.name ?? "";
   };
   const setMode = mode => { state.mode = mode; draw(); };
@@ -186,7 +186,7 @@ if (frames.length) {
     const frame = event.target.closest(".frame");
     if (!frame) return;
     state.card = cardOf(frame);
-    state.mode = ["error", "tokens"].includes(frame.dataset.view) ? frame.dataset.view : "slider";
+    state.mode = ["error", "tokens"].includes(frame.dataset.view) ? frame.dataset.view : sourceOf("reconstruction") ? "slider" : "original";
     dialog.showModal();
     draw();
   });
