@@ -247,7 +247,7 @@ def test_each_picture_is_there_once_with_its_own_psnr(pictures: str):
     cards = pictures.split('<figure class="pair')[1:]
     assert len(cards) == NUM_PICTURES
     for card in cards:
-        urls = re.findall(r'<img src="data:image/png;base64,([^"]+)"', card)[:2]
+        urls = re.findall(r'<img src="data:image/webp;base64,([^"]+)"', card)[:2]
         original, other = (as_array(base64.b64decode(url)).astype(float) for url in urls)
         expected = -10 * np.log10(np.mean((original - other) ** 2) / 255**2)
         assert float(re.findall(r"PSNR <b>([\d.]+) dB", card)[0]) == pytest.approx(expected, abs=0.006)
@@ -614,7 +614,7 @@ def test_a_token_shows_its_number_and_patch(browser, folder, request):
         return JSON.parse(image.dataset.tokens)[0]; })()"""
     )
     assert browser.run("document.querySelector('.tip').innerText").startswith(f"token {token}\n")
-    assert "data:image/png" in browser.run("document.querySelector('.tip i').style.backgroundImage")
+    assert "data:image/webp" in browser.run("document.querySelector('.tip i').style.backgroundImage")
 
 
 def test_samples_can_be_ordered_by_quality(browser, folder, request):

@@ -45,10 +45,9 @@ def cards_of(
 
 def _pictures(examples: Sequence[Example]) -> tuple[list[dict[str, Any]], str]:
     pairs = [(as_array(one.views[0]), as_array(one.views[1])) for one in examples]
-    cards = picture_cards(pairs)
-    is_lossless = bool(cards) and all(card["original"].startswith("data:image/png") for card in cards)
+    cards, is_lossless = picture_cards(pairs)
     is_shrunk = any(pair[0].shape[0] != card["height"] for pair, card in zip(pairs, cards, strict=True))
-    notes = [] if is_lossless else ["Pictures are compressed as WebP, so that the page stays small."]
+    notes = [] if is_lossless else ["Pictures are compressed with small losses, so that the page stays small."]
     notes += ["Large pictures are shrunk."] if is_shrunk else []
     return cards, " ".join(notes)
 

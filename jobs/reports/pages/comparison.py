@@ -10,7 +10,7 @@ from jobs.config import Config
 from jobs.reports.pages import charts
 from jobs.reports.pages.document import Header, in_words, render
 from jobs.reports.pages.metrics import Metric, metric, ranking
-from jobs.reports.pages.pictures import PNG_BUDGET, compact_urls
+from jobs.reports.pages.pictures import LOSSLESS_BUDGET, compact_urls
 
 USAGE = ("cvu", "perplexity")
 RATES = ("bits_per_pixel", "kbps")
@@ -194,7 +194,7 @@ def _gallery(report: ComparisonReport) -> dict[str, Any] | None:
     if not shown:
         return None
     pictures = {key: [base64.b64decode(png) for png in one["examples"]] for key, one in shown.items()}
-    if sum(len(png) for pngs in pictures.values() for png in pngs) > 4 * PNG_BUDGET:
+    if sum(len(png) for pngs in pictures.values() for png in pngs) > 4 * LOSSLESS_BUDGET:
         largest = {label: max(size for name, size in shown if name == label) for label, _ in shown}
         pictures = {key: pngs for key, pngs in pictures.items() if largest[key[0]] == key[1]}
     flat = [*report.originals, *(png for pngs in pictures.values() for png in pngs)]

@@ -13,7 +13,7 @@ from jobs.reports.pages.document import data_url
 ERROR_SCALE = 64  # the absolute error, of 255, with the brightest colour
 LARGEST_SIDE = 512  # of an embedded picture; a larger one is shrunk
 TINY_SIDE = 48  # pictures up to this side are enlarged with sharp pixels
-PNG_BUDGET = 2_500_000  # bytes of all pictures of a page as PNG; above it they are WebP
+LOSSLESS_BUDGET = 3_000_000  # bytes of all pictures of a page; if they need more, they are compressed with losses
 
 
 def as_array(png: bytes) -> np.ndarray:
@@ -32,12 +32,9 @@ def shrunk(array: np.ndarray, side: int = LARGEST_SIDE) -> np.ndarray:
 
 
 def as_url(array: np.ndarray, *, lossless: bool = True, quality: int = 90) -> str:
-    """A data URL: PNG, or else WebP."""
+    """A data URL of a WebP file."""
     out = io.BytesIO()
-    if lossless:
-        Image.fromarray(array).save(out, format="PNG", optimize=True)
-        return data_url(out.getvalue(), "image/png")
-    Image.fromarray(array).save(out, format="WEBP", quality=quality, method=4)
+    Image.fromarray(array).save(out, format="WEBP", lossless=lossless, quality=quality, method=4)
     return data_url(out.getvalue(), "image/webp")
 
 
@@ -72,10 +69,10 @@ def psnr(original: np.ndarray, other: np.ndarray) -> float:
     return float(-10 * np.log10(max(mse, 1e-10)))
 
 
-def picture_cards(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:
-    """The pictures of each card. Above PNG_BUDGET they are shrunk to WebP, which `is_lossless` says."""
+def picture_cards(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[list[dict[str, Any]], bool]:
+    """The pictures of each card, and whether they are lossless: they are if they fit into LOSSLESS_BUDGET."""
     originals, others = ([shrunk(array) for array in side] for side in zip(*pairs, strict=True)) if pairs else ([], [])
-    lossless = _png_size([*originals, *others]) <= PNG_BUDGET
+    lossless = _lossless_size([*originals, *others]) <= LOSSLESS_BUDGET
     cards = []
     for original, other in zip(originals, others, strict=True):
         height, width = original.shape[:2]
@@ -85,19 +82,19 @@ def picture_cards(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict[s
             "error": as_url(error_map(original, other), lossless=False, quality=75),
         }
         cards.append({**sides, "width": width, "height": height, "tiny": max(height, width) <= TINY_SIDE})
-    return cards
+    return cards, lossless
 
 
-def _png_size(arrays: Sequence[np.ndarray]) -> int:
-    """Bytes of the arrays as PNG, estimated from the first of them."""
-    some = arrays[:8]
+def _lossless_size(arrays: Sequence[np.ndarray]) -> int:
+    """Bytes of the arrays as data URLs times 3/4, estimated from some of them."""
+    some = arrays[:: max(1, len(arrays) // 12)]
     if not some:
         return 0
-    sizes = [len(as_url(array)) for array in some]
+    sizes = [len(as_url(array)) * 3 / 4 for array in some]
     return round(sum(sizes) / sum(array.size for array in some) * sum(array.size for array in arrays))
 
 
-def compact_urls(pngs: Sequence[bytes], budget: int = PNG_BUDGET, side: int = 256) -> list[str]:
+def compact_urls(pngs: Sequence[bytes], budget: int = LOSSLESS_BUDGET, side: int = 256) -> list[str]:
     """Data URLs of pictures: as they are if they fit into the budget, else shrunk to WebP."""
     if sum(map(len, pngs)) <= budget:
         return [data_url(png, "image/png") for png in pngs]

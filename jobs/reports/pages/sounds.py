@@ -13,7 +13,7 @@ from tokenizer.modalities.audio.spectrogram import SHOWN_DB, TOP_DB, spectrogram
 
 PICTURE = (640, 180)  # pixels of a spectrogram
 WAVE_COLUMNS = 300
-LOSSLESS_BUDGET = 2_000_000  # bytes of all players of a page as FLAC; above it they are Ogg Vorbis
+LOSSLESS_BUDGET = 2_400_000  # bytes of all players of a page as FLAC; above it they are Ogg Vorbis
 LOSSY_BUDGET = 2_200_000  # above it the last clips have no player
 VORBIS_LEVEL = 0.2  # of soundfile: 0 is the best quality
 
