@@ -514,6 +514,14 @@ def test_ticks_are_round_numbers_inside_of_the_axis():
     assert charts.Axis(256, 16384, (0, 1), log=True).ticks() == [256, 512, 1024, 2048, 4096, 8192, 16384]
 
 
+def test_skewed_usage_has_a_logarithmic_axis_and_even_usage_a_linear_one():
+    even, skewed = np.full(100, 7), np.array([10_000, *[1] * 99])
+    assert ">0.01</text>" not in str(charts.usage_chart(even))
+    assert {">0.1</text>", ">1</text>", ">10</text>"} <= set(
+        re.findall(r">[\d.]+</text>", str(charts.usage_chart(skewed)))
+    )
+
+
 def test_a_long_line_is_thinned_and_keeps_its_ends():
     thin = charts.thinned(charts.Series("", [float(i) for i in range(5000)], [float(i) for i in range(5000)]))
     assert len(thin.x) <= charts.MOST_POINTS

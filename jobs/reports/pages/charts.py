@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
 SMALL = (360, 220)  # for many charts beside each other: text keeps its size
+SKEWED = 12
 COLORS = 10  # series classes s0..s9
 MOST_POINTS = 400  # of a line
 
@@ -89,21 +90,33 @@ def histogram(values: Sequence[float], x_label: str, bins: int = 24) -> Markup:
 
 
 def usage_chart(counts: np.ndarray) -> Markup:
-    """The share of tokens of each code, from the most to the least frequent, against an even use. counts [K]."""
-    shares = np.sort(counts)[::-1] / max(1, counts.sum())
-    ranks = np.unique(np.linspace(0, len(shares) - 1, min(MOST_POINTS, len(shares))).astype(int))
+    """The share of tokens of each code, from the most to the least frequent, against an even use. counts [K].
+
+    The shares have a logarithmic axis if the most frequent code has more than SKEWED times that of an even use.
+    """
+    shares = 100 * np.sort(counts)[::-1] / max(1, counts.sum())
+    even = 100 / len(shares)
+    log = bool(shares[0] > SKEWED * even)
     x_axis = Axis(1, max(2, len(shares)), (LEFT, WIDTH - RIGHT))
-    y_axis = Axis(0, max(float(shares[0]), 1 / len(shares)) * 106, (HEIGHT - BOTTOM, TOP))
-    points = [(x_axis.place(rank + 1), y_axis.place(100 * float(shares[rank]))) for rank in ranks.tolist()]
-    floor = HEIGHT - BOTTOM
+    low, high = (even / 100, float(shares[0]) * 1.3) if log else (0.0, max(float(shares[0]), even) * 1.06)
+    y_axis, floor = Axis(low, high, (HEIGHT - BOTTOM, TOP), log), HEIGHT - BOTTOM
+    ranks = _ranks(len(shares))
+    points = [(x_axis.place(rank + 1), y_axis.place(max(low, float(shares[rank])))) for rank in ranks]
     area = f"M{LEFT} {floor}L" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + f"L{points[-1][0]:.1f} {floor}Z"
-    even = y_axis.place(100 / len(shares))
+    at = y_axis.place(even)
     marks = [
         f'<path class="area" d="{area}"/>',
-        f'<path class="reference" d="M{LEFT} {even:.1f}H{WIDTH - RIGHT}"/>',
-        f'<text class="note" x="{WIDTH - RIGHT}" y="{even - 5:.1f}" text-anchor="end">even use</text>',
+        f'<path class="reference" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>',
+        f'<text class="note" x="{WIDTH - RIGHT}" y="{at - 5:.1f}" text-anchor="end">even use</text>',
     ]
     return _figure([_grid(x_axis, y_axis, "code, by rank", "% of tokens"), *marks], "usage of codes")
+
+
+def _ranks(count: int) -> list[int]:
+    """Ranks to draw of this many codes: evenly chosen, and more of the first ones."""
+    even = np.linspace(0, count - 1, min(MOST_POINTS, count))
+    first = np.geomspace(1, count, min(MOST_POINTS, count)) - 1
+    return [int(rank) for rank in np.unique(np.concatenate([even, first]).round().astype(int))]
 
 
 def dots(rows: Sequence[tuple[str, float, float]], x_label: str) -> Markup:
@@ -240,10 +253,12 @@ def _nice_step(step: float) -> float:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of two, every second one if there are many."""
-    first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
+    """Powers of two, or of ten in a wide range; every second one if there are many."""
+    base = 10 if high / low > 2000 or low < 1 else 2
+    first = math.ceil(math.log(low, base) - 1e-9)
+    last = math.floor(math.log(high, base) + 1e-9)
     every = max(1, (last - first) // 6 + (last - first > 6))
-    return [2.0**i for i in range(first, last + 1, every)] or [low]
+    return [float(base) ** i for i in range(first, last + 1, every)] or [low]
 
 
 def _number(value: float, exact: bool = False) -> str:
