@@ -13,7 +13,7 @@ from tensorboardX import SummaryWriter
 from jobs.reports.pages.example import Example
 from jobs.reports.pages.filmstrip import Filmstrip
 from jobs.reports.pages.index import write_index
-from jobs.reports.pages.training import LIVE_EVERY_S, LIVE_FILE, TrainingFacts, live_json, training_page
+from jobs.reports.pages.training import LIVE_EVERY_S, LIVE_FILE, LiveParts, TrainingFacts, live_parts, training_page
 from jobs.reports.plots import curves_png, sheet_png
 from pipeline import storage
 
@@ -71,11 +71,12 @@ class TrainReport:
         self._replace("train.jsonl", log.encode())
         self._replace("train.png", curves_png(self.history))
         examples = (self.examples_step, self.examples)
-        page = training_page(self.facts, self.history, examples, self.film, self.skipped, running=running)
+        live = live_parts(self.facts, self.history, running=running)
+        page = training_page(self.facts, self.history, examples, self.film, self.skipped, live)
         self._replace("train.html", page)
         if self.film.frames:
             self._replace(FILM_FILE, self.film.to_json())
-        self.write_live(running=running)
+        self._write_live(live)
         self._events.flush()
         for file in Path(self._folder.name).iterdir():
             self._replace(f"tensorboard/{file.name}", file.read_bytes())
@@ -84,9 +85,12 @@ class TrainReport:
             self._indexed = True
         self._written = time.monotonic()
 
-    def write_live(self, *, running: bool = True) -> None:
+    def write_live(self) -> None:
         """The small file that a page reads again and again while the run trains."""
-        self._replace(LIVE_FILE, live_json(self.facts, self.history, running=running))
+        self._write_live(live_parts(self.facts, self.history, running=True))
+
+    def _write_live(self, live: LiveParts) -> None:
+        self._replace(LIVE_FILE, live.to_json())
         self._written_live = time.monotonic()
 
     def close(self) -> None:

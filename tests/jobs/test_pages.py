@@ -1,7 +1,6 @@
 """The HTML pages: what they say, that names cannot become markup, and how they behave in a browser."""
 
 import base64
-import dataclasses
 import functools
 import http.server
 import json
@@ -30,7 +29,7 @@ from jobs.reports.pages.index import write_index
 from jobs.reports.pages.metrics import METRICS, metric, ranking
 from jobs.reports.pages.pictures import as_array, error_map, flat_patches, psnr
 from jobs.reports.pages.sounds import as_waveform, sound_cards
-from jobs.reports.pages.training import LIVE_FILE, TrainingFacts, live_json, names_of
+from jobs.reports.pages.training import LIVE_FILE, TrainingFacts, names_of
 from jobs.reports.training import TrainReport
 from pipeline.corpus.shards import find_shards
 from tests.browser import CHROMIUM, Browser, chromium
@@ -680,8 +679,7 @@ def test_a_page_that_is_open_follows_the_training(browser, tmp_path):
         browser.open(f"http://127.0.0.1:{server.server_address[1]}/train.html")
         assert browser.run("document.querySelector('#live-status').innerText").startswith("Training: step 30 of 100")
         report.log({**report.history[-1], "step": 40, "loss": 0.005})
-        facts = dataclasses.replace(report.facts)
-        (tmp_path / "reports" / LIVE_FILE).write_bytes(live_json(facts, report.history, running=True))
+        report.write_live()
         browser.until("document.querySelector('#live-status').innerText.startsWith('Training: step 40 of 100')", 60)
         server.shutdown()
     assert browser.problems == []

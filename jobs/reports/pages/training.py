@@ -3,6 +3,7 @@ the page takes its changing parts from train-live.json beside it.
 """
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,14 +43,25 @@ class TrainingFacts:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class LiveParts:
+    """What a page that is open replaces. html: by the id of the element."""
+
+    running: bool
+    step: int
+    html: dict[str, str]
+
+    def to_json(self) -> bytes:
+        return json.dumps({"running": self.running, "step": self.step, "parts": self.html}).encode()
+
+
 def training_page(
     facts: TrainingFacts,
     history: Sequence[Row],
     examples: tuple[int, list[Example]],
     film: Filmstrip,
     skipped: Sequence[Row],
-    *,
-    running: bool,
+    live: LiveParts,
 ) -> bytes:
     """examples: the step of the fixed samples' last reconstructions, and these."""
     step, shown = examples
@@ -64,8 +76,8 @@ def training_page(
         "training.html",
         header,
         last,
-        live={"running": running, "seconds": LIVE_EVERY_S, "source": LIVE_FILE},
-        parts_of=live_parts(facts, history, running=running),
+        live={"running": live.running, "seconds": LIVE_EVERY_S, "source": LIVE_FILE},
+        parts_of=live.html,
         step=step,
         cards=cards,
         film=film if len(film.frames) > 1 else None,
@@ -75,22 +87,17 @@ def training_page(
     )
 
 
-def live_json(facts: TrainingFacts, history: Sequence[Row], *, running: bool) -> bytes:
-    """What a page that is open replaces: HTML by the id of the element."""
-    parts = live_parts(facts, history, running=running)
-    return json.dumps({"running": running, "step": history[-1]["step"], "parts": parts}).encode()
-
-
-def live_parts(facts: TrainingFacts, history: Sequence[Row], *, running: bool) -> dict[str, str]:
+def live_parts(facts: TrainingFacts, history: Sequence[Row], *, running: bool) -> LiveParts:
     last = history[-1]
     curves = [one for name in names_of(history) if (one := _curve(name, history))]
     shown = names_of(history) if not curves else HEADLINE  # else the curves show the others
     numbers = {name: last[name] for name in shown if name in last}
     left_s = (facts.steps - last["step"]) * last.get("seconds_per_step", 0) if running else 0
-    status = fragment(
-        "training_status.html", facts=facts, last=last, running=running, left=_clock(left_s), numbers=numbers
-    )
-    return {"live-status": status, "live-curves": fragment("training_curves.html", curves=curves)}
+    at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    about = {"facts": facts, "last": last, "running": running, "left": _clock(left_s), "numbers": numbers, "at": at}
+    status = fragment("training_status.html", **about)
+    html = {"live-status": status, "live-curves": fragment("training_curves.html", curves=curves)}
+    return LiveParts(running, last["step"], html)
 
 
 def names_of(history: Sequence[Row]) -> list[str]:
