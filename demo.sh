@@ -19,8 +19,6 @@ step evaluate "$config" 'data.shards=samples/heldout/*.tar'
 step decode   "$config"
 
 echo
-echo "Look at:"
-echo "  runs/demo/reports/evaluate-vp_vae-K1024.png    held-out photos; to the right of each its reconstruction from tokens (10 bits for 64 pixels)"
-echo "  runs/demo/reports/evaluate-vp_vae-K1024.html   the same with quality and codebook usage"
-echo "  runs/demo/reports/train.html                   training curves and reconstructions during training"
-echo "  runs/demo/decoded/                             images decoded from the Parquet rows"
+echo "Look at runs/demo/reports/index.html: it links all pages of this run, such as"
+echo "  held-out photos beside their reconstructions from tokens (10 bits for 64 pixels), with quality and codebook usage,"
+echo "  and the training with its curves and reconstructions. Images decoded from the Parquet rows are in runs/demo/decoded."

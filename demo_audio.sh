@@ -19,6 +19,5 @@ step evaluate "$config" 'data.shards=samples/speech/heldout/*.tar'
 step decode   "$config"
 
 echo
-echo "Look at and listen to:"
-echo "  runs/speech/reports/evaluate-fsp-K1000.html   held-out clips and their reconstructions from tokens (1.66 kbit/s)"
-echo "  runs/speech/decoded/                          wav files decoded from the Parquet rows"
+echo "Look at runs/speech/reports/index.html: it links all pages of this run, such as held-out clips to compare with their"
+echo "reconstructions from tokens (1.66 kbit/s). Wav files decoded from the Parquet rows are in runs/speech/decoded."

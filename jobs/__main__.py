@@ -10,6 +10,8 @@ import errno
 import importlib
 import importlib.metadata
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -32,6 +34,7 @@ COMMANDS = {  # name: (module, summary); a module is imported only to run its co
     "retry": ("jobs.retry", "process quarantined samples and failed shards again"),
     "decode": ("jobs.decode", "decode token rows to images or audio files"),
     "export": ("jobs.export", "write the tokens in the format of another reader, such as nanoGPT or WebDataset"),
+    "view": ("jobs.view", "make a page that shows the rows, codes and quarantined samples of an output"),
     "compare": ("jobs.compare", "train several methods and sizes with one recipe and compare them"),
     "evaluate": ("jobs.evaluate", "measure quality and codebook usage on held-out shards"),
 }
@@ -45,6 +48,7 @@ OUTCOMES = {
 }
 UPLOADED = "/working_dir_files/_ray_pkg_"  # in paths where Ray unpacks the working directory of a submitted job
 HELP = ("-h", "--help")
+ALONE = {"import": "pretrained.source", "view": "output"}  # the key that an argument without one is the value of
 SHORT_FLAGS = {"deep": "verify.deep", "repair": "verify.repair", "dry-run": "verify.dry_run", "json": "status.json"}
 
 
@@ -116,6 +120,7 @@ def _run(command: str, arguments: list[str]) -> int:
             _refuse_uploaded(config)
             job = importlib.import_module(COMMANDS[command][0])
             storage.configure(config.storage.options, config.storage.create_only, url_secrets)
+            config.command = storage.without_values(_command_line(command, arguments))
             return _finish(command, job.run(config))
     except mistakes as error:
         return _finish(command, 2, str(error))
@@ -133,6 +138,12 @@ def _run(command: str, arguments: list[str]) -> int:
         return _finish(command, 130)
     except Terminated:
         return _finish(command, 143)
+
+
+def _command_line(command: str, arguments: list[str]) -> str:
+    """The command as a user would type it, without the values of `storage`, which may be secrets."""
+    shown = [re.sub(r"^((--)?storage\.[^=]*)=.*", r"\1=...", argument, flags=re.S) for argument in arguments]
+    return shlex.join(["tokenmill", command, *shown])
 
 
 # errors of the machine rather than of the command: a disk that is full or fails, too many open files
@@ -154,7 +165,7 @@ def _refuse_uploaded(config: Any) -> None:
     from pipeline import storage
 
     written = {"run": config.run, "output": config.output, "decode.output": config.decode.output}
-    written |= {"pack.shards": config.pack.shards, "export.to": config.export.to}
+    written |= {"pack.shards": config.pack.shards, "export.to": config.export.to, "view.page": config.view.page}
     for key, value in written.items():
         if value and UPLOADED in storage.normalise(value):
             raise ConfigError(
@@ -190,11 +201,20 @@ def _finish(command: str, code: int, error: str = "") -> int:
     return code
 
 
+def _is_place(argument: str, command: str) -> bool:
+    """Whether an argument of `import` or `view` is what the command is about, and not a configuration."""
+    from pipeline import storage
+
+    if argument.endswith((".yaml", ".yml")):
+        return False
+    return command == "import" or "/" in argument or storage.exists(storage.join(argument, "dataset.json"))
+
+
 def _as_setting(argument: str, command: str) -> str:
-    """--deep becomes verify.deep=true, and --codebook.cache becomes codebook.cache=true. The source of an import is a
-    plain word."""
-    if command == "import" and "=" not in argument and not argument.endswith((".yaml", ".yml")):
-        return f"pretrained.source={argument}"
+    """--deep becomes verify.deep=true, and --codebook.cache becomes codebook.cache=true. What `import` and `view` are
+    about may be given alone."""
+    if command in ALONE and "=" not in argument and not argument.startswith("-") and _is_place(argument, command):
+        return f"{ALONE[command]}={argument}"
     if not argument.startswith("--"):
         return argument
     key, _, value = argument.removeprefix("--").partition("=")

@@ -20,8 +20,9 @@ from jobs.artifacts import check_limits, check_member, load_tokenizer, load_trai
 from jobs.config import Config, ConfigError
 from jobs.latents.extract import draw_latents, fill_cache
 from jobs.latents.sharded import CachedLatents
-from jobs.reports.html import page, picture, table
-from jobs.reports.plots import latents_png, line_png, usage_png
+from jobs.reports.pages.codebook import codebook_page
+from jobs.reports.pages.document import in_words
+from jobs.reports.pages.index import write_index
 from pipeline import storage
 from pipeline.corpus.shards import ShardList, find_shards
 from tokenizer.autoencoder import Autoencoder
@@ -33,7 +34,6 @@ from tokenizer.usage import digit_usage, quantization_sums, usage
 IDENTITY = ("settings", "max_latents", "seed", "full", "warm_start")  # keys that decide what a codebook is
 KEYS = {"input_manifest_id": "data.shards (its list of shards)", "member": "data.member"}
 SHOWN_LATENTS = 1_000_000  # of all latents: for the scatter plot and the perturbation ratio
-PLOTTED_LATENTS = 4000
 SHOWN = ("mse", "cvu", "perplexity", "dead_codes", "perturbation_ratio")
 
 
@@ -70,7 +70,7 @@ def run(config: Config) -> int:
             previous = load_tokenizer(urls[size]).autoencoder
         else:
             previous = copy.deepcopy(previous if config.codebook.warm_start else autoencoder)
-            _fit(previous, latents, size, made_by, config, urls[size])
+            write_codebook(previous, latents, size, made_by, config, urls[size])
     if num_failed:
         print(f"codebook: incomplete: {num_failed} shards failed, so the codebooks are made from the others only")
     return 3 if num_failed else 0
@@ -143,7 +143,7 @@ def _gather(config: Config, run_url: str, inputs: ShardList, dim: int) -> tuple[
     return latents, num_failed
 
 
-def _fit(
+def write_codebook(
     autoencoder: Autoencoder, latents: Latents, size: int | None, made_by: dict[str, Any], config: Config, url: str
 ) -> None:
     """Fits one codebook, writes its report, and then the tokenizer: a tokenizer that exists has its report."""
@@ -156,7 +156,10 @@ def _fit(
     numbers, counts = _measure(tokenizer, latents, sample, curve)
     report = json.dumps({**numbers, "made_by": made_by, "curve": curve}, indent=1)
     storage.replace(_report_url(url, "json"), report.encode())
-    storage.replace(_report_url(url, "html"), _page(tokenizer, sample, numbers, counts, curve))
+    about = {"name": url.rsplit("/", 1)[1], "command": config.command}
+    about["corpus"] = in_words(config.to_dict()["data"]["shards"])
+    storage.replace(_report_url(url, "html"), codebook_page(tokenizer, sample.numpy(), numbers, counts, curve, **about))
+    write_index(_report_url(url, "html").rsplit("/", 1)[0])
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         storage.upload(folder, url)
@@ -179,14 +182,3 @@ def _measure(
     if ratio is not None:
         numbers["perturbation_ratio"] = ratio
     return numbers, total.counts.sum(axis=0)
-
-
-def _page(
-    tokenizer: Tokenizer, sample: Tensor, numbers: dict[str, Any], counts: np.ndarray, curve: list[float]
-) -> bytes:
-    quantizer = tokenizer.autoencoder.quantizer
-    codes = quantizer.codebook.reshape(-1, quantizer.dim).numpy()
-    pictures = [usage_png(counts), latents_png(sample[:PLOTTED_LATENTS, : quantizer.dim].numpy(), codes)]
-    if curve:
-        pictures.insert(0, line_png(curve, "error per latent (weighted, if balanced)", "Lloyd iteration"))
-    return page(f"Codebook of {tokenizer.codebook_size} codes", [table(numbers), *map(picture, pictures)])

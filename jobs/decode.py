@@ -63,7 +63,7 @@ def _chosen(config: Config, views: Views | None) -> Iterator[dict[str, Any]]:
 
 
 def _write(row: dict[str, Any], tokenizer: Tokenizer, folder: str, views: Views | None) -> tuple[str, str]:
-    array = _decoded(row, tokenizer, views)
+    array = decoded(row, tokenizer, views)
     shard = row["source_shard"].rsplit("/", 1)[1].split(".")[0]
     view = f"-view{row['view']}" if views else ""
     name = _file_name(f"{shard}-{row['source_index']:06d}-{row['key']}{view}")
@@ -72,7 +72,7 @@ def _write(row: dict[str, Any], tokenizer: Tokenizer, folder: str, views: Views 
     return row["key"], url
 
 
-def _decoded(row: dict[str, Any], tokenizer: Tokenizer, views: Views | None) -> np.ndarray:
+def decoded(row: dict[str, Any], tokenizer: Tokenizer, views: Views | None) -> np.ndarray:
     """The sample or view without the padding of the encoder. The size in a row is that of the whole sample."""
     modality = tokenizer.modality
     if views is None:

@@ -47,7 +47,9 @@ def test_the_wheel_holds_the_packages_the_configs_and_their_types(wheel: Path):
     modules = {str(f.relative_to(ROOT)) for name in packages for f in (ROOT / name).rglob("*.py")}
     configs = {f"tokenmill/{f.relative_to(ROOT)}" for f in (ROOT / "configs").rglob("*.yaml")}
     typed = {f"{name}/py.typed" for name in packages}
-    assert {n for n in names if ".dist-info/" not in n} == modules | configs | typed
+    templates = {str(f.relative_to(ROOT)) for f in (ROOT / "jobs/reports/templates").iterdir()}
+    assert len(templates) > 5
+    assert {n for n in names if ".dist-info/" not in n} == modules | configs | typed | templates
 
 
 def test_reading_tokens_is_the_only_thing_that_the_base_install_pays_for(wheel: Path):

@@ -2,7 +2,7 @@
 
 EXTRAS = {  # name of the import: the extra in pyproject.toml that installs it
     **dict.fromkeys(("torch", "safetensors", "scipy", "faiss", "PIL", "matplotlib", "torchmetrics"), "tokenizer"),
-    **dict.fromkeys(("ray", "omegaconf", "yaml", "braceexpand", "tensorboardX"), "jobs"),
+    **dict.fromkeys(("ray", "omegaconf", "yaml", "braceexpand", "tensorboardX", "jinja2"), "jobs"),
     **dict.fromkeys(("s3fs", "botocore", "aiobotocore"), "s3"),
     **dict.fromkeys(("gcsfs",), "gcs"),
     **dict.fromkeys(("adlfs",), "azure"),

@@ -35,7 +35,7 @@ def key(default: Any, description: str, commands: tuple[str, ...] = ()) -> Any:
 
 
 TRAINING = ("train", "compare")
-WITH_TOKENIZER = ("tokenize", "evaluate", "audit", "retry", "decode")
+WITH_TOKENIZER = ("tokenize", "evaluate", "audit", "retry", "decode", "view")
 DECODING = ("codebook", "tokenize", "evaluate", "audit", "retry")
 POOLS = ("codebook", "tokenize", "evaluate", "audit", "retry")
 ALL = (
@@ -52,6 +52,7 @@ ALL = (
     "evaluate",
     "export",
     "import",
+    "view",
 )
 
 
@@ -296,7 +297,7 @@ class TokensConfig:
 
 @dataclass
 class EvaluateConfig:
-    num_examples: int = key(16, "samples whose reconstructions the report shows; 0 shows none")
+    num_examples: int = key(16, "samples that the report shows, besides the best and the worst ones; 0 shows none")
 
     def __post_init__(self) -> None:
         _check_minimum("evaluate", self, 0, "num_examples")
@@ -385,6 +386,17 @@ class VerifyConfig:
 
 
 @dataclass
+class ViewConfig:
+    limit: int = key(48, "rows to decode and show")
+    seed: int = key(0, "seed that selects the rows")
+    page: str = key("", "file or URL of the page; empty writes OUT-view.html beside the output")
+
+    def __post_init__(self) -> None:
+        _check_minimum("view", self, 1, "limit")
+        _check_minimum("view", self, 0, "seed")
+
+
+@dataclass
 class StatusConfig:
     json: bool = key(False, "print JSON for programs; --json is short for it")
 
@@ -419,7 +431,7 @@ class Config:
     output: str = key(
         "",
         "folder or URL of the token shards, OUT",
-        ("tokenize", "status", "verify", "audit", "retry", "decode", "export"),
+        ("tokenize", "status", "verify", "audit", "retry", "decode", "export", "view"),
     )
     tokenizer: str = key("", "a frozen tokenizer; empty takes the only one in RUN/tokenizers", WITH_TOKENIZER)
     data: DataConfig = key(DataConfig, "input shards and their preprocessing")
@@ -438,11 +450,13 @@ class Config:
     export: ExportConfig = key(ExportConfig, "tokens in the format of another reader", ("export",))
     pretrained: PretrainedConfig = key(PretrainedConfig, "a published tokenizer", ("import",))
     verify: VerifyConfig = key(VerifyConfig, "the proof of an output", ("verify",))
+    view: ViewConfig = key(ViewConfig, "a page that shows an output", ("view",))
     status: StatusConfig = key(StatusConfig, "the progress of an output", ("status",))
     storage: StorageConfig = key(StorageConfig, "access to object storage", ALL)
 
     def __post_init__(self) -> None:
         self.written: dict[str, str] = {}  # keys from environment variables, as they are written; load_config sets it
+        self.command = ""  # the command line, without secrets, for reports; jobs/__main__.py sets it
 
     def with_changes(self, **changes: Any) -> "Config":
         """A copy with other values at these keys. dataclasses.replace would lose `written`."""

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from jobs.config import Config
+from jobs.reports.pages.comparison import ComparisonReport, comparison_page
+from jobs.reports.pages.index import write_index
 from jobs.reports.plots import against_png, gallery_png
 from pipeline import storage
 from tokenizer.modalities.image.frechet import about
@@ -49,14 +51,14 @@ def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes]
         return
     base = storage.join(url, "reports", "compare")
     trials = [{key: value for key, value in one.items() if key not in ("examples", "history")} for one in results]
-    tables = {}
+    tables, all_notes = {}, {}
     for name in ("", *config.compare.others):
         shown = [_evaluated_on(name, one) for one in results] if name else results
         tables[name or "heldout"] = rows = summarise(shown)
         place = f"{base}-{name}" if name else base
         text = markdown(rows, columns_of(rows))
-        about = notes(shown, config, name)
-        storage.replace(f"{place}.md", f"{text}\n{about}".encode())
+        all_notes[name or "heldout"] = notes(shown, config, name)
+        storage.replace(f"{place}.md", f"{text}\n{all_notes[name or 'heldout']}".encode())
         storage.replace(f"{place}.csv", to_csv(rows, [column for column, _, _ in columns_of(rows)]).encode())
         for kind, png in plots(rows).items():
             storage.replace(f"{place}-{kind}.png", png)
@@ -64,7 +66,15 @@ def write_report(url: str, results: list[dict[str, Any]], originals: list[bytes]
     storage.replace(f"{base}.json", (json.dumps({"tables": tables, "trials": trials}, indent=1) + "\n").encode())
     if originals:
         storage.replace(f"{base}-pictures.png", gallery_png(_gallery(results, originals)))
-    print(f"compare: report at {base}.md, .json, .csv; plots at {base}-*.png")
+    report = ComparisonReport(config, tables, _headings(tables), all_notes, results, originals)
+    storage.replace(f"{base}.html", comparison_page(report))
+    write_index(base.rsplit("/", 1)[0])
+    print(f"compare: report at {base}.html, .md, .json, .csv; plots at {base}-*.png")
+
+
+def _headings(tables: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+    """The names of the columns of each table."""
+    return {name: [column for column, _, _ in columns_of(rows)] for name, rows in tables.items()}
 
 
 def _evaluated_on(name: str, result: dict[str, Any]) -> dict[str, Any]:

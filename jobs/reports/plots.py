@@ -26,41 +26,6 @@ def curves_png(history: list[dict[str, Any]]) -> bytes:
     return _png(figure)
 
 
-def usage_png(counts: np.ndarray) -> bytes:
-    """The share of tokens of each code, from the most to the least frequent. counts [K]."""
-    figure = _figure(figsize=(6, 3))
-    axis = figure.subplots()
-    shares = np.sort(counts)[::-1] / max(1, counts.sum())
-    axis.fill_between(np.arange(1, len(shares) + 1), shares, step="mid")
-    axis.axhline(1 / len(counts), color="black", linewidth=0.8, linestyle="--", label="uniform")
-    axis.set(xlabel="code, by rank", ylabel="share of tokens", title=f"usage of {len(counts)} codes")
-    axis.legend()
-    return _png(figure)
-
-
-def latents_png(z: np.ndarray, codebook: np.ndarray | None) -> bytes:
-    """Latents z [N, D] and codes [K, D], projected onto the latents' first two principal components."""
-    figure = _figure(figsize=(5, 5))
-    axis = figure.subplots()
-    center = z.mean(axis=0)
-    plane = np.linalg.svd(z - center, full_matrices=False)[2][:2].T
-    axis.scatter(*_projected(z - center, plane), s=2, alpha=0.3, label="latents", rasterized=True)
-    if codebook is not None and codebook.shape[1] == z.shape[1]:
-        axis.scatter(*_projected(codebook - center, plane), s=4, color="red", label="codes", rasterized=True)
-    axis.set(title="latent space, first two principal components", aspect="equal")
-    axis.legend(loc="upper right")
-    return _png(figure)
-
-
-def line_png(values: list[float], title: str, xlabel: str) -> bytes:
-    figure = _figure(figsize=(5, 3))
-    axis = figure.subplots()
-    axis.plot(np.arange(1, len(values) + 1), values, marker=".")
-    axis.set(title=title, xlabel=xlabel)
-    axis.grid(alpha=0.3)
-    return _png(figure)
-
-
 def sheet_png(pairs: list[tuple[bytes, ...]], per_row: int = 4) -> bytes:
     """Originals (left) beside reconstructions (right), `per_row` pairs in a row. pairs: PNG files."""
     rows = -(-len(pairs) // per_row)
@@ -117,11 +82,6 @@ def against_png(rows: list[dict[str, Any]], x: str, xlabel: str, shown: list[str
     if not listed:
         axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
-
-
-def _projected(points: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    flat = points @ plane
-    return flat[:, 0], flat[:, 1] if flat.shape[1] > 1 else np.zeros(len(flat))
 
 
 def image_array(png: bytes) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,8 +49,11 @@ class TrainLoop:
         state = self.state
         batches = state.data.batches(pinned=state.device.type == "cuda")
         while state.step < self.options.steps:
+            started = time.monotonic()
             batch = self._next(batches)
             self.lap("data wait")
+            if self.monitor is not None:
+                self.monitor.data_wait_s += time.monotonic() - started
             if state.any_rank(batch is None or (self.monitor is not None and self.monitor.should_stop())):
                 self._save()
                 reason = self.monitor.reason if self.monitor else ""

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from jobs.reports.html import Example
+from jobs.reports.pages.document import in_words
+from jobs.reports.pages.example import Example, example_of
+from jobs.reports.pages.training import TrainingFacts, changed_settings
 from jobs.reports.training import CollapseAlarm, TrainReport
 from jobs.training.channel import StopSignal
 from jobs.training.data import fixed_samples
@@ -17,13 +19,15 @@ from tokenizer.training.step import StepResult
 class Monitor:
     """Follows each step of rank 0. reason: why the run should stop early; empty while it should not.
 
-    lap: notes the end of a stage, for train.profile.
+    lap: notes the end of a stage, for train.profile. data_wait_s: seconds that the loop has waited for samples since
+    the last row of the log.
     """
 
     def __init__(self, state: TrainState, lap: Callable[[str], None]):
         options = state.config.train
         self.state, self.lap, self.reason = state, lap, ""
-        self.report = TrainReport(state.run, state.history, state.step)
+        self.data_wait_s = 0.0
+        self.report = TrainReport(state.run, state.history, state.step, facts_of(state))
         self.alarm = CollapseAlarm(options.collapse.perplexity, options.collapse.patience)
         for row in state.history:
             self.alarm.check(row)
@@ -45,6 +49,9 @@ class Monitor:
         elif self.report.is_due:
             self.report.write()
             self.lap("logging")
+        elif self.report.is_live_due:
+            self.report.write_live()
+            self.lap("logging")
 
     def should_stop(self) -> bool:
         if self.stop_signal and not self.reason:
@@ -53,11 +60,14 @@ class Monitor:
 
     def _log(self, numbers: dict[str, float]) -> None:
         state, now = self.state, time.monotonic()
-        seconds = (now - self._logged_at) / (state.step - self._logged_step)
+        started = self._logged_at
+        seconds = (now - started) / (state.step - self._logged_step)
         self._logged_step, self._logged_at = state.step, now
         row = {"step": state.step, **numbers, "lr": state.trainer.optimizer.param_groups[0]["lr"]}
         samples_per_s = state.config.train.batch_size * state.world_size / seconds
         row |= {"bad_samples": state.data.num_skipped, "seconds_per_step": seconds, "samples_per_s": samples_per_s}
+        row |= {"data_wait_share": self.data_wait_s / (now - started)}
+        self.data_wait_s = 0.0
         self.report.log(row)
         state.send({"row": row})
         if self.alarm.is_blind(row) and len(self.report.history) == 1:
@@ -85,12 +95,25 @@ class Monitor:
         with state.averaged_weights():
             x_hat = state.autoencoder(x).x_hat.float().cpu()
         reconstructions = modality.unbatch(x_hat, [modality.size_of(array) for array in arrays])
-        examples = []
-        for (key, array), reconstruction in zip(self._samples, reconstructions, strict=True):
-            pair = (array, reconstruction)
-            views, files = tuple(map(modality.view, pair)), tuple(map(modality.to_bytes, pair))
-            examples.append(Example(key, modality.mime, views, files))
-        return examples
+        pairs = zip(self._samples, reconstructions, strict=True)
+        return [example_of(modality, key, (array, x_hat)) for (key, array), x_hat in pairs]
+
+
+def facts_of(state: TrainState) -> TrainingFacts:
+    """What the page says about the run."""
+    config, autoencoder = state.config, state.autoencoder
+    return TrainingFacts(
+        run=state.run,
+        steps=config.train.steps,
+        method=f"{config.quantizer['name']}, {autoencoder.quantizer.codebook_size:,} codes",
+        corpus=f"{in_words(config.to_dict()['data']['shards'])}: {len(state.shards):,} shards",
+        command=config.command,
+        num_parameters=sum(p.numel() for p in autoencoder.parameters()),
+        factor=autoencoder.factor,
+        num_workers=state.world_size,
+        device=torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "CPU",
+        settings=changed_settings(config),
+    )
 
 
 def stopped_at(step: int, why: str) -> str:

@@ -413,7 +413,7 @@ def test_monitoring_and_profiling_report_everything_and_change_no_weight(
     assert [step for tag, step in values if tag == "loss"] == list(range(1, STEPS + 1))
     assert [step for tag, step in values if tag == "reconstructions"] == [8, 16, STEPS]
     page = (tmp_path / "run/reports/train.html").read_text()
-    assert page.count("class=pair") == 3
+    assert page.count('<figure class="pair') == 3
     assert f"reconstructions at step {STEPS}" in page
 
     state = torch.load(last_checkpoint(tmp_path) / "state.pt", weights_only=True)
