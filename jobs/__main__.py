@@ -48,6 +48,7 @@ OUTCOMES = {
 }
 UPLOADED = "/working_dir_files/_ray_pkg_"  # in paths where Ray unpacks the working directory of a submitted job
 HELP = ("-h", "--help")
+WITHOUT_MODELS = ("status", "verify", "export")  # these start without torch, whose import takes seconds
 ALONE = {"import": "pretrained.source", "view": "output"}  # the key that an argument without one is the value of
 SHORT_FLAGS = {"deep": "verify.deep", "repair": "verify.repair", "dry-run": "verify.dry_run", "json": "status.json"}
 
@@ -112,7 +113,8 @@ def _run(command: str, arguments: list[str]) -> int:
     mistakes = (ConfigError, *broken, *of_tokenizer, PermissionError)
     try:
         with _raising_at_sigterm():
-            config = load_config([_as_setting(a, command) for a in arguments if a != "--print"])
+            settings = [_as_setting(a, command) for a in arguments if a != "--print"]
+            config = load_config(settings, models=command not in WITHOUT_MODELS)
             url_secrets = take_url_secrets(config)
             if "--print" in arguments:
                 print(to_yaml(config, command), end="")

@@ -143,3 +143,15 @@ dataset = TokenDataset(sys.argv[1])
 print(isinstance(dataset, IterableDataset), len(list(DataLoader(dataset, batch_size=None))), "ray" in sys.modules)
 """
     assert python(code, output.url).split() == ["True", "5", "False"]
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "export", "--help"])
+def test_a_command_without_a_model_imports_neither_torch_nor_ray(command: str, tmp_path: Path):
+    """They take half a second instead of three."""
+    output = write_tokens(tmp_path, (2, 3)).url
+    settings = {"export": ["export.format=nanogpt", f"export.to={tmp_path}/exported"], "--help": []}
+    words = [command, *([] if command == "--help" else [f"output={output}"]), *settings.get(command, [])]
+    code = "import sys; from jobs.__main__ import main; code = main(sys.argv[1:]); "
+    code += "sys.exit(code or 50 * bool({'torch', 'ray'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

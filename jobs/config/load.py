@@ -24,10 +24,11 @@ from jobs.config.shipped import shipped_configs, with_methods_beside
 CONFIGS = shipped_configs()
 
 
-def load_config(arguments: list[str]) -> Config:
+def load_config(arguments: list[str], *, models: bool = True) -> Config:
     """Merges files from left to right, then key=value overrides. Prints a notice for each old key name to stderr.
 
-    A file is a path, or the name of a shipped config: see find_config. Raises ConfigError.
+    A file is a path, or the name of a shipped config: see find_config. models: whether to type and check the settings
+    of modality, net and quantizer, which imports torch. Raises ConfigError.
     """
     files = [a for a in arguments if "=" not in a]
     overrides = [a for a in arguments if "=" in a]
@@ -39,7 +40,7 @@ def load_config(arguments: list[str]) -> Config:
         notices += found
     for notice in dict.fromkeys(notices):
         print(f"tokenmill: {notice}", file=sys.stderr)
-    return _build(parts)
+    return _build(parts, models)
 
 
 def with_method(config: Config, file: str, settings: dict[str, Any]) -> Config:
@@ -95,7 +96,7 @@ def _with_new_names(part: DictConfig) -> tuple[DictConfig, list[str]]:
     return OmegaConf.create(given), notices
 
 
-def _build(parts: list[DictConfig]) -> Config:
+def _build(parts: list[DictConfig], models: bool = True) -> Config:
     merged = OmegaConf.create({"train": dataclasses.asdict(TrainConfig())})  # so that ${train.steps} has a value always
     for part in parts:
         merged = _merge(merged, part)
@@ -103,7 +104,8 @@ def _build(parts: list[DictConfig]) -> Config:
     _refuse_unknown(given, Config, prefix="")
     config = _typed(Config, given, "")
     _refuse_nested(config)
-    _type_dicts(config)
+    if models:
+        _type_dicts(config)
     _refuse_extreme(dataclasses.asdict(config), "")
     config.written = from_environment(merged)
     return config

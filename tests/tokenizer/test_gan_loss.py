@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
-from tokenizer.training.gan_loss import DiscriminatorConfig, GanLoss, PatchDiscriminator, adaptive_weight, hinge_loss
-from tokenizer.training.recipe import Recipe
+from tokenizer.training.gan_loss import GanLoss, PatchDiscriminator, adaptive_weight, hinge_loss
+from tokenizer.training.recipe import DiscriminatorConfig, Recipe
 from tokenizer.training.step import Trainer
 
 NET = {"name": "vqgan", "width": 8, "multipliers": [1], "res_blocks": 1, "channels": 8, "attention": False}

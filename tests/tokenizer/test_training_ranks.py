@@ -15,8 +15,7 @@ from tests.tokenizer.ranks import RANKS, measured_by_ranks
 from tests.tokenizer.test_contract import CASES, NAMED, Case
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.modalities.base import build_modality
-from tokenizer.training.gan_loss import DiscriminatorConfig
-from tokenizer.training.recipe import Recipe
+from tokenizer.training.recipe import DiscriminatorConfig, Recipe
 from tokenizer.training.step import Trainer
 
 NET = {"name": "vqgan", "width": 8, "multipliers": [1, 1], "res_blocks": 1, "channels": 8, "attention": False}

@@ -7,7 +7,6 @@ whether it is real, and the autoencoder learns to make reconstructions that pass
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,37 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tokenizer.distributed import mean_across_ranks
+from tokenizer.training.recipe import DiscriminatorConfig
 
 MAX_ADAPTIVE_WEIGHT = 1e4  # the limit that taming-transformers uses
-
-
-@dataclass
-class DiscriminatorConfig:
-    """weight: gradient of the adversarial loss at the reconstruction, relative to that of all other losses; 0 turns
-    the discriminator off.
-
-    start_step: training steps without the discriminator at the start. channels: of the first convolution. layers: how
-    many times the picture's sides are halved. lr: constant.
-    """
-
-    weight: float = 0.0
-    start_step: int = 5000
-    channels: int = 64
-    layers: int = 3
-    lr: float = 1e-4
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.discriminator.{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("weight", "start_step", "lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train.discriminator.{name} is {getattr(self, name)}; it must be finite, 0 or more")
-
-    @property
-    def smallest_side(self) -> int:
-        """Side in pixels of the smallest picture that gets at least one logit."""
-        return 3 * 2**self.layers
 
 
 class PatchDiscriminator(nn.Module):

@@ -4,9 +4,36 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizer.training.gan_loss import DiscriminatorConfig
-
 PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class DiscriminatorConfig:
+    """weight: gradient of the adversarial loss at the reconstruction, relative to that of all other losses; 0 turns
+    the discriminator off.
+
+    start_step: training steps without the discriminator at the start. channels: of the first convolution. layers: how
+    many times the picture's sides are halved. lr: constant.
+    """
+
+    weight: float = 0.0
+    start_step: int = 5000
+    channels: int = 64
+    layers: int = 3
+    lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.discriminator.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("weight", "start_step", "lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.discriminator.{name} is {getattr(self, name)}; it must be finite, 0 or more")
+
+    @property
+    def smallest_side(self) -> int:
+        """Side in pixels of the smallest picture that gets at least one logit."""
+        return 3 * 2**self.layers
 
 
 @dataclass
