@@ -1,7 +1,10 @@
-"""The manifests of deploy/kubernetes fit KubeRay's strict schemas, and their commands have valid keys."""
+"""The manifests of deploy/kubernetes: KubeRay's strict schemas, its rules that no schema knows, and valid commands."""
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,108 +14,207 @@ import yaml
 
 from jobs.__main__ import COMMANDS
 from jobs.config import load_config
+from tests.deploy.render import Manifest, containers, of_kind, render
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFESTS = ROOT / "deploy/kubernetes"
 COMMAND_JOBS = ("train", "codebook", "tokenize", "verify")
+FOLDERS = (*COMMAND_JOBS, "kueue", "nightly", "cluster")
 SCHEMAS = {
     kind: json.loads((Path(__file__).parent / f"schemas/{kind}.v1.schema.json").read_text())
     for kind in ("RayJob", "RayCluster")
 }
+# KubeRay 1.7: apis/ray/v1/raycronjob_types.go. Its jobTemplate is the spec of a RayJob.
+SCHEMAS["RayCronJob"] = {
+    "properties": {
+        "apiVersion": {"const": "ray.io/v1"},
+        "kind": {"const": "RayCronJob"},
+        "metadata": {"type": "object"},
+        "spec": {
+            "properties": {
+                "schedule": {"type": "string"},
+                "timeZone": {"type": "string"},
+                "suspend": {"type": "boolean"},
+                "jobTemplate": SCHEMAS["RayJob"]["properties"]["spec"],
+            },
+            "required": ["schedule", "jobTemplate"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+}
+LONGEST_NAME = 47  # of a RayJob, in KubeRay
 
 
-def render(folder: Path) -> list[dict[str, Any]]:
-    """What `kubectl kustomize` gives, for the fields that we use: resources, nameSuffix, images, `replace` patches."""
-    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    assert kustomization.keys() <= {"resources", "nameSuffix", "images", "patches"}
-    found: list[dict[str, Any]] = []
-    for name in kustomization["resources"]:
-        place = folder / name
-        found += render(place) if place.is_dir() else list(yaml.safe_load_all(place.read_text()))
-    for manifest in found:
-        manifest["metadata"]["name"] += kustomization.get("nameSuffix", "")
-        for patch in kustomization.get("patches", []):
-            if manifest["kind"] == patch["target"]["kind"]:
-                replace(manifest, yaml.safe_load(patch["patch"]))
-        for image in kustomization.get("images", []):
-            for container in containers(manifest):
-                if container["image"] == image["name"]:
-                    container["image"] = f"{image['newName']}:{image['newTag']}"
+def ray_kinds(folder: str) -> list[Manifest]:
+    found = [manifest for manifest in render(MANIFESTS / folder) if manifest["apiVersion"] == "ray.io/v1"]
+    assert found
     return found
 
 
-def replace(manifest: dict[str, Any], operations: list[dict[str, Any]]) -> None:
-    for operation in operations:
-        assert operation["op"] == "replace"
-        *parents, last = operation["path"].strip("/").split("/")
-        place: Any = manifest
-        for part in parents:
-            place = place[int(part)] if isinstance(place, list) else place[part]
-        assert last in place, f"{operation['path']} is not there, so kustomize would refuse to replace it"
-        place[last] = operation["value"]
+def check(manifest: Manifest) -> None:
+    """Raises ValidationError. Unlike jsonschema.validate it does not check the large schema itself each time."""
+    jsonschema.Draft202012Validator(SCHEMAS[manifest["kind"]]).validate(manifest)
 
 
-def containers(value: Any) -> list[dict[str, Any]]:
-    if isinstance(value, list):
-        return [found for inner in value for found in containers(inner)]
-    if not isinstance(value, dict):
-        return []
-    return [*value.get("containers", []), *(found for inner in value.values() for found in containers(inner))]
+def job_spec(manifest: Manifest) -> dict[str, Any]:
+    return manifest["spec"].get("jobTemplate", manifest["spec"])
 
 
-def of_kind(kind: str, manifests: list[dict[str, Any]]) -> dict[str, Any]:
-    [found] = [manifest for manifest in manifests if manifest["kind"] == kind]
-    return found
+def cluster_spec(manifest: Manifest) -> dict[str, Any]:
+    return job_spec(manifest).get("rayClusterSpec", manifest["spec"])
 
 
-@pytest.mark.parametrize("name", COMMAND_JOBS)
-def test_a_job_fits_the_schema_and_has_a_valid_command(name: str):
-    job = of_kind("RayJob", render(MANIFESTS / name))
-    jsonschema.validate(job, SCHEMAS["RayJob"])
-    assert job["metadata"]["name"] == f"tokenmill-{name}"
-    program, command, *settings = shlex.split(job["spec"]["entrypoint"])
-    assert (program, command) == ("tokenmill", name)
-    assert command in COMMANDS
-    load_config([str(ROOT / word) if word.endswith(".yaml") else word for word in settings])
-    assert all(container["image"].startswith("REGISTRY/") for container in containers(job))
-
-
-def test_the_cluster_fits_the_schema():
-    cluster = of_kind("RayCluster", render(MANIFESTS / "cluster"))
-    jsonschema.validate(cluster, SCHEMAS["RayCluster"])
-    assert [group["groupName"] for group in cluster["spec"]["workerGroupSpecs"]] == ["gpu", "cpu"]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_manifests_fit_the_schemas_of_kuberay(folder: str):
+    for manifest in ray_kinds(folder):
+        check(manifest)
 
 
 @pytest.mark.parametrize(
-    "path", ["spec/entrypoynt", "spec/rayClusterSpec/authOptions/secret", "spec/deletionStrategy/deletionRules/0/when"]
+    ("folder", "path"),
+    [
+        ("train", "spec/entrypoynt"),
+        ("train", "spec/rayClusterSpec/authOptions/secret"),
+        ("train", "spec/deletionStrategy/deletionRules/0/when"),
+        ("nightly", "spec/concurrencyPolicy"),
+        ("nightly", "spec/jobTemplate/rayClusterSpec/headGroupSpec/template/spec/containers/0/imagePolicy"),
+        ("cluster", "spec/workerGroupSpecs/0/maxReplica"),
+    ],
 )
-def test_a_misspelled_field_is_found(path: str):
-    job = of_kind("RayJob", render(MANIFESTS / "train"))
+def test_a_misspelled_field_is_found(folder: str, path: str):
+    [manifest] = ray_kinds(folder)
     *parents, last = path.split("/")
-    place: Any = job
+    place: Any = manifest
     for part in parents:
         place = place[int(part)] if isinstance(place, list) else place[part]
     place[last] = "value"
     with pytest.raises(jsonschema.ValidationError, match="Additional properties are not allowed"):
-        jsonschema.validate(job, SCHEMAS["RayJob"])
+        check(manifest)
 
 
-@pytest.mark.parametrize("name", [*COMMAND_JOBS, "cluster"])
-def test_every_cluster_asks_for_a_token_and_gives_pods_time_to_save(name: str):
-    for manifest in render(MANIFESTS / name):
-        if manifest["kind"] == "ServiceAccount":
-            continue
-        spec = manifest["spec"].get("rayClusterSpec", manifest["spec"])
+def problems(job: dict[str, Any]) -> list[str]:
+    """What KubeRay's operator refuses in the spec of a job: ray-operator/controllers/ray/utils/validation.go."""
+    rules = job.get("deletionStrategy", {}).get("deletionRules", [])
+    found = []
+    if rules and (job.get("shutdownAfterJobFinishes") or "ttlSecondsAfterFinished" in job):
+        found.append("deletionRules exclude shutdownAfterJobFinishes and ttlSecondsAfterFinished")
+    if "ttlSecondsAfterFinished" in job and not job.get("shutdownAfterJobFinishes"):
+        found.append("ttlSecondsAfterFinished needs shutdownAfterJobFinishes")
+    if job["rayClusterSpec"].get("enableInTreeAutoscaling") and any(r["policy"] == "DeleteWorkers" for r in rules):
+        found.append("DeleteWorkers excludes autoscaling")
+    for rule in rules:
+        if len({"jobStatus", "jobDeploymentStatus"} & rule["condition"].keys()) != 1:
+            found.append("a rule needs one of jobStatus and jobDeploymentStatus")
+    return found
+
+
+@pytest.mark.parametrize("folder", [*COMMAND_JOBS, "kueue", "nightly"])
+def test_the_operator_accepts_the_jobs(folder: str):
+    [manifest] = ray_kinds(folder)
+    job = job_spec(manifest)
+    assert not problems(job)
+    assert len(manifest["metadata"]["name"]) <= LONGEST_NAME
+    assert job["backoffLimit"] > 0
+    assert job.get("shutdownAfterJobFinishes") or "deletionStrategy" in job, "its cluster would stay"
+
+
+def test_what_the_operator_refuses_is_found():
+    job = job_spec(ray_kinds("train")[0])
+    assert problems({**job, "shutdownAfterJobFinishes": True})
+    assert problems({**job, "ttlSecondsAfterFinished": 1})
+    rule = {"policy": "DeleteWorkers", "condition": {"jobStatus": "FAILED", "ttlSeconds": 1}}
+    assert problems({**job, "deletionStrategy": {"deletionRules": [rule]}})
+
+
+# puts the arguments that it gets into a file, one line of JSON per call
+RECORDER = """#!{python}
+import json, sys
+with open({file!r}, "a") as out:
+    print(json.dumps(sys.argv[1:]), file=out)
+"""
+
+
+def as_received(entrypoint: str, folder: Path) -> list[list[str]]:
+    """The arguments that tokenmill gets: KubeRay gives the line to bash, `ray job submit` to `sh -c` on the head."""
+    words = 'import subprocess, sys; print(subprocess.list2cmdline(sys.argv[1:]), end="")'
+    submitted = subprocess.run(
+        ["bash", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(words)} {entrypoint}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    recorder, calls = folder / "tokenmill", folder / "calls"
+    recorder.write_text(RECORDER.format(python=sys.executable, file=str(calls)))
+    recorder.chmod(0o755)
+    subprocess.run(submitted, shell=True, check=True, env={"PATH": f"{folder}:/usr/bin:/bin"}, cwd=folder)
+    return [json.loads(line) for line in calls.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("folder", "commands"),
+    [*((name, [name]) for name in COMMAND_JOBS), ("kueue", ["tokenize"]), ("nightly", ["tokenize", "verify"])],
+)
+def test_commands_reach_tokenmill_as_written_and_have_valid_keys(folder: str, commands: list[str], tmp_path: Path):
+    calls = as_received(job_spec(ray_kinds(folder)[0])["entrypoint"], tmp_path)
+    assert [call[0] for call in calls] == commands
+    for command, *settings in calls:
+        assert command in COMMANDS
+        config = load_config(settings)
+        assert command == "verify" or config.data.shards == "s3://BUCKET/photos-*.tar"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_pods_are_found_guarded_and_have_time_to_save(folder: str):
+    manifests = render(MANIFESTS / folder)
+    account = of_kind("ServiceAccount", manifests)["metadata"]["name"]
+    for manifest in ray_kinds(folder):
+        spec = cluster_spec(manifest)
         assert spec["authOptions"] == {"mode": "token", "secretName": "ray-token"}
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-            assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 120
-            assert group["template"]["spec"]["volumes"][0]["emptyDir"]["medium"] == "Memory"
+            pod = group["template"]["spec"]
+            assert pod["serviceAccountName"] == account
+            assert pod["terminationGracePeriodSeconds"] >= 120
+            assert pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
+            assert pod["securityContext"]["runAsNonRoot"]
+        assert all(container["image"].startswith("REGISTRY/") for container in containers(manifest))
+
+
+def test_the_nightly_job_runs_on_the_same_cluster_as_the_others():
+    nightly, tokenize = (cluster_spec(ray_kinds(folder)[0]) for folder in ("nightly", "tokenize"))
+    assert nightly == tokenize
+
+
+def test_a_job_of_kueue_has_a_fixed_number_of_workers():
+    [job] = ray_kinds("kueue")
+    spec = cluster_spec(job)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+    assert not spec["enableInTreeAutoscaling"]
+    assert job["spec"]["shutdownAfterJobFinishes"]
+    for group in spec["workerGroupSpecs"]:
+        assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] > 0
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kustomize_renders_the_same(folder: str):
+    programs = {"kubectl": ["kubectl", "kustomize"], "kustomize": ["kustomize", "build"]}
+    found = [command for name, command in programs.items() if shutil.which(name)]
+    if not found:
+        pytest.skip("needs kubectl or kustomize, which no PyPI package has")
+    done = subprocess.run([*found[0], MANIFESTS / folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by_kind = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(done.stdout)}
+    expected = {manifest["kind"]: manifest for manifest in render(MANIFESTS / folder)}
+    for manifest in expected.values():  # kustomize leaves out empty annotations and labels
+        manifest["metadata"] = {key: value for key, value in manifest["metadata"].items() if value}
+    assert by_kind == expected
 
 
 def test_core_kinds_fit_the_schema_of_kubernetes():
     validate = pytest.importorskip("kubernetes_validate", reason="needs the package kubernetes-validate")
-    account = of_kind("ServiceAccount", render(MANIFESTS / "job"))
+    account = of_kind("ServiceAccount", render(MANIFESTS / "account"))
     validate.validate(account, "1.31", strict=True)
     with pytest.raises(validate.ValidationError):
         validate.validate({**account, "automount": True}, "1.31", strict=True)
