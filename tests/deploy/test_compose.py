@@ -20,8 +20,7 @@ SCHEMA = json.loads((Path(__file__).parent / "schemas/compose-spec.json").read_t
 ALONE = ("unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child")
 # an address like that of a container, since Ray does not offer loopback to other nodes
 PREPARE = """set -e
-ip link set lo up; ip link add eth0 type dummy; ip addr add 10.77.0.1/24 dev eth0
-ip link set eth0 up; ip route add default dev eth0
+ip link set lo up; ip addr add 10.77.0.1/24 dev lo; ip route add default dev lo
 mount --bind "$1" /etc/hosts; mount --bind "$2" /tmp/ray; shift 2; exec "$@"
 """
 

@@ -1,6 +1,8 @@
 """The other files of deploy/: Docker, `ray up`."""
 
 import copy
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from jobs.config import load_config
 from tests.deploy.programs import program
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,3 +60,27 @@ def test_ray_accepts_the_files_of_ray_up(name: str):
     validate_config(prepare_config(copy.deepcopy(config)))
     with pytest.raises(Exception, match="Additional properties are not allowed"):
         validate_config(prepare_config({**config, "no_such_key": 1}))
+
+
+@pytest.mark.parametrize(("name", "field"), [("skypilot/tokenmill", "run"), ("anyscale/tokenize", "entrypoint")])
+def test_the_commands_of_hosted_jobs_have_valid_keys(name: str, field: str):
+    text = yaml.safe_load((DEPLOY / f"{name}.yaml").read_text())[field].replace("\\\n", " ")
+    program, command, *settings = shlex.split(text.replace("$BUCKET", "BUCKET"))
+    assert (program, command) == ("tokenmill", "tokenize")
+    assert load_config(settings).data.shards == "s3://BUCKET/photos-*.tar"
+
+
+@pytest.mark.parametrize("page", sorted(str(page.relative_to(ROOT)) for page in DEPLOY.rglob("README.md")))
+def test_links_lead_somewhere(page: str):
+    for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
+
+
+def test_alerts_use_metrics_that_ray_has():
+    import ray.dashboard.modules.metrics.dashboards.default_dashboard_panels as panels
+
+    [_, rules] = yaml.safe_load_all((DEPLOY / "kubernetes/monitoring/monitoring.yaml").read_text())
+    alerts = rules["spec"]["groups"][0]["rules"]
+    used = {name for alert in alerts for name in re.findall(r"ray_\w+", alert["expr"])}
+    assert len(used) >= len(alerts)
+    assert used <= set(re.findall(r"ray_\w+", Path(panels.__file__).read_text()))
