@@ -625,3 +625,17 @@ def test_a_folder_that_holds_tokenizers_names_them(tmp_path: Path, tokenizer: st
             load_tokenizer(str(url))
         with pytest.raises(FileNotFoundError, match=rf"did you mean {tmp_path}/run/tokenizers/tiny\?"):
             Tokenizer.from_pretrained(url)
+
+
+@pytest.mark.parametrize("file", [file for file in CONFIGS if "${run}" in file.read_text()], ids=lambda file: file.stem)
+def test_outputs_of_a_shipped_config_follow_the_run(file: Path):
+    """Else `run=runs/mine` alone would write into the tokens of the demo."""
+    config = load_config([str(file), "run=runs/mine"])
+    assert config.output == "runs/mine/tokens"
+    assert config.decode.output in ("", "runs/mine/decoded")
+
+
+def test_no_shipped_config_names_its_run_twice():
+    for file in CONFIGS:
+        run = re.search(r"^run: (\S+)$", text := file.read_text(), re.MULTILINE)
+        assert run is None or text.count(f"{run[1]}/") == 0, file
