@@ -49,7 +49,7 @@ demo-audio: .venv/installed
 	  || echo "npm cannot install azurite: the tests of Azure are skipped"
 
 test: .venv/installed-readers .venv/npm/node_modules/.bin/azurite-blob
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

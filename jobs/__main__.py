@@ -6,6 +6,7 @@ but more samples were quarantined than tokens.max_bad_fraction allows; 130 and 1
 """
 
 import contextlib
+import difflib
 import errno
 import importlib
 import importlib.metadata
@@ -84,7 +85,9 @@ def _main(arguments: list[str]) -> int:
         print(f"tokenmill {version()}")
         return 0
     if command not in COMMANDS:
-        return _finish(command, 2, f"unknown command {command!r}; choose one of: {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return _finish(command, 2, f"unknown command {command!r}; {hint}choose one of: {', '.join(COMMANDS)}")
     if any(argument in HELP for argument in rest):
         from jobs.config.help import command_help
 

@@ -34,7 +34,13 @@ def load_tokenizer(url: str, device: str = "cpu") -> Tokenizer:
         with storage.downloaded(url) as folder:
             return Tokenizer.from_pretrained(folder, device)
     except FileNotFoundError as error:
-        raise ConfigError(f"{url} is not a tokenizer ({error}); make one with `tokenmill codebook`") from error
+        inside = [one for one in (*storage.list_folders(url), *_tokenizers(url)) if _is_tokenizer(one)]
+        hint = f"did you mean {' or '.join(inside)}?" if inside else "make one with `tokenmill codebook`"
+        raise ConfigError(f"{url} is not a tokenizer ({error}); {hint}") from error
+
+
+def _is_tokenizer(url: str) -> bool:
+    return storage.exists(storage.join(url, "tokenizer.json"))
 
 
 def check_limits(modality: Modality, options: TokensConfig) -> None:

@@ -1,7 +1,4 @@
-"""One local Ray and one S3 server for the session, since starting Ray takes 5 to 20 s. Only marked tests start Ray.
-
-`make test` runs two processes, each with its own Ray and S3 server. A file of tests runs in one of them, as a whole.
-"""
+"""One local Ray and one S3 server for the session, since starting Ray takes 5 to 20 s. Only marked tests start Ray."""
 
 import os
 import sys
@@ -26,32 +23,11 @@ for name, value in {**QUICK_RAY_TRAIN, **AS_NICE_AS_WE}.items():
 NO_RAY = "this test starts Ray: mark it with @pytest.mark.ray"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     with_ray = [item for item in items if "ray_cluster" in getattr(item, "fixturenames", ())]
     unmarked = [item.nodeid for item in with_ray if item.get_closest_marker("ray") is None]
     if unmarked:
         raise pytest.UsageError(f"mark with @pytest.mark.ray what uses the fixture ray_cluster: {', '.join(unmarked)}")
-    if getattr(config.option, "loadgroup", False):  # in a process of `pytest -n 2 --dist loadgroup`
-        items[:] = mixed(items)
-
-
-def mixed(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The same tests in groups that stay in one process, with files that use Ray between files that do not.
-
-    One process then computes while the other waits for Ray.
-    """
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        name = "lab" if "lab" in getattr(item, "fixturenames", ()) else str(item.path)  # of tests/faults: a cluster
-        item.add_marker(pytest.mark.xdist_group(name))
-        groups.setdefault(name, []).append(item)
-    with_ray = {name for name, group in groups.items() if any(item.get_closest_marker("ray") for item in group)}
-    with_ray |= {"lab"}
-    rays = [group for name, group in groups.items() if name in with_ray]
-    others = [group for name, group in groups.items() if name not in with_ray]
-    order = [part for i, group in enumerate(rays) for part in (group, *others[i :: len(rays)])] if rays else others
-    return [item for group in order for item in group]
 
 
 @pytest.fixture(autouse=True)

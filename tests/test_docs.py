@@ -169,6 +169,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "configs", copy / "configs")
     shutil.copy(ROOT / "demo.sh", copy)
+    (copy / "docs").mkdir()
+    shutil.copy(ROOT / "docs/demo.jpg", copy / "docs")
     for folder in ("train", "heldout", "speech/train", "speech/heldout"):
         for shard in sorted((ROOT / "samples" / folder).glob("*.tar"))[:SHARDS]:
             _cut(shard, copy / "samples" / folder / shard.name)

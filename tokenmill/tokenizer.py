@@ -18,8 +18,11 @@ class Tokenizer(tokenizer.tokenizer.Tokenizer):
         Raises FileNotFoundError if a file is missing, and TokenizerMismatch if one is damaged, written by a newer
         version, or does not have the ids in tokenizer.json.
         """
-        with storage.downloaded(str(folder)) as local:
-            loaded = super().from_pretrained(local, device)
+        try:
+            with storage.downloaded(str(folder)) as local:
+                loaded = super().from_pretrained(local, device)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{_did_you_mean(str(folder))}") from error
         assert isinstance(loaded, cls)
         return loaded
 
@@ -27,3 +30,11 @@ class Tokenizer(tokenizer.tokenizer.Tokenizer):
     def read_file(place: str) -> bytes:
         """The content of a file or URL."""
         return storage.read(place)
+
+
+def _did_you_mean(folder: str) -> str:
+    """The tokenizers of a run, if the folder is one; else nothing."""
+    url = storage.normalise(folder)
+    places = [*storage.list_folders(url), *storage.list_folders(storage.join(url, "tokenizers"))]
+    found = [place for place in places if storage.exists(storage.join(place, "tokenizer.json"))]
+    return f"; did you mean {' or '.join(found)}?" if found else ""

@@ -63,9 +63,19 @@ def find_config(name: str) -> Path:
     for file, path in shipped.items():
         if wanted in (path, file.stem):
             return file
-    near = difflib.get_close_matches(wanted, [file.stem for file in shipped], n=1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped configs: {', '.join(f.stem for f in shipped)}"
+    hint = _proposal(name, wanted, [file.stem for file in shipped])
     raise ConfigError(f"{name!r} is neither a YAML file, nor a shipped config, nor KEY=VALUE; {hint}")
+
+
+def _proposal(name: str, wanted: str, shipped: list[str]) -> str:
+    """What a word may mean that is no configuration: a key without its =, or a misspelled file."""
+    if name in {key.name for key in all_keys()}:
+        return f"did you mean {name}=...?"
+    folder = Path(name).parent
+    files = [str(folder / file.name) for file in folder.glob("*.yaml")] if folder.is_dir() else []
+    near = difflib.get_close_matches(name, files, n=1) if "/" in name or "." in name else []
+    near = near or difflib.get_close_matches(wanted.removesuffix(".yml"), shipped, n=1)
+    return f"did you mean {near[0]}?" if near else f"shipped configs: {', '.join(shipped)}"
 
 
 def check_shapes(part: DictConfig) -> None:

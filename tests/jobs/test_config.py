@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.metadata
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from jobs.__main__ import COMMANDS, main
+from jobs.artifacts import load_tokenizer
 from jobs.config import Config, ConfigError, TrainConfig, find_config, load_config, with_method
 from jobs.config.help import NAMED, names_in
 from jobs.config.reference import FILE, reference
@@ -23,6 +26,7 @@ from tokenizer.nets.base.net import NETS
 from tokenizer.quantizers.base.quantizer import QUANTIZERS
 from tokenizer.registry import Registry
 from tokenizer.training.step import Recipe
+from tokenmill import Tokenizer
 
 CONFIGS = sorted((SAMPLES.parent / "configs").rglob("*.yaml"))
 SHARDS = f"data.shards={SAMPLES}/heldout/*.tar"
@@ -595,3 +599,43 @@ def test_what_was_given_can_be_written_down_and_read_again(write, tmp_path: Path
     config = load_config([str(SAMPLES.parent / "configs/demo.yaml")])
     again = write(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
     assert load_config([again]) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["tran"], "unknown command 'tran'; did you mean train?"),
+        (["train", "train.steps", "5"], "'train.steps' is neither .* did you mean train.steps=...?"),
+        (["train", "configs/demo.yml"], "did you mean configs/demo.yaml?"),
+        (["train", "dem"], "did you mean demo?"),
+    ],
+)
+def test_a_misspelled_word_gets_a_proposal(
+    words: list[str], hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(SAMPLES.parent)
+    assert main(words) == 2
+    assert re.search(hint.replace("?", r"\?"), capsys.readouterr().err)
+
+
+def test_a_folder_that_holds_tokenizers_names_them(tmp_path: Path, tokenizer: str):
+    shutil.copytree(tokenizer, tmp_path / "run/tokenizers/tiny")
+    for url in (tmp_path / "run/tokenizers", tmp_path / "run"):
+        with pytest.raises(ConfigError, match=rf"did you mean {tmp_path}/run/tokenizers/tiny\?"):
+            load_tokenizer(str(url))
+        with pytest.raises(FileNotFoundError, match=rf"did you mean {tmp_path}/run/tokenizers/tiny\?"):
+            Tokenizer.from_pretrained(url)
+
+
+@pytest.mark.parametrize("file", [file for file in CONFIGS if "${run}" in file.read_text()], ids=lambda file: file.stem)
+def test_outputs_of_a_shipped_config_follow_the_run(file: Path):
+    """Else `run=runs/mine` alone would write into the tokens of the demo."""
+    config = load_config([str(file), "run=runs/mine"])
+    assert config.output == "runs/mine/tokens"
+    assert config.decode.output in ("", "runs/mine/decoded")
+
+
+def test_no_shipped_config_names_its_run_twice():
+    for file in CONFIGS:
+        run = re.search(r"^run: (\S+)$", text := file.read_text(), re.MULTILINE)
+        assert run is None or text.count(f"{run[1]}/") == 0, file

@@ -432,4 +432,4 @@ def test_a_missing_package_is_named_with_the_command_that_helps():
         "import sys; sys.modules['soxr'] = None; import tokenizer.modalities.audio.waveform as w; w.require_packages()"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: audio needs the package soxr; run pip install 'tokenmill[audio]'" in found.stderr
+    assert "MissingPackage: audio needs the package soxr; run pip install 'tokenmill[audio]'" in found.stderr
