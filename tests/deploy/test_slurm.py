@@ -80,6 +80,7 @@ def train(folder: Path, steps: int) -> list[str]:
     return ["bash", str(SCRIPT), "train", f"{folder}/config.yaml"]
 
 
+@pytest.mark.slow  # a training on a Ray of its own: minutes
 @pytest.mark.ray
 def test_the_command_runs_on_the_ray_of_the_job_and_saves_at_the_time_limit(slurm: dict[str, str], tmp_path: Path):
     log = tmp_path / "log"
