@@ -18,7 +18,7 @@ help:
 	@echo "make wheel   the wheel, in dist/"
 	@echo "make damage  damages an output 1,000 times and repairs it (minutes)"
 	@echo "make fuzz    reads 57,000 hostile files of every kind (minutes)"
-	@echo "make faults  kills and breaks tokenize 114 times (an hour); rerun it to continue after a stop"
+	@echo "make faults  kills and breaks tokenize 114 times (one to two hours); rerun it to continue after a stop"
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "installing into .venv (about 2 minutes)"

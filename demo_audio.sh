@@ -3,11 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 config=configs/speech.yaml
-rm -rf runs/speech
 
 echo "Tokenmill on the speech in samples/speech (4.7 minutes to train on, 0.9 held out), on this machine's CPU:"
 echo "  train an FSP codec > freeze it > tokenize to Parquet > verify > evaluate > decode"
 echo "This takes a few minutes on two idle cores, most of it for training. All results go to runs/speech."
+echo "Interrupted? Run it again: it continues. To start over, delete runs/speech first."
 step() { echo; echo "\$ tokenmill $*"; tokenmill "$@"; }
 
 step train    "$config"

@@ -116,5 +116,6 @@ def _parts(settings: dict[str, Any], model: nn.Module | None) -> tuple[Net, Quan
         return build_net(settings["net"]), None
     adapter = build_adapter(settings["adapter"])
     chosen = settings["quantizer"]["name"] == adapter.name
-    net, quantizer = split(adapter, model or adapter.build(), settings["quantizer"] if chosen else {})
+    model = adapter.build() if model is None else model
+    net, quantizer = split(adapter, model, settings["quantizer"] if chosen else {})
     return net, quantizer if chosen else None

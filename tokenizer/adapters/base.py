@@ -183,15 +183,16 @@ def split(adapter: Adapter, model: nn.Module, quantizer: dict[str, Any]) -> tupl
 
 
 def library(package: str) -> Any:
-    """Imports a package, and switches its progress bars and advice off. Raises MissingPackage."""
+    """Imports a package, and switches its advice off, and its progress bars except those of downloads. Raises
+    MissingPackage."""
     try:
         found = importlib.import_module(package)
         utils = importlib.import_module(f"{package}.utils")
     except ImportError as error:
         raise MissingPackage(f"this tokenizer needs the package {package}: pip install 'tokenmill[hf]'") from error
     utils.logging.set_verbosity_error()
-    hide = getattr(utils, "disable_progress_bars", None) or utils.logging.disable_progress_bar
-    hide()
+    if package != "huggingface_hub":
+        utils.logging.disable_progress_bar()
     return found
 
 
