@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import NoShards
 
-PACKABLE = {  # extensions of files that `pack` reads
+NOT_SHARDS = {  # extensions of pictures, sounds, tables and other files that are no tars
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "heic", "avif", "wav", "flac", "mp3", "ogg", "opus"),
     *("m4a", "aac", "aiff", "parquet", "csv", "tsv", "json", "jsonl", "txt", "zip"),
 }
@@ -96,7 +96,7 @@ def _refuse_media(urls: Iterable[str]) -> None:
     """Raises NoShards for pictures, sounds and tables, which would all be quarantined as damaged tars."""
     for url in urls:
         suffix = PurePosixPath(url).suffix.lower().removeprefix(".")
-        if suffix in PACKABLE:
+        if suffix in NOT_SHARDS:
             raise NoShards(f"data.shards: {url} is no WebDataset tar; {PACK_FIRST}")
 
 
