@@ -15,8 +15,8 @@ from pathlib import Path
 from jobs.artifacts import load_tokenizer
 from jobs.config import Config, ConfigError, typed_preprocess
 from pipeline import storage
-from tokenizer.adapters.base import library
-from tokenizer.adapters.imported import read_model
+from tokenizer.adapters.base.adapter import library
+from tokenizer.adapters.base.model import read_model
 from tokenizer.tokenizer import Tokenizer
 
 HUB = "hf:"

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tokenizer.adapters.base import build_adapter, split
+from tokenizer.adapters.base.adapter import build_adapter, split
 from tokenizer.errors import naming_damage
 from tokenizer.nets.base.net import Net, build_net
 from tokenizer.quantizers.base.quantizer import Quantizer, QuantizerOutput, build_quantizer

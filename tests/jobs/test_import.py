@@ -16,7 +16,7 @@ from tests.corpus import encoded, picture, tar_bytes
 from tests.families import FAMILIES, save
 from tests.hub import start_hub
 from tests.jobs.helpers import SAMPLES, tokenize_without_ray
-from tokenizer.adapters.imported import read_model
+from tokenizer.adapters.base.model import read_model
 from tokenizer.tokenizer import Tokenizer
 
 SIDES = [(32, 16), (16, 16), (34, 18)]

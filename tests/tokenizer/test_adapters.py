@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.families import FAMILIES, save
-from tokenizer.adapters.base import ADAPTERS
-from tokenizer.adapters.imported import read_model
-from tokenizer.adapters.windows import context_frames
+from tokenizer.adapters.base.adapter import ADAPTERS
+from tokenizer.adapters.base.model import read_model
+from tokenizer.adapters.base.windows import context_frames
 from tokenizer.errors import TokenizerMismatch
 from tokenizer.tokenizer import Tokenizer
 
@@ -127,10 +127,10 @@ def test_the_windows_of_dac_change_nothing(tmp_path: Path, monkeypatch: pytest.M
     save("dac", tmp_path)
     tokenizer = read_model(tmp_path).freeze()
     array = np.random.default_rng(0).uniform(-0.5, 0.5, (24 * 1000, 1)).astype(np.float32)
-    monkeypatch.setattr("tokenizer.adapters.windows.WINDOW_FRAMES", 10_000)
+    monkeypatch.setattr("tokenizer.adapters.base.windows.WINDOW_FRAMES", 10_000)
     [latents], [whole] = tokenizer.latents([array]), tokenizer.encode_batch([array])
     decoded = tokenizer.decode(whole)
-    monkeypatch.setattr("tokenizer.adapters.windows.WINDOW_FRAMES", 100)
+    monkeypatch.setattr("tokenizer.adapters.base.windows.WINDOW_FRAMES", 100)
     torch.testing.assert_close(tokenizer.latents([array])[0], latents, atol=1e-5, rtol=1e-4)
     np.testing.assert_array_equal(tokenizer.encode_batch([array])[0], whole)
     np.testing.assert_allclose(tokenizer.decode(whole), decoded, atol=1e-5)

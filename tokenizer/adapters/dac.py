@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizer.adapters.base import ADAPTERS, Adapter, Facts
-from tokenizer.adapters.windows import context_frames, in_windows
+from tokenizer.adapters.base.adapter import ADAPTERS, Adapter, Facts
+from tokenizer.adapters.base.windows import context_frames, in_windows
 
 
 @ADAPTERS.register("dac")

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizer.adapters.base import ADAPTERS, Facts
-from tokenizer.adapters.pictures import PictureAdapter
+from tokenizer.adapters.base.adapter import ADAPTERS, Facts
+from tokenizer.adapters.base.pictures import PictureAdapter
 
 
 @ADAPTERS.register("emu3")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.adapters.base import ADAPTERS, Adapter, Facts
+from tokenizer.adapters.base.adapter import ADAPTERS, Adapter, Facts
 from tokenizer.errors import UnsupportedModel
 
 
@@ -42,7 +42,7 @@ class Encodec(Adapter):
         return model.decoder(h)
 
     def quantize(self, quantizer: Any, z: Tensor, num_quantizers: int) -> Tensor:
-        residual, indices = z.T[None], []
+        residual, indices = z.T[None], []  # the library's own loop takes a bandwidth, not a number of codebooks
         for layer in quantizer.layers[:num_quantizers]:
             indices.append(layer.encode(residual))
             residual = residual - layer.decode(indices[-1])

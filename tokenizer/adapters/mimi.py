@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokenizer.adapters.base import ADAPTERS, Adapter, Facts
+from tokenizer.adapters.base.adapter import ADAPTERS, Adapter, Facts
 from tokenizer.errors import UnsupportedModel
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenizer.adapters.base import ADAPTERS, READING, Facts, library
-from tokenizer.adapters.pictures import PictureAdapter
+from tokenizer.adapters.base.adapter import ADAPTERS, READING, Facts, library
+from tokenizer.adapters.base.pictures import PictureAdapter
 from tokenizer.errors import UnsupportedModel
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.adapters.base import ADAPTERS, Adapter, Facts
+from tokenizer.adapters.base.adapter import ADAPTERS, Adapter, Facts
 
 
 @ADAPTERS.register("wavtokenizer")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tokenizer.adapters.base import ADAPTERS, Adapter, build_adapter
+from tokenizer.adapters.base.adapter import ADAPTERS, Adapter, build_adapter
 from tokenizer.autoencoder import Autoencoder
 from tokenizer.errors import UnsupportedModel, naming_damage
 from tokenizer.modalities.base import MODALITIES

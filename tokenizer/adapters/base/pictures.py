@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tokenizer.adapters.base import Adapter, Facts
+from tokenizer.adapters.base.adapter import Adapter, Facts
 from tokenizer.errors import UnsupportedModel
 
 PREFIXES = ("", "vqmodel.", "model.vqmodel.")  # a model of text and pictures holds its tokenizer under one of these

@@ -1,0 +1,1 @@
+"""The interface of all adapters, and what families share."""
